@@ -1,0 +1,220 @@
+"""JSON lines to clip requests, checked as a stream: a million lines need no more memory than their ids' digests."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError
+
+from cineray.caching.spec import parse_spec
+from cineray.pipeline.checkpoint import Checkpoint
+from cineray.pipeline.request import ClipRequest, InputError, problems, shorten
+
+MAX_LINE_BYTES = 1_000_000  # a prompt may have 20,000 characters of up to 12 bytes each when escaped
+MAX_REPORTED = 20  # bad lines shown; the rest is counted
+
+
+class ManifestLine(BaseModel):
+    """One row as written; None means the run's default."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    prompt: str
+    id: str | StrictInt | None = None
+    negative_prompt: str | None = None
+    seed: int | None = None
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = None
+    steps: int | None = None
+    guidance: StrictFloat | StrictInt | None = Field(default=None, allow_inf_nan=False)
+    fps: int | None = None
+    cache: str | None = None
+    image: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunDefaults:
+    """What a row gets where it is silent: the command line's options, else the model's own values."""
+
+    negative_prompt: str | None
+    seed: int
+    width: int
+    height: int
+    num_frames: int
+    num_inference_steps: int
+    guidance_scale: float
+    fps: int
+    cache: str
+    image: str | None
+
+
+def to_request(line: ManifestLine, number: int, defaults: RunDefaults, folder: Path) -> ClipRequest:
+    """Fills in the defaults; a relative `image` is meant from the manifest's `folder`."""
+
+    def given(value, default):
+        return default if value is None else value
+
+    image = given(line.image, defaults.image)
+    return ClipRequest(
+        id=str(given(line.id, number)),
+        prompt=line.prompt,
+        negative_prompt=given(line.negative_prompt, defaults.negative_prompt),
+        seed=given(line.seed, defaults.seed),
+        width=given(line.width, defaults.width),
+        height=given(line.height, defaults.height),
+        num_frames=given(line.frames, defaults.num_frames),
+        num_inference_steps=given(line.steps, defaults.num_inference_steps),
+        guidance_scale=float(given(line.guidance, defaults.guidance_scale)),
+        fps=given(line.fps, defaults.fps),
+        cache=given(line.cache, defaults.cache),
+        image=None if image is None else str(folder / image),
+    )
+
+
+def check_request(request: ClipRequest, checkpoint: Checkpoint) -> list[str]:
+    """All that keeps a request from being rendered, each in one phrase."""
+    found = problems(request, checkpoint.size_rule)
+    try:
+        parse_spec(request.cache)
+    except ValueError as error:
+        found.append(str(error))
+    if request.image is not None and not Path(request.image).is_file():
+        found.append(f"image {shorten(request.image)} is not a file")
+    return found
+
+
+class _SeenIds:
+    """Remembers ids by a 64-bit digest: 60 bytes each, a false alarm in 10^7 manifests of a million lines."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+
+    def add(self, clip_id: str) -> bool:
+        """False if the id was there already."""
+        digest = int.from_bytes(hashlib.blake2b(clip_id.encode("utf-8", "replace"), digest_size=8).digest(), "big")
+        before = len(self._seen)
+        self._seen.add(digest)
+        return len(self._seen) > before
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
+    """(line number from 1, line) of every line that is not blank; None for one above MAX_LINE_BYTES."""
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(line) > MAX_LINE_BYTES:
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(MAX_LINE_BYTES)
+                yield number, None
+            elif line.strip():
+                yield number, line
+
+
+def _parse(line: bytes | None) -> ManifestLine | list[str]:
+    if line is None:
+        return [f"the line must have at most {MAX_LINE_BYTES} bytes"]
+    try:
+        return ManifestLine.model_validate_json(line)
+    except ValidationError as error:
+        return list(dict.fromkeys(_phrase(e) for e in error.errors(include_url=False)))
+
+
+def _phrase(error) -> str:
+    field = str(error["loc"][0]) if error["loc"] else ""
+    if error["type"] == "json_invalid":
+        return f"not JSON: {error['msg'].removeprefix('Invalid JSON: ')}"
+    if error["type"] == "extra_forbidden":
+        return f"unknown field {shorten(field)}; allowed: {', '.join(ManifestLine.model_fields)}"
+    if error["type"] == "missing":
+        return f"{field} is required"
+    if not field:
+        return 'each line must be a JSON object such as {"prompt": "..."}'
+    kinds = {"str": "a text", "int": "a whole number"}
+    kind = "a number" if field == "guidance" else kinds["str" if field in _TEXT_FIELDS else "int"]
+    return f"{field} must be {kind}, got {shorten(repr(error['input']))}"
+
+
+_TEXT_FIELDS = {"prompt", "id", "negative_prompt", "cache", "image"}
+
+
+def check_manifest(
+    path: Path, defaults: RunDefaults, checkpoint: Checkpoint, on_line: Callable[[int], None] = lambda number: None
+) -> int:
+    """Reads the whole manifest once and keeps nothing of it.
+
+    Args:
+        on_line: called with each line number, for a progress display.
+
+    Returns:
+        The number of clips.
+
+    Raises:
+        InputError: no file, no clips, or bad lines; one line of message per bad line with its number and reason.
+    """
+    _check_readable(path)
+    seen, bad, num_bad, num_clips = _SeenIds(), [], 0, 0
+    for number, line in read_lines(path):
+        on_line(number)
+        parsed = _parse(line)
+        if isinstance(parsed, list):
+            reasons = parsed
+        else:
+            request = to_request(parsed, number, defaults, path.parent)
+            reasons = check_request(request, checkpoint)
+            if not seen.add(request.id):
+                reasons.append(f"id {shorten(request.id)} is used by an earlier line; ids must be unique")
+        num_clips += 1
+        if reasons:
+            num_bad += 1
+            if num_bad <= MAX_REPORTED:
+                bad.append(f"{path} line {number}: {'; '.join(reasons)}")
+    if num_bad > MAX_REPORTED:
+        bad.append(f"{path}: {num_bad - MAX_REPORTED} more bad lines")
+    if bad:
+        raise InputError("\n".join(bad))
+    if num_clips == 0:
+        raise InputError(f'{path} has no clips; write one JSON object per line, such as {{"prompt": "..."}}')
+    return num_clips
+
+
+def stream_requests(path: Path, defaults: RunDefaults) -> Iterator[ClipRequest]:
+    """The requests of a manifest that `check_manifest` has passed, one at a time.
+
+    Raises:
+        InputError: a line has become unreadable since it was checked.
+    """
+    for number, line in read_lines(path):
+        parsed = _parse(line)
+        if isinstance(parsed, list):
+            raise InputError(f"{path} line {number} was changed while it was being rendered: {'; '.join(parsed)}")
+        yield to_request(parsed, number, defaults, path.parent)
+
+
+def check_prompts(prompts: list[str], defaults: RunDefaults, checkpoint: Checkpoint) -> list[ClipRequest]:
+    """Requests of prompts typed on the command line; ids count from 1.
+
+    Raises:
+        InputError: no prompt, or a prompt or option that cannot be rendered.
+    """
+    if not prompts:
+        raise InputError("nothing to render: give prompts or --manifest FILE.jsonl")
+    requests = [
+        to_request(ManifestLine(prompt=prompt), number, defaults, Path()) for number, prompt in enumerate(prompts, 1)
+    ]
+    bad = [
+        f"prompt {request.id}: {'; '.join(reasons)}" for request in requests if (reasons := check_request(request, checkpoint))
+    ]
+    if bad:
+        raise InputError("\n".join(bad[:MAX_REPORTED]))
+    return requests
+
+
+def _check_readable(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise InputError(f"manifest {path} cannot be read: {error.strerror}") from None

@@ -1,0 +1,145 @@
+"""What lies on disk, and when a clip counts as rendered.
+
+A clip exists once its video stands under its final name. Videos are written under `.tmp/`, flushed, and then
+linked to that name in one step, so a crash leaves either the whole video or none. The sidecar JSON and
+`events.jsonl` are derived: nothing is decided from them.
+"""
+
+import errno
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from cineray.pipeline.request import ClipRequest, InputError
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+class OutputError(InputError):
+    """The output folder cannot take what is to be written: not writable, or full. Ends the run."""
+
+
+class OutputFolder:
+    """One folder of finished clips.
+
+    Args:
+        path: made if it does not exist.
+
+    Raises:
+        OutputError: it cannot be made or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._tmp = path / ".tmp"
+        made = [p for p in (path, *path.parents) if not p.exists()]
+        try:
+            self._tmp.mkdir(parents=True, exist_ok=True)
+            probe = self._tmp / f"probe.{uuid.uuid4().hex}"
+            probe.write_bytes(b"x" * 4096)
+            probe.unlink()
+        except OSError as error:
+            for folder in (self._tmp, *made):
+                with suppress(OSError):
+                    folder.rmdir()
+            raise OutputError(
+                f"output folder {path} cannot be written: {error.strerror}; give another --out, or change its rights"
+            ) from None
+        self._made = made
+
+    def video_path(self, request: ClipRequest, fingerprint: str) -> Path:
+        return self.path / f"{request.id}.{fingerprint}.mp4"
+
+    def close(self) -> None:
+        """Removes the temporary folder; and the folder itself if it was made for nothing."""
+        with suppress(OSError):
+            self._tmp.rmdir()
+        for folder in self._made:
+            with suppress(OSError):
+                folder.rmdir()
+
+    @contextmanager
+    def new_video(self, request: ClipRequest, final: Path) -> Iterator[Path]:
+        """A path to write a video to; commits it to `final` unless the block raises.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        temporary = self._tmp / f"{request.id}.{uuid.uuid4().hex}.mp4"
+        try:
+            yield temporary
+            with self._explained(f"writing clip {request.id}"):
+                _flush(temporary)
+                _link(temporary, final)
+                _flush(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Writes a JSON file in one step.
+
+        Raises:
+            OutputError: the disk is full or not writable.
+        """
+        temporary = self._tmp / f"{name}.{uuid.uuid4().hex}"
+        try:
+            with self._explained(f"writing {name}"):
+                temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                _flush(temporary)
+                os.replace(temporary, self.path / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def log_event(self, event: str, **fields: Any) -> None:
+        """Appends one line to `events.jsonl`."""
+        line = json.dumps({"time": round(time.time(), 3), "event": event} | fields, ensure_ascii=False)
+        with self._explained("writing events.jsonl"), (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def is_full_for(self, num_bytes: int) -> bool:
+        """Whether the file system has less room than that."""
+        return shutil.disk_usage(self.path).free < num_bytes
+
+    def full(self, doing: str) -> OutputError:
+        """The error to raise when the disk is full."""
+        free = shutil.disk_usage(self.path).free
+        return OutputError(
+            f"output folder {self.path}: the disk is full ({free} bytes free) while {doing}; finished clips are kept: "
+            "make room and run the same command again"
+        )
+
+    @contextmanager
+    def _explained(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _NO_SPACE:
+                raise self.full(doing) from None
+            raise OutputError(f"output folder {self.path}: {error.strerror} while {doing}") from None
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _link(temporary: Path, final: Path) -> None:
+    """Gives the file its final name; a clip that is there already stays. Without hard links, renames."""
+    try:
+        os.link(temporary, final)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        os.replace(temporary, final)

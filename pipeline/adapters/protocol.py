@@ -1,0 +1,89 @@
+"""The seam between the denoising loop and a model family.
+
+Letters: B batch (1), C latent channels, F latent frames, H W latent height and width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from diffusers import DiffusionPipeline
+
+from cineray.pipeline.request import ClipRequest, SizeRule
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Branch:
+    """One call of the transformer per step: "cond", or "uncond" for classifier-free guidance."""
+
+    name: str
+    transformer_kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conditions:
+    """All that a clip's denoising needs beside the latents; replicated on every rank.
+
+    Args:
+        branches: the conditional branch first, then the unconditional one if there is guidance.
+        guidance_scale: weight of the difference of the branches; not used with one branch.
+        channel_condition: [B, C', F, H, W] concatenated to the latents along channels at each step, or None.
+    """
+
+    branches: tuple[Branch, ...]
+    guidance_scale: float
+    channel_condition: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Defaults:
+    """What a family renders when nothing is asked for: its authors' values."""
+
+    width: int
+    height: int
+    num_frames: int
+    fps: int
+    num_inference_steps: int = 50
+    guidance_scale: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfigs:
+    """The configuration files of a checkpoint, read without its weights."""
+
+    index: Mapping[str, Any] = field(repr=False)
+    transformer: Mapping[str, Any] = field(repr=False)
+    vae: Mapping[str, Any] = field(repr=False)
+
+
+class Adapter(Protocol):
+    """One per model family; holds no state."""
+
+    family: str
+    defaults: Defaults
+    vae_in_float32: bool
+
+    def unsupported(self, configs: ModelConfigs) -> str | None:
+        """Why this checkpoint of the family cannot be rendered, or None."""
+        ...
+
+    def size_rule(self, configs: ModelConfigs) -> SizeRule: ...
+
+    def prepare(
+        self, pipe: DiffusionPipeline, request: ClipRequest, generator: torch.Generator
+    ) -> tuple[torch.Tensor, Conditions]:
+        """Encodes the prompt (and image) and draws the noise.
+
+        Returns:
+            latents [B, C, F, H, W] float32 on the pipeline's device, from the CPU generator; conditions.
+        """
+        ...
+
+    def set_timesteps(self, scheduler: Any, num_inference_steps: int, device: torch.device) -> torch.Tensor:
+        """Sets up the scheduler; returns its timesteps [num_inference_steps]."""
+        ...
+
+    def decode(self, pipe: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [B, C, F, H, W] -> video [B, 3, num_frames, height, width] in [-1, 1]."""
+        ...

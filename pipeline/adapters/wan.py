@@ -1,0 +1,131 @@
+"""Wan 2.1, text to video and image to video.
+
+Follows diffusers 0.42 pipelines/wan/pipeline_wan.py and pipeline_wan_i2v.py step by step, so that the same seed
+gives the same bits.
+"""
+
+from typing import Any
+
+import torch
+from PIL import Image
+
+from cineray.pipeline.adapters.protocol import Branch, Conditions, Defaults, ModelConfigs
+from cineray.pipeline.request import ClipRequest, SizeRule
+
+MAX_SEQUENCE_LENGTH = 512  # text tokens; WanPipeline.__call__'s default
+
+
+def _size_rule(configs: ModelConfigs, takes_image: bool) -> SizeRule:
+    patch = configs.transformer.get("patch_size", (1, 2, 2))
+    frame_step = configs.vae.get("scale_factor_temporal", 4)
+    return SizeRule(
+        frame_step=frame_step,
+        # the pipelines themselves ask for 16; AutoencoderKLWan shrinks by scale_factor_spatial
+        side_step=max(16, configs.vae.get("scale_factor_spatial", 8) * patch[-1]),
+        takes_image=takes_image,
+        takes_negative_prompt=True,
+    )
+
+
+def _unsupported(configs: ModelConfigs) -> str | None:
+    if configs.index.get("boundary_ratio") is not None or configs.index.get("expand_timesteps"):
+        return "it is a Wan 2.2 checkpoint (two transformers or per-token timesteps); Wan 2.1 checkpoints work"
+    return None
+
+
+def _set_timesteps(scheduler: Any, num_inference_steps: int, device: torch.device) -> torch.Tensor:
+    scheduler.set_timesteps(num_inference_steps, device=device)
+    return scheduler.timesteps
+
+
+def _decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    vae = pipe.vae
+    latents = latents.to(vae.dtype)
+    shape = (1, vae.config.z_dim, 1, 1, 1)
+    mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents.device, latents.dtype)
+    inverse_std = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents.device, latents.dtype)
+    return vae.decode(latents / inverse_std + mean, return_dict=False)[0]
+
+
+def _prompt_embeds(pipe: Any, request: ClipRequest) -> dict[str, torch.Tensor]:
+    """Text embeddings [1, 512, D] by branch name; "uncond" only with guidance above 1."""
+    cond, uncond = pipe.encode_prompt(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        do_classifier_free_guidance=request.guidance_scale > 1.0,
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
+        device=pipe._execution_device,
+    )
+    embeds = {"cond": cond} if uncond is None else {"cond": cond, "uncond": uncond}
+    return {name: e.to(pipe.transformer.dtype) for name, e in embeds.items()}
+
+
+class WanTextToVideo:
+    family = "wan-t2v"
+    # generate.py of Wan 2.1: 480p for the 1.3B model, 81 frames at 16 per second, 50 steps, guidance 5
+    defaults = Defaults(width=832, height=480, num_frames=81, fps=16, guidance_scale=5.0)
+    vae_in_float32 = True
+
+    unsupported = staticmethod(_unsupported)
+    set_timesteps = staticmethod(_set_timesteps)
+    decode = staticmethod(_decode)
+
+    def size_rule(self, configs: ModelConfigs) -> SizeRule:
+        return _size_rule(configs, takes_image=False)
+
+    def prepare(self, pipe: Any, request: ClipRequest, generator: torch.Generator) -> tuple[torch.Tensor, Conditions]:
+        embeds = _prompt_embeds(pipe, request)
+        latents = pipe.prepare_latents(
+            1,
+            pipe.transformer.config.in_channels,
+            request.height,
+            request.width,
+            request.num_frames,
+            torch.float32,
+            pipe._execution_device,
+            generator,
+        )
+        branches = tuple(
+            Branch(name=name, transformer_kwargs={"encoder_hidden_states": e}) for name, e in embeds.items()
+        )
+        return latents, Conditions(branches=branches, guidance_scale=request.guidance_scale)
+
+
+class WanImageToVideo:
+    family = "wan-i2v"
+    defaults = Defaults(width=832, height=480, num_frames=81, fps=16, guidance_scale=5.0)
+    vae_in_float32 = True
+
+    unsupported = staticmethod(_unsupported)
+    set_timesteps = staticmethod(_set_timesteps)
+    decode = staticmethod(_decode)
+
+    def size_rule(self, configs: ModelConfigs) -> SizeRule:
+        return _size_rule(configs, takes_image=True)
+
+    def prepare(self, pipe: Any, request: ClipRequest, generator: torch.Generator) -> tuple[torch.Tensor, Conditions]:
+        device, dtype = pipe._execution_device, pipe.transformer.dtype
+        with Image.open(request.image) as opened:  # type: ignore[arg-type]  # size_rule made the image required
+            image = opened.convert("RGB")
+        embeds = _prompt_embeds(pipe, request)
+        extra: dict[str, Any] = {"encoder_hidden_states_image": None}
+        if pipe.transformer.config.image_dim is not None:
+            extra["encoder_hidden_states_image"] = pipe.encode_image(image, device).to(dtype)
+        pixels = pipe.video_processor.preprocess(image, height=request.height, width=request.width)
+        latents, condition = pipe.prepare_latents(
+            pixels.to(device, dtype=torch.float32),
+            1,
+            pipe.vae.config.z_dim,
+            request.height,
+            request.width,
+            request.num_frames,
+            torch.float32,
+            device,
+            generator,
+        )
+        branches = tuple(
+            Branch(name=name, transformer_kwargs={"encoder_hidden_states": e} | extra) for name, e in embeds.items()
+        )
+        return latents, Conditions(
+            branches=branches, guidance_scale=request.guidance_scale, channel_condition=condition
+        )

@@ -1,0 +1,112 @@
+"""Loads the weights of a checkpoint into a diffusers pipeline."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from cineray.pipeline.adapters import Adapter
+from cineray.pipeline.checkpoint import Checkpoint, weights_digest
+from cineray.pipeline.request import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Offload = Literal["none", "model", "sequential"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadOptions:
+    """How the weights sit on the device.
+
+    Args:
+        device: "cpu" or "cuda".
+        dtype: name in `DTYPES`, or "auto": float32 on a CPU, bfloat16 on CUDA. Wan's VAE stays in float32, as its
+            authors advise.
+        offload: "model" keeps one part of the pipeline on the GPU at a time, "sequential" one layer.
+        vae_tiling: decode in overlapping tiles; less memory, slightly other pixels.
+    """
+
+    device: str = "cpu"
+    dtype: str = "auto"
+    offload: Offload = "none"
+    vae_tiling: bool = False
+
+    def __post_init__(self) -> None:
+        if self.device not in ("cpu", "cuda"):
+            raise InputError(f"device must be cpu or cuda, got {self.device!r}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("device cuda: this PyTorch sees no CUDA GPU; use --device cpu, or install a CUDA build")
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise InputError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.offload not in ("none", "model", "sequential"):
+            raise InputError(f"offload must be none, model or sequential, got {self.offload!r}")
+        if self.offload != "none" and self.device != "cuda":
+            raise InputError(f"offload {self.offload} moves weights between CPU and GPU; it needs --device cuda")
+
+    @property
+    def dtype_name(self) -> str:
+        return ("bfloat16" if self.device == "cuda" else "float32") if self.dtype == "auto" else self.dtype
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedModel:
+    """A checkpoint in memory, ready to render."""
+
+    checkpoint: Checkpoint
+    pipe: Any  # the diffusers pipeline that model_index.json names
+    options: LoadOptions
+    digest: str
+    revision: str | None  # hub commit, None for a folder
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.checkpoint.adapter
+
+
+def load_model(checkpoint: Checkpoint, options: LoadOptions) -> LoadedModel:
+    """Loads all parts of the pipeline, from safetensors only.
+
+    Raises:
+        InputError: a file is missing or broken, or the download failed.
+    """
+    import diffusers
+
+    # their weight-loading bars and "expected types" notes would tear our progress display apart
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    pipeline_class = getattr(diffusers, checkpoint.pipeline_class)
+    folder = _local_folder(checkpoint, pipeline_class)
+    dtype = DTYPES[options.dtype_name]
+    vae_dtype = torch.float32 if checkpoint.adapter.vae_in_float32 else dtype
+    try:
+        pipe = pipeline_class.from_pretrained(
+            folder, torch_dtype={"default": dtype, "vae": vae_dtype}, use_safetensors=True, local_files_only=True
+        )
+    except Exception as error:  # diffusers, transformers, safetensors and tokenizers each raise their own
+        reason = " ".join(str(error).split())[:400]
+        raise InputError(f"model {checkpoint.name}: loading from {folder} failed: {reason}") from error
+    pipe.set_progress_bar_config(disable=True)
+    if options.vae_tiling:
+        pipe.vae.enable_tiling()
+    if options.offload == "model":
+        pipe.enable_model_cpu_offload()
+    elif options.offload == "sequential":
+        pipe.enable_sequential_cpu_offload()
+    else:
+        pipe.to(options.device)
+    revision = None if checkpoint.is_local else folder.name
+    return LoadedModel(
+        checkpoint=checkpoint, pipe=pipe, options=options, digest=weights_digest(folder), revision=revision
+    )
+
+
+def _local_folder(checkpoint: Checkpoint, pipeline_class: Any) -> Path:
+    if checkpoint.is_local:
+        return Path(checkpoint.source)
+    try:
+        return Path(pipeline_class.download(checkpoint.source, use_safetensors=True))
+    except Exception as error:  # network, disk, hub: all end here
+        reason = " ".join(str(error).split())[:400]
+        raise InputError(f"model {checkpoint.name}: download from the hub failed: {reason}") from error

@@ -1,0 +1,126 @@
+"""What a user asks for: one clip, and the rules that its numbers must keep for a given model."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+
+# Sixteen times the 512 tokens that Wan reads at about 4 characters each would be 32k; nobody types that.
+MAX_PROMPT_CHARS = 20_000
+MAX_SIDE_PX = 8192
+MAX_FRAMES = 4097
+MAX_STEPS = 1000  # the schedulers' num_train_timesteps
+MAX_SEED = 2**63 - 1
+CLIP_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class InputError(ValueError):
+    """Something that the user gave cannot be used; the message says what, where, allowed, got, what to do."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipRequest:
+    """One clip. Sizes in pixels; `guidance_scale` 1 or less means no classifier-free guidance on Wan.
+
+    `image` is the path of the first frame for image-to-video models.
+    """
+
+    id: str
+    prompt: str
+    negative_prompt: str | None = None
+    seed: int = 0
+    width: int
+    height: int
+    num_frames: int
+    num_inference_steps: int
+    guidance_scale: float
+    fps: int
+    cache: str = "none"
+    image: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SizeRule:
+    """What a model can render: frames are `frame_step` k + 1, sides are multiples of `side_step` pixels."""
+
+    frame_step: int
+    side_step: int
+    takes_image: bool
+    takes_negative_prompt: bool
+
+
+def _nearest(value: int, step: int, offset: int) -> str:
+    low = max(offset, (value - offset) // step * step + offset)
+    return f"{low} or {low + step}" if low > 0 else f"{step}"
+
+
+def problems(request: ClipRequest, rule: SizeRule) -> list[str]:
+    """Everything about the request that the model cannot do, each in one phrase; empty if it can be rendered."""
+    found = []
+
+    def within(name: str, value: float, low: float, high: float) -> bool:
+        if not low <= value <= high:
+            found.append(f"{name} must be {low} to {high}, got {value}")
+            return False
+        return True
+
+    if not CLIP_ID.fullmatch(request.id):
+        found.append(
+            f"id must be 1 to 100 of A-Z a-z 0-9 . _ - and begin with a letter or digit, got {shorten(request.id)}"
+        )
+    for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
+        if len(text) > MAX_PROMPT_CHARS:
+            found.append(f"{name} must have at most {MAX_PROMPT_CHARS} characters, got {len(text)}")
+        elif any(ord(c) < 32 and c not in "\t\n\r" or 0xD800 <= ord(c) <= 0xDFFF for c in text):
+            found.append(f"{name} must have no control characters, got {shorten(text)}")
+    if not request.prompt.strip():
+        found.append("prompt must not be empty")
+    if within("frames", request.num_frames, 1, MAX_FRAMES) and request.num_frames % rule.frame_step != 1 % rule.frame_step:
+        near = _nearest(request.num_frames, rule.frame_step, 1)
+        found.append(f"frames must be {rule.frame_step}k+1, got {request.num_frames}; nearest: {near}")
+    for name, side in (("width", request.width), ("height", request.height)):
+        if within(name, side, 1, MAX_SIDE_PX) and side % rule.side_step:
+            near = _nearest(side, rule.side_step, 0)
+            found.append(f"{name} must be a multiple of {rule.side_step}, got {side}; nearest: {near}")
+    within("steps", request.num_inference_steps, 1, MAX_STEPS)
+    within("seed", request.seed, 0, MAX_SEED)
+    within("guidance", request.guidance_scale, 0, 100)
+    within("fps", request.fps, 1, 240)
+    if rule.takes_image and request.image is None:
+        found.append("image is required: this model animates a first frame")
+    if not rule.takes_image and request.image is not None:
+        found.append("image cannot be used: this model renders from text alone")
+    if not rule.takes_negative_prompt and request.negative_prompt is not None:
+        found.append("negative_prompt cannot be used: this model's guidance is embedded, there is no negative branch")
+    return found
+
+
+def shorten(text: str, limit: int = 60) -> str:
+    """`repr` of a text, cut in the middle of long ones, safe to print in one line."""
+    shown = text if len(text) <= limit else f"{text[: limit // 2]}...{text[-limit // 2 :]}"
+    return ascii(shown)
+
+
+def fingerprint(request: ClipRequest, model_digest: str, render_options: dict[str, object]) -> str:
+    """Twelve hex digits over everything that changes pixels and nothing else.
+
+    The id, the frame rate, the device and the layout are left out; `render_options` carries what is common to a
+    run (dtype, VAE tiling, lossless).
+    """
+    image = hashlib.sha256(open(request.image, "rb").read()).hexdigest() if request.image else None
+    covered = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "seed": request.seed,
+        "width": request.width,
+        "height": request.height,
+        "frames": request.num_frames,
+        "steps": request.num_inference_steps,
+        "guidance": request.guidance_scale,
+        "cache": request.cache,
+        "image": image,
+        "model": model_digest,
+        "options": render_options,
+    }
+    text = json.dumps(covered, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,21 @@
+"""cineray renders batches of video clips with WAN 2.1 and HunyuanVideo.
+
+The code stands in four folders at the top of the repository, which `src/cineray` links to: `pipeline` (models
+and the denoising loop), `distributed` (ranks and sharding), `caching` (when to skip a step), `jobs` (batches
+and the command line).
+"""
+
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+# A zip archive or a Windows checkout turns the four links into text files or drops them; the folders
+# themselves still stand two levels up.
+if not (Path(__file__).parent / "pipeline" / "__init__.py").exists():
+    _checkout = Path(__file__).parents[2]
+    if not (_checkout / "pipeline" / "__init__.py").exists():
+        raise ImportError(
+            f"cineray's folders pipeline, distributed, caching and jobs are neither in {Path(__file__).parent} "
+            f"nor in {_checkout}; clone the repository again, or install the wheel"
+        )
+    __path__.append(str(_checkout))

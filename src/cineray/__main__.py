@@ -1,0 +1,11 @@
+"""`cineray ...` and `python -m cineray ...`."""
+
+
+def main() -> None:
+    from cineray.jobs.command_line import run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()
