@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 import torch
 
@@ -27,25 +28,31 @@ def denoise(
     Returns:
         Latents of the clip, same shape and dtype.
     """
-    transformer = model.pipe.transformer
     scheduler = deepcopy(model.pipe.scheduler)  # UniPC keeps past outputs: one scheduler per clip
     timesteps = model.adapter.set_timesteps(scheduler, num_inference_steps, latents.device)
     scheduler.set_begin_index(0)
     for index, timestep in enumerate(timesteps):
-        parts = [latents] if conditions.channel_condition is None else [latents, conditions.channel_condition]
-        hidden_states = torch.cat(parts, dim=1).to(transformer.dtype)  # [B, C + C', F, H, W]
-
-        def velocity(branch: Branch, hidden_states=hidden_states, timestep=timestep, index=index) -> torch.Tensor:
-            with transformer.cache_context(branch.name, step_index=index, num_inference_steps=len(timesteps)):
-                return transformer(
-                    hidden_states=hidden_states,
-                    timestep=timestep.expand(hidden_states.shape[0]),
-                    return_dict=False,
-                    **branch.transformer_kwargs,
-                )[0]
-
-        cond, *uncond = (velocity(branch) for branch in conditions.branches)
+        hidden_states = latents
+        if conditions.channel_condition is not None:
+            hidden_states = torch.cat([latents, conditions.channel_condition], dim=1)  # [B, C + C', F, H, W]
+        cond, *uncond = (
+            _velocity(model.pipe.transformer, branch, hidden_states, timestep, index, len(timesteps))
+            for branch in conditions.branches
+        )
         noise_pred = uncond[0] + conditions.guidance_scale * (cond - uncond[0]) if uncond else cond
         latents = scheduler.step(noise_pred, timestep, latents, return_dict=False)[0]
         on_step(index + 1, len(timesteps))
     return latents
+
+
+def _velocity(
+    transformer: Any, branch: Branch, hidden_states: torch.Tensor, timestep: torch.Tensor, index: int, num_steps: int
+) -> torch.Tensor:
+    """One branch's output [B, C, F, H, W] for step `index`; the cache context tells hooks where they are."""
+    with transformer.cache_context(branch.name, step_index=index, num_inference_steps=num_steps):
+        return transformer(
+            hidden_states=hidden_states.to(transformer.dtype),
+            timestep=timestep.expand(hidden_states.shape[0]),
+            return_dict=False,
+            **branch.transformer_kwargs,
+        )[0]

@@ -21,7 +21,6 @@ class RenderedClip:
     decode_s: float
 
 
-@torch.no_grad()
 def render_clip(model: LoadedModel, request: ClipRequest, on_step: StepDone) -> RenderedClip:
     """Renders one clip; the same request gives the same frames on the same kind of device.
 

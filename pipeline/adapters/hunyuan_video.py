@@ -30,6 +30,7 @@ class HunyuanVideo:
             takes_negative_prompt=False,
         )
 
+    @torch.no_grad()
     def prepare(self, pipe: Any, request: ClipRequest, generator: torch.Generator) -> tuple[torch.Tensor, Conditions]:
         device, dtype = pipe._execution_device, pipe.transformer.dtype
         embeds, pooled, mask = pipe.encode_prompt(prompt=request.prompt, device=device)
@@ -57,6 +58,7 @@ class HunyuanVideo:
         scheduler.set_timesteps(sigmas=sigmas, device=device)
         return scheduler.timesteps
 
+    @torch.no_grad()
     def decode(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
         latents = latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
         return pipe.vae.decode(latents, return_dict=False)[0]

@@ -38,6 +38,7 @@ def _set_timesteps(scheduler: Any, num_inference_steps: int, device: torch.devic
     return scheduler.timesteps
 
 
+@torch.no_grad()
 def _decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
     vae = pipe.vae
     latents = latents.to(vae.dtype)
@@ -73,6 +74,7 @@ class WanTextToVideo:
     def size_rule(self, configs: ModelConfigs) -> SizeRule:
         return _size_rule(configs, takes_image=False)
 
+    @torch.no_grad()
     def prepare(self, pipe: Any, request: ClipRequest, generator: torch.Generator) -> tuple[torch.Tensor, Conditions]:
         embeds = _prompt_embeds(pipe, request)
         latents = pipe.prepare_latents(
@@ -103,6 +105,7 @@ class WanImageToVideo:
     def size_rule(self, configs: ModelConfigs) -> SizeRule:
         return _size_rule(configs, takes_image=True)
 
+    @torch.no_grad()
     def prepare(self, pipe: Any, request: ClipRequest, generator: torch.Generator) -> tuple[torch.Tensor, Conditions]:
         device, dtype = pipe._execution_device, pipe.transformer.dtype
         with Image.open(request.image) as opened:  # type: ignore[arg-type]  # size_rule made the image required

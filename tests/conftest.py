@@ -1,0 +1,153 @@
+"""Real diffusers classes at toy size, with random weights, in ordinary checkpoint folders."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY / "scripts"))  # the trainer's text encoders and tokenizers serve the tests too
+
+
+def _wan_parts(seed: int, **transformer):
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+    from tiny.text import TEXT_DIM, new_umt5
+
+    torch.manual_seed(seed)
+    tokenizer, text_encoder = new_umt5()
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": text_encoder.eval(),
+        "vae": AutoencoderKLWan(
+            base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.5, 1.0, 2.0],
+        ).eval(),
+        "transformer": WanTransformer3DModel(
+            num_attention_heads=4,
+            attention_head_dim=12,
+            text_dim=TEXT_DIM,
+            freq_dim=32,
+            ffn_dim=64,
+            num_layers=3,
+            out_channels=4,
+            **({"in_channels": 4} | transformer),
+        ).eval(),
+        "scheduler": UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
+        ),
+    }
+
+
+def build_wan(seed: int = 0):
+    """WanPipeline with 3 blocks and 4 latent channels."""
+    from diffusers import WanPipeline
+
+    return WanPipeline(**_wan_parts(seed))
+
+
+def build_wan_i2v(seed: int = 0):
+    """WanImageToVideoPipeline with an image encoder, as in Wan 2.1 I2V."""
+    from diffusers import WanImageToVideoPipeline
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(seed + 100)
+    vision = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=16
+        )
+    )
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    parts = _wan_parts(seed, in_channels=4 + 4 + 4, image_dim=32, added_kv_proj_dim=48)
+    return WanImageToVideoPipeline(image_encoder=vision.eval(), image_processor=processor, **parts)
+
+
+def build_hunyuan(seed: int = 0):
+    """HunyuanVideoPipeline with 2 dual-stream and 2 single-stream blocks and embedded guidance."""
+    from diffusers import (
+        AutoencoderKLHunyuanVideo,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideoPipeline,
+        HunyuanVideoTransformer3DModel,
+    )
+    from tiny.text import TEXT_DIM, new_clip, new_llama
+
+    torch.manual_seed(seed)
+    tokenizer, text_encoder = new_llama()
+    tokenizer_2, text_encoder_2 = new_clip()
+    return HunyuanVideoPipeline(
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2.eval(),
+        tokenizer_2=tokenizer_2,
+        transformer=HunyuanVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=2,
+            num_single_layers=2,
+            num_refiner_layers=1,
+            text_embed_dim=TEXT_DIM,
+            pooled_projection_dim=TEXT_DIM,
+            rope_axes_dim=(4, 6, 6),
+        ).eval(),
+        vae=AutoencoderKLHunyuanVideo(
+            block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4
+        ).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+    )
+
+
+BUILDERS = {"wan": build_wan, "wan_i2v": build_wan_i2v, "hunyuan": build_hunyuan}
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folder(tmp_path_factory):
+    """Factory: name in BUILDERS -> folder of a saved random checkpoint, made once."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name) / name
+            BUILDERS[name]().save_pretrained(made[name])
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def loaded(checkpoint_folder):
+    """Factory: name in BUILDERS -> LoadedModel on the CPU in float32, made once."""
+    from cineray.pipeline.checkpoint import open_checkpoint
+    from cineray.pipeline.loading import LoadOptions, load_model
+
+    made = {}
+
+    def model(name: str):
+        if name not in made:
+            made[name] = load_model(open_checkpoint(str(checkpoint_folder(name))), LoadOptions())
+        return made[name]
+
+    return model
+
+
+@pytest.fixture
+def new_request(tmp_path):
+    """Factory of a small valid ClipRequest; keyword arguments override."""
+    from cineray.pipeline.request import ClipRequest
+
+    def request(**changes) -> ClipRequest:
+        values = {
+            "id": "1",
+            "prompt": "a red circle moving left on a navy background",
+            "width": 32,
+            "height": 32,
+            "num_frames": 5,
+            "num_inference_steps": 4,
+            "guidance_scale": 4.0,
+            "fps": 8,
+        }
+        return ClipRequest(**(values | changes))
+
+    return request

@@ -1,0 +1,85 @@
+"""The trainer's shortcuts give the numbers that the published pipelines compute (float32, tolerance 1e-5)."""
+
+import pytest
+import torch
+from tiny import vae as tiny_vae
+from tiny.denoiser import HunyuanDenoiser, WanDenoiser
+from tiny.shapes import all_captions, draw_batch
+
+CAPTIONS = [str(all_captions()[i]) for i in (0, 100)] + [""]
+
+
+def clips(num_frames: int) -> torch.Tensor:
+    return draw_batch(2, torch.Generator().manual_seed(0), num_frames)
+
+
+@pytest.mark.parametrize("num_frames", [1, 5, 17])
+@torch.no_grad()
+def test_wan_vae_over_all_frames_at_once_equals_its_chunks(num_frames):
+    torch.manual_seed(0)
+    vae = tiny_vae.new_wan_vae()
+    mean = vae.encode(clips(num_frames)).latent_dist.mode()
+    torch.testing.assert_close(tiny_vae.encode(vae, clips(num_frames)), mean, atol=1e-5, rtol=1e-5)
+    video = vae.decode(mean).sample
+    torch.testing.assert_close(tiny_vae.decode(vae, mean).clamp(-1, 1), video, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("new_vae", [tiny_vae.new_wan_vae, tiny_vae.new_hunyuan_vae])
+@torch.no_grad()
+def test_recalling_the_past_keeps_single_frames_and_normalizing_keeps_the_video(new_vae):
+    torch.manual_seed(0)
+    vae = new_vae()
+    tiny_vae.forget_the_past(vae)
+    before = tiny_vae.decode(vae, tiny_vae.encode(vae, clips(1)))
+    tiny_vae.recall_the_past(vae)
+    after = tiny_vae.decode(vae, tiny_vae.encode(vae, clips(1)))
+    torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-4)
+    video = tiny_vae.decode(vae, tiny_vae.encode(vae, clips(5)))
+    tiny_vae.normalize_latents(vae, seed=3)
+    latents = tiny_vae.encode(vae, draw_batch(16, torch.Generator().manual_seed(9)))
+    assert 0.5 < latents.std() < 2
+    torch.testing.assert_close(tiny_vae.decode(vae, tiny_vae.encode(vae, clips(5))), video, atol=2e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_wan_denoiser_sees_what_the_pipeline_shows(loaded, new_request):
+    """Text padded to 512 zeros by the pipeline; one weighted zero token in the trainer."""
+    torch.manual_seed(1)
+    denoiser = WanDenoiser().eval()
+    model = loaded("wan")
+    latents, timestep = torch.randn(3, 16, 2, 4, 4), torch.tensor([900.0, 500.0, 20.0])
+    ours = denoiser(latents, timestep, CAPTIONS, torch.ones(3))
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+    from diffusers import WanPipeline
+
+    for block in denoiser.transformer.blocks:
+        block.attn2.set_processor(WanAttnProcessor())
+    pipe = WanPipeline(
+        tokenizer=denoiser.tokenizer,
+        text_encoder=denoiser.text_encoder,
+        transformer=denoiser.transformer,
+        vae=model.pipe.vae,
+        scheduler=model.pipe.scheduler,
+    )
+    embeds, _ = pipe.encode_prompt(CAPTIONS, do_classifier_free_guidance=False, max_sequence_length=512)
+    theirs = denoiser.transformer(latents, timestep, embeds, return_dict=False)[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_hunyuan_denoiser_sees_what_the_pipeline_shows(loaded):
+    """The template's 95 tokens cut off, text padded to 256 by the pipeline and masked."""
+    from diffusers import HunyuanVideoPipeline
+
+    torch.manual_seed(1)
+    denoiser = HunyuanDenoiser().eval()
+    latents, timestep = torch.randn(3, 16, 2, 4, 4), torch.tensor([900.0, 500.0, 20.0])
+    guidance = torch.tensor([1.0, 6.0, 3.0])
+    ours = denoiser(latents, timestep, CAPTIONS, guidance)
+    parts = {"tokenizer": denoiser.tokenizer, "tokenizer_2": denoiser.tokenizer_2} | denoiser.parts()
+    other = loaded("hunyuan").pipe
+    pipe = HunyuanVideoPipeline(**parts, vae=other.vae, scheduler=other.scheduler)
+    embeds, pooled, mask = pipe.encode_prompt(CAPTIONS)
+    assert mask.sum(dim=1).tolist() == [10, 10, 1]  # 9 words of the caption and <|eot_id|>
+    theirs = denoiser.transformer(latents, timestep, embeds, mask, pooled, guidance * 1000.0, return_dict=False)[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)

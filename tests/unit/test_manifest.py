@@ -1,0 +1,160 @@
+"""Manifest lines: what is accepted, and what is said about what is not."""
+
+import json
+import tracemalloc
+
+import pytest
+
+from cineray.jobs.manifest import RunDefaults, check_manifest, check_prompts, stream_requests
+from cineray.pipeline.checkpoint import open_checkpoint
+from cineray.pipeline.request import InputError
+
+GOOD = {"prompt": "a red circle moving left on a black background"}
+
+
+@pytest.fixture
+def defaults():
+    return RunDefaults(
+        negative_prompt=None,
+        seed=7,
+        width=64,
+        height=64,
+        num_frames=17,
+        num_inference_steps=50,
+        guidance_scale=5.0,
+        fps=8,
+        cache="none",
+        image=None,
+    )
+
+
+@pytest.fixture
+def checkpoint(checkpoint_folder):
+    return open_checkpoint(str(checkpoint_folder("wan")))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def manifest(*lines):
+        path = tmp_path / "clips.jsonl"
+        texts = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+        path.write_bytes(b"\n".join(texts) + b"\n")
+        return path
+
+    return manifest
+
+
+def test_rows_get_defaults_and_line_numbers(write, defaults, checkpoint):
+    path = write(GOOD, b"", GOOD | {"id": 41, "seed": 3, "guidance": 4, "frames": 5, "steps": 9, "fps": 12})
+    assert check_manifest(path, defaults, checkpoint) == 2
+    first, second = stream_requests(path, defaults)
+    assert (first.id, first.seed, first.num_frames) == ("1", 7, 17)
+    assert (second.id, second.seed, second.num_frames, second.fps) == ("41", 3, 5, 12)
+    assert (second.guidance_scale, second.num_inference_steps) == (4.0, 9)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b"{prompt", "not JSON"),
+        (b"[1, 2]", "must be a JSON object"),
+        (b'"text"', "must be a JSON object"),
+        (b'{"prompt": "\xff"}', "not JSON"),
+        ({}, "prompt is required"),
+        ({"prompt": ""}, "prompt must not be empty"),
+        ({"prompt": " \n"}, "prompt must not be empty"),
+        ({"prompt": 3}, "prompt must be a text, got '3'"),
+        ({"prompt": "a\x00b"}, "prompt must have no control characters"),
+        (GOOD | {"prompt": "x" * 20_001}, "prompt must have at most 20000 characters, got 20001"),
+        (GOOD | {"promt": 1}, "unknown field 'promt'; allowed: prompt, id,"),
+        (GOOD | {"id": "../x"}, "id must be 1 to 100 of"),
+        (GOOD | {"id": "a/b"}, "id must be 1 to 100 of"),
+        (GOOD | {"id": "a\x00b"}, "id must be 1 to 100 of"),
+        (GOOD | {"id": ""}, "id must be 1 to 100 of"),
+        (GOOD | {"id": ".hidden"}, "id must be 1 to 100 of"),
+        (GOOD | {"id": "x" * 101}, "id must be 1 to 100 of"),
+        (GOOD | {"frames": 16}, "frames must be 4k+1, got 16; nearest: 13 or 17"),
+        (GOOD | {"frames": 0}, "frames must be 1 to 4097, got 0"),
+        (GOOD | {"width": 60}, "width must be a multiple of 16, got 60; nearest: 48 or 64"),
+        (GOOD | {"height": 7}, "height must be a multiple of 16, got 7; nearest: 16"),
+        (GOOD | {"steps": 0}, "steps must be 1 to 1000, got 0"),
+        (GOOD | {"steps": 2.5}, "steps must be a whole number, got '2.5'"),
+        (GOOD | {"steps": True}, "steps must be a whole number"),
+        (GOOD | {"seed": -1}, "seed must be 0 to"),
+        (GOOD | {"guidance": "high"}, "guidance must be a number"),
+        (b'{"prompt": "a", "guidance": NaN}', "guidance must be a number"),
+        (GOOD | {"guidance": -1}, "guidance must be 0 to 100, got -1.0"),
+        (GOOD | {"fps": 0}, "fps must be 1 to 240, got 0"),
+        (GOOD | {"cache": "dicash"}, "unknown policy 'dicash'; valid: none"),
+        (GOOD | {"image": "x.png"}, "image cannot be used"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_reason(write, defaults, checkpoint, line, said):
+    path = write(GOOD, line)
+    with pytest.raises(InputError) as caught:
+        check_manifest(path, defaults, checkpoint)
+    (message,) = str(caught.value).splitlines()
+    assert message.startswith(f"{path} line 2: ")
+    assert said in message
+    assert len(message) < 400
+
+
+def test_all_bad_lines_are_reported_up_to_a_limit(write, defaults, checkpoint):
+    path = write(*[GOOD | {"steps": 0}] * 30)
+    with pytest.raises(InputError) as caught:
+        check_manifest(path, defaults, checkpoint)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 21
+    assert lines[-1].endswith("10 more bad lines")
+
+
+def test_ids_must_be_unique_also_against_line_numbers(write, defaults, checkpoint):
+    with pytest.raises(InputError, match=r"line 2: id 'a' is used by an earlier line"):
+        check_manifest(write(GOOD | {"id": "a"}, GOOD | {"id": "a"}), defaults, checkpoint)
+    with pytest.raises(InputError, match=r"line 2: id '2' is used by an earlier line"):
+        check_manifest(write(GOOD | {"id": 2}, GOOD), defaults, checkpoint)
+
+
+def test_an_endless_line_is_reported_and_the_next_is_read(write, defaults, checkpoint):
+    path = write(GOOD | {"prompt": "x" * 10_000_000}, GOOD | {"steps": 0})
+    with pytest.raises(InputError) as caught:
+        check_manifest(path, defaults, checkpoint)
+    first, second = str(caught.value).splitlines()
+    assert "line 1: the line must have at most 1000000 bytes" in first
+    assert "line 2: steps" in second
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_a_manifest_without_clips(tmp_path, defaults, checkpoint, content):
+    path = tmp_path / "empty.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="has no clips"):
+        check_manifest(path, defaults, checkpoint)
+
+
+def test_a_missing_manifest_and_a_folder(tmp_path, defaults, checkpoint):
+    with pytest.raises(InputError, match="cannot be read: No such file"):
+        check_manifest(tmp_path / "none.jsonl", defaults, checkpoint)
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        check_manifest(tmp_path, defaults, checkpoint)
+
+
+def test_negative_prompt_is_refused_where_guidance_is_embedded(defaults, checkpoint_folder):
+    hunyuan = open_checkpoint(str(checkpoint_folder("hunyuan")))
+    from dataclasses import replace
+
+    with pytest.raises(InputError, match="negative_prompt cannot be used"):
+        check_prompts(["a"], replace(defaults, negative_prompt="gray"), hunyuan)
+
+
+def test_a_long_manifest_is_a_stream(tmp_path, defaults, checkpoint):
+    """Memory grows with the ids' digests only: below 300 bytes a line, so below 300 MB for a million."""
+    path = tmp_path / "long.jsonl"
+    with path.open("w") as file:
+        for i in range(20_000):
+            file.write(json.dumps(GOOD | {"id": f"clip-{i}"}) + "\n")
+    tracemalloc.start()
+    assert check_manifest(path, defaults, checkpoint) == 20_000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20_000 * 300

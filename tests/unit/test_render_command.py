@@ -1,0 +1,207 @@
+"""`cineray render` in this process: what it answers, writes and refuses. Random weights, real classes."""
+
+import json
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+
+from cineray.jobs.command_line import _run
+from cineray.pipeline.render import render_clip
+from cineray.pipeline.video import read_metadata, read_video
+
+SMALL = ["--width", "32", "--height", "32", "--frames", "5", "--steps", "3", "--fps", "8"]
+
+
+@pytest.fixture
+def render(checkpoint_folder, tmp_path, capsys):
+    """Runs `cineray render` with the small model: (exit code, stdout, stderr, output folder)."""
+
+    def run(*arguments: str, model: str = "wan", small: bool = True):
+        out = tmp_path / "out"
+        command = ["render", "--out", str(out), "--model", str(checkpoint_folder(model)), *(SMALL if small else [])]
+        code = _run([*command, *arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err, out
+
+    return run
+
+
+def test_prompts_become_playable_clips_with_sidecars(render):
+    code, stdout, stderr, out = render("a red circle", "a blue square", "--seed", "5", "--json")
+    assert code == 0
+    summary = json.loads(stdout.splitlines()[-1])
+    assert [c["id"] for c in summary["clips"]] == ["1", "2"]
+    assert {"id", "status", "video", "steps", "computed_steps", "skipped_steps", "wall_s", "cost"} == set(
+        summary["clips"][0]
+    )
+    assert summary["clips_per_hour"] > 0
+    for clip in summary["clips"]:
+        assert clip["status"] == "done"
+        assert (clip["steps"], clip["computed_steps"], clip["skipped_steps"], clip["cost"]) == (3, 3, 0, 1.0)
+        num_frames, seconds = imageio_ffmpeg.count_frames_and_secs(clip["video"])
+        assert num_frames == 5
+        assert seconds == pytest.approx(5 / 8, abs=0.05)
+    record = read_metadata(out / summary["clips"][0]["video"].split("/")[-1])
+    assert (record["prompt"], record["seed"], record["cache"]) == ("a red circle", 5, "none")
+    assert record["model"]["pipeline"] == "WanPipeline"
+    sidecar = json.loads(next(out.glob("1.*.json")).read_text())
+    assert sidecar.pop("timings").keys() == {"encode_s", "denoise_s", "decode_s", "write_s"}
+    assert sidecar == record
+    assert "[2/2]" in stderr
+    assert not (out / ".tmp").exists()
+    assert len((out / "events.jsonl").read_text().splitlines()) == 2
+
+
+def test_moov_stands_in_front_so_that_browsers_start_at_once(render):
+    _, _, _, out = render("a red circle")
+    content = next(out.glob("*.mp4")).read_bytes()
+    assert 0 < content.index(b"moov") < content.index(b"mdat")
+    meta = next(imageio_ffmpeg.read_frames(str(next(out.glob("*.mp4")))))
+    assert meta["codec"] == "h264"
+    assert meta["pix_fmt"].startswith("yuv420p")
+
+
+def test_a_second_run_renders_nothing_and_a_changed_one_beside_it(render):
+    _, _, _, out = render("a red circle")
+    before = {p: p.read_bytes() for p in out.glob("*.mp4")}
+    code, stdout, _, _ = render("a red circle", "--json")
+    assert code == 0
+    assert [c["status"] for c in json.loads(stdout)["clips"]] == ["existing"]
+    assert {p: p.read_bytes() for p in out.glob("*.mp4")} == before
+    render("a red circle", "--fps", "12")  # same pixels: same fingerprint
+    assert len(list(out.glob("*.mp4"))) == 1
+    render("a red circle", "--seed", "1")
+    assert len(list(out.glob("*.mp4"))) == 2
+
+
+def test_the_same_command_writes_the_same_bytes(render):
+    _, _, _, out = render("a red circle")
+    (video,) = out.glob("*.mp4")
+    first = video.read_bytes()
+    video.unlink()
+    render("a red circle")
+    assert video.read_bytes() == first
+
+
+def test_lossless_decodes_to_exactly_the_rendered_frames(render, loaded, new_request):
+    _, _, _, out = render("a red circle", "--lossless", "--guidance", "4")
+    expected = render_clip(loaded("wan"), new_request(prompt="a red circle", num_inference_steps=3), lambda i, n: None)
+    assert np.array_equal(read_video(next(out.glob("*.mp4"))), expected.frames)
+
+
+@pytest.mark.parametrize("prompt", ["-v; rm -rf / $(id) `id` %s\n'\"=;#\\", "\u2603 \U0001f600 grüße", "title=x\nmajor_brand=y"])
+def test_any_text_survives_in_the_metadata(render, prompt):
+    code, _, _, out = render("--", prompt)
+    assert code == 0
+    assert read_metadata(next(out.glob("*.mp4")))["prompt"] == prompt
+
+
+def test_a_manifest_with_hunyuan_video(render, tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"prompt": "a", "id": "x"}\n\n{"prompt": "b", "seed": 3}\n')
+    code, stdout, _, out = render("--manifest", str(tmp_path / "m.jsonl"), "--json", model="hunyuan")
+    assert code == 0
+    assert [c["id"] for c in json.loads(stdout)["clips"]] == ["x", "3"]
+    assert len(list(out.glob("*.mp4"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "nothing to render: give prompts or --manifest"),
+        (["a", "--manifest", "m.jsonl"], "give prompts or --manifest, not both"),
+        (["--manifest", "none.jsonl"], "manifest none.jsonl cannot be read: No such file"),
+        ([""], "prompt 1: prompt must not be empty"),
+        (["x" * 10_000_000], "prompt 1: prompt must have at most 20000 characters, got 10000000"),
+        (["a", "--frames", "16"], "frames must be 4k+1, got 16; nearest: 13 or 17"),
+        (["a", "--width", "60"], "width must be a multiple of 16, got 60"),
+        (["a", "--steps", "0"], "steps must be 1 to 1000, got 0"),
+        (["a", "--seed", "-1"], "seed must be 0 to"),
+        (["a", "--seed", str(2**63)], "seed must be 0 to"),
+        (["a", "--guidance", "abc"], "'abc' is not a valid float"),
+        (["a", "--guidance", "nan"], "guidance must be 0 to 100, got nan"),
+        (["a", "--cache", "dicash"], "unknown policy 'dicash'; valid: none"),
+        (["a", "--cache", "none(x=1)"], "unknown option 'x' of none"),
+        (["a", "--cache", "none("], "not of the form"),
+        (["a", "--device", "tpu"], "device must be cpu or cuda, got 'tpu'"),
+        (["a", "--dtype", "int8"], "dtype must be auto or one of float32, bfloat16, float16"),
+        (["a", "--offload", "model", "--device", "cpu"], "it needs --device cuda"),
+        (["a", "--image", "x.png"], "image cannot be used"),
+        (["a", "--model", "no-such-model"], "neither a folder nor a hub id owner/name nor one of: tiny-wan"),
+        (["a", "--typo"], "No such option '--typo'"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(render, arguments, said):
+    code, stdout, stderr, out = render(*arguments)
+    assert code == 2
+    assert stdout == ""
+    (line,) = stderr.strip().splitlines()
+    assert line.startswith("cineray")
+    assert said in line
+    assert len(line) < 500
+    assert not out.exists()
+
+
+def test_an_output_folder_that_cannot_be_made(render, tmp_path):
+    (tmp_path / "file").write_text("")
+    for bad in (tmp_path / "file", tmp_path / "file" / "deeper", "/proc/nothing/here"):
+        code, _, stderr, _ = render("a", "--out", str(bad))
+        assert code == 2
+        (line,) = stderr.strip().splitlines()
+        assert f"output folder {bad} cannot be written" in line
+
+
+def test_loading_problems_are_one_line_each(render, checkpoint_folder, tmp_path):
+    import shutil
+
+    def said(folder) -> str:
+        code, _, stderr, out = render("a", "--model", str(folder))
+        assert code == 2
+        assert not out.exists()
+        (line,) = stderr.strip().splitlines()
+        return line
+
+    (tmp_path / "empty").mkdir()
+    assert "model_index.json is missing, so this is not a diffusers folder" in said(tmp_path / "empty")
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint_folder("wan"), broken)
+    weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert f"loading from {broken} failed" in said(broken)
+    weights.unlink()
+    assert f"loading from {broken} failed" in said(broken)
+    (broken / "vae" / "config.json").write_text("{")
+    assert "vae/config.json cannot be read" in said(broken)
+    index = broken / "model_index.json"
+    index.write_text(index.read_text().replace("WanPipeline", "StableDiffusionPipeline"))
+    assert "pipeline 'StableDiffusionPipeline' is not supported; supported: WanPipeline" in said(broken)
+    index.write_text('{"_class_name": "WanPipeline", "boundary_ratio": 0.9}')
+    (broken / "vae" / "config.json").write_text("{}")
+    assert "it is a Wan 2.2 checkpoint" in said(broken)
+
+
+def test_a_hub_id_without_network_is_one_line(render, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    code, _, stderr, out = render("a", "--model", "wan2.1-t2v-1.3b")
+    assert code == 2
+    assert "the hub cannot be reached; check the network" in stderr
+    assert len(stderr.strip().splitlines()) == 1
+    assert not out.exists()
+
+
+def test_a_clip_that_fails_does_not_stop_the_others(render, tmp_path):
+    """An image that is no image passes the checks and fails when it is rendered."""
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    from PIL import Image
+
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "good.png")
+    (tmp_path / "m.jsonl").write_text(
+        '{"prompt": "a", "image": "bad.png", "id": "bad"}\n{"prompt": "b", "image": "good.png", "id": "good"}\n'
+    )
+    code, stdout, stderr, out = render("--manifest", str(tmp_path / "m.jsonl"), "--json", model="wan_i2v")
+    assert code == 1
+    assert [(c["id"], c["status"]) for c in json.loads(stdout)["clips"]] == [("bad", "failed"), ("good", "done")]
+    assert "bad: failed" in stderr
+    assert [p.name.split(".")[0] for p in out.glob("*.mp4")] == ["good"]
