@@ -125,9 +125,7 @@ def clip_timings(clip: RenderedClip, write_s: float) -> dict[str, float]:
     return {name: round(value, 3) for name, value in seconds.items()}
 
 
-def clip_record(
-    request: ClipRequest, mark: str, model: LoadedModel, options: dict[str, object]
-) -> dict[str, Any]:
+def clip_record(request: ClipRequest, mark: str, model: LoadedModel, options: dict[str, object]) -> dict[str, Any]:
     """All that is known about a clip; stands in the sidecar and in the video's comment tag."""
     steps = request.num_inference_steps
     return {

@@ -45,7 +45,9 @@ def cineray() -> None:
 @click.option("--fps", type=int, metavar="N", help="Frames per second of the MP4.  [default: the model's]")
 @click.option("--guidance", type=float, metavar="G", help="Guidance scale.  [default: the model's]")
 @click.option("--negative-prompt", metavar="TEXT", help="What to avoid (Wan).")
-@click.option("--image", type=click.Path(path_type=Path), metavar="FILE", help="First frame, for image-to-video models.")
+@click.option(
+    "--image", type=click.Path(path_type=Path), metavar="FILE", help="First frame, for image-to-video models."
+)
 @click.option("--device", default="", metavar="cpu|cuda", help="[default: cuda if there is one]")
 @click.option("--dtype", default="auto", show_default=True, metavar="NAME", help="float32, bfloat16 or float16.")
 @click.option(

@@ -205,7 +205,9 @@ def check_prompts(prompts: list[str], defaults: RunDefaults, checkpoint: Checkpo
         to_request(ManifestLine(prompt=prompt), number, defaults, Path()) for number, prompt in enumerate(prompts, 1)
     ]
     bad = [
-        f"prompt {request.id}: {'; '.join(reasons)}" for request in requests if (reasons := check_request(request, checkpoint))
+        f"prompt {request.id}: {'; '.join(reasons)}"
+        for request in requests
+        if (reasons := check_request(request, checkpoint))
     ]
     if bad:
         raise InputError("\n".join(bad[:MAX_REPORTED]))

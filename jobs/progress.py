@@ -45,4 +45,6 @@ class RenderProgress:
     def end_clip(self, message: str) -> None:
         self._num_done += 1
         self._bars.update(self._clips, completed=self._num_done)
-        self._console.print(f"[{self._num_done}/{self._num_clips}] {message}", markup=False, highlight=False, soft_wrap=True)
+        self._console.print(
+            f"[{self._num_done}/{self._num_clips}] {message}", markup=False, highlight=False, soft_wrap=True
+        )

@@ -25,7 +25,9 @@ class KnownModel:
 
 
 KNOWN_MODELS: dict[str, KnownModel] = {
-    "tiny-wan": KnownModel(source=str(SHIPPED / "tiny-wan"), note="shipped; moving shapes, runs on a CPU", size=TINY_SIZE),
+    "tiny-wan": KnownModel(
+        source=str(SHIPPED / "tiny-wan"), note="shipped; moving shapes, runs on a CPU", size=TINY_SIZE
+    ),
     "tiny-hunyuan": KnownModel(
         source=str(SHIPPED / "tiny-hunyuan"), note="shipped; moving shapes, runs on a CPU", size=TINY_SIZE
     ),

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 # Sixteen times the 512 tokens that Wan reads at about 4 characters each would be 32k; nobody types that.
 MAX_PROMPT_CHARS = 20_000
@@ -71,11 +72,14 @@ def problems(request: ClipRequest, rule: SizeRule) -> list[str]:
     for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
         if len(text) > MAX_PROMPT_CHARS:
             found.append(f"{name} must have at most {MAX_PROMPT_CHARS} characters, got {len(text)}")
-        elif any(ord(c) < 32 and c not in "\t\n\r" or 0xD800 <= ord(c) <= 0xDFFF for c in text):
+        elif any((ord(c) < 32 and c not in "\t\n\r") or 0xD800 <= ord(c) <= 0xDFFF for c in text):
             found.append(f"{name} must have no control characters, got {shorten(text)}")
     if not request.prompt.strip():
         found.append("prompt must not be empty")
-    if within("frames", request.num_frames, 1, MAX_FRAMES) and request.num_frames % rule.frame_step != 1 % rule.frame_step:
+    if (
+        within("frames", request.num_frames, 1, MAX_FRAMES)
+        and request.num_frames % rule.frame_step != 1 % rule.frame_step
+    ):
         near = _nearest(request.num_frames, rule.frame_step, 1)
         found.append(f"frames must be {rule.frame_step}k+1, got {request.num_frames}; nearest: {near}")
     for name, side in (("width", request.width), ("height", request.height)):
@@ -107,7 +111,7 @@ def fingerprint(request: ClipRequest, model_digest: str, render_options: dict[st
     The id, the frame rate, the device and the layout are left out; `render_options` carries what is common to a
     run (dtype, VAE tiling, lossless).
     """
-    image = hashlib.sha256(open(request.image, "rb").read()).hexdigest() if request.image else None
+    image = hashlib.sha256(Path(request.image).read_bytes()).hexdigest() if request.image else None
     covered = {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,

@@ -1,6 +1,7 @@
 """Frames to MP4 and back, through the ffmpeg that imageio-ffmpeg carries."""
 
 import json
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,7 @@ class VideoError(RuntimeError):
     """ffmpeg could not write or read a video."""
 
 
-def write_video(
-    frames: np.ndarray, path: Path, fps: int, metadata: Mapping[str, Any], lossless: bool = False
-) -> None:
+def write_video(frames: np.ndarray, path: Path, fps: int, metadata: Mapping[str, Any], lossless: bool = False) -> None:
     """Writes an H.264 MP4 that browsers play: yuv420p, index in front.
 
     Args:
@@ -31,13 +30,22 @@ def write_video(
         OSError: the disk is full or not writable.
     """
     num_frames, height, width, _ = frames.shape
-    tags = ["-metadata", f"title={metadata.get('prompt', '')}", "-metadata", f"comment={json.dumps(dict(metadata))}"]
+    tags = [
+        "-metadata",
+        f"title={metadata.get('prompt', '')}",
+        "-metadata",
+        f"comment={json.dumps(dict(metadata), ensure_ascii=False)}",
+    ]
     # one encoder thread: x264's output then does not depend on the machine's core count
     common = ["-movflags", "+faststart", "-threads", "1", "-bitexact", *tags]
-    codec, pixel_format, quality = ("libx264rgb", "rgb24", ["-crf", "0"]) if lossless else (
-        "libx264",
-        "yuv420p",
-        ["-crf", str(CRF), "-preset", "medium"],
+    codec, pixel_format, quality = (
+        ("libx264rgb", "rgb24", ["-crf", "0"])
+        if lossless
+        else (
+            "libx264",
+            "yuv420p",
+            ["-crf", str(CRF), "-preset", "medium"],
+        )
     )
     writer = imageio_ffmpeg.write_frames(
         str(path),
@@ -48,7 +56,7 @@ def write_video(
         macro_block_size=1,
         ffmpeg_log_level="error",
         output_params=[*quality, *common],
-        quality=None,
+        quality=None,  # type: ignore[arg-type]  # annotated int; None means that output_params say it
     )
     try:
         writer.send(None)
@@ -84,8 +92,6 @@ def read_video(path: Path) -> np.ndarray:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """The JSON that `write_video` put into the comment tag; empty where there is none."""
-    import subprocess
-
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
     text = subprocess.run(command, capture_output=True, check=False).stdout.decode("utf-8", "replace")
     # ffmetadata escapes = ; # \ and newlines with a backslash

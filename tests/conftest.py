@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "scripts"))  # the trainer's text encoders and tokenizers serve the tests too
 
 
-def _wan_parts(seed: int, **transformer):
+def _wan_parts(seed: int, **transformer: Any) -> dict[str, Any]:
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
     from tiny.text import TEXT_DIM, new_umt5
 
@@ -20,8 +21,13 @@ def _wan_parts(seed: int, **transformer):
         "tokenizer": tokenizer,
         "text_encoder": text_encoder.eval(),
         "vae": AutoencoderKLWan(
-            base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
-            latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.5, 1.0, 2.0],
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[1.5, 0.5, 1.0, 2.0],
         ).eval(),
         "transformer": WanTransformer3DModel(
             num_attention_heads=4,
@@ -31,7 +37,7 @@ def _wan_parts(seed: int, **transformer):
             ffn_dim=64,
             num_layers=3,
             out_channels=4,
-            **({"in_channels": 4} | transformer),
+            **{"in_channels": 4, **transformer},
         ).eval(),
         "scheduler": UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
@@ -54,7 +60,12 @@ def build_wan_i2v(seed: int = 0):
     torch.manual_seed(seed + 100)
     vision = CLIPVisionModel(
         CLIPVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=16
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=32,
+            patch_size=16,
         )
     )
     processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
@@ -93,7 +104,10 @@ def build_hunyuan(seed: int = 0):
             rope_axes_dim=(4, 6, 6),
         ).eval(),
         vae=AutoencoderKLHunyuanVideo(
-            block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4
+            block_out_channels=(8, 8, 8, 8),  # type: ignore[arg-type]  # diffusers annotates tuple[int]
+            layers_per_block=1,
+            norm_num_groups=4,
+            latent_channels=4,
         ).eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
     )

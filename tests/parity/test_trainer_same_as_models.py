@@ -49,8 +49,8 @@ def test_wan_denoiser_sees_what_the_pipeline_shows(loaded, new_request):
     model = loaded("wan")
     latents, timestep = torch.randn(3, 16, 2, 4, 4), torch.tensor([900.0, 500.0, 20.0])
     ours = denoiser(latents, timestep, CAPTIONS, torch.ones(3))
-    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
     from diffusers import WanPipeline
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
     for block in denoiser.transformer.blocks:
         block.attn2.set_processor(WanAttnProcessor())
@@ -80,6 +80,7 @@ def test_hunyuan_denoiser_sees_what_the_pipeline_shows(loaded):
     other = loaded("hunyuan").pipe
     pipe = HunyuanVideoPipeline(**parts, vae=other.vae, scheduler=other.scheduler)
     embeds, pooled, mask = pipe.encode_prompt(CAPTIONS)
+    assert mask is not None
     assert mask.sum(dim=1).tolist() == [10, 10, 1]  # 9 words of the caption and <|eot_id|>
     theirs = denoiser.transformer(latents, timestep, embeds, mask, pooled, guidance * 1000.0, return_dict=False)[0]
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)

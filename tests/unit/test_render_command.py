@@ -90,7 +90,9 @@ def test_lossless_decodes_to_exactly_the_rendered_frames(render, loaded, new_req
     assert np.array_equal(read_video(next(out.glob("*.mp4"))), expected.frames)
 
 
-@pytest.mark.parametrize("prompt", ["-v; rm -rf / $(id) `id` %s\n'\"=;#\\", "\u2603 \U0001f600 grüße", "title=x\nmajor_brand=y"])
+@pytest.mark.parametrize(
+    "prompt", ["-v; rm -rf / $(id) `id` %s\n'\"=;#\\", "\u2603 \U0001f600 grüße", "title=x\nmajor_brand=y"]
+)
 def test_any_text_survives_in_the_metadata(render, prompt):
     code, _, _, out = render("--", prompt)
     assert code == 0

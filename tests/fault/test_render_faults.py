@@ -1,0 +1,94 @@
+"""`cineray render` as a process of its own: full disks and interrupts. What may be lost: the clip in the works."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio_ffmpeg
+import pytest
+
+SMALL = ["--width", "32", "--height", "32", "--frames", "5"]
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "cineray", "render", *map(str, arguments), *SMALL]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONSAFEPATH": "1"}  # the repository's folders are no top-level packages
+
+
+def test_ctrl_c_leaves_whole_clips_only_and_a_rerun_continues(checkpoint_folder, tmp_path):
+    out = tmp_path / "out"
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("".join(json.dumps({"prompt": "a red circle", "seed": i}) + "\n" for i in range(500)))
+    run = subprocess.Popen(
+        command("--manifest", manifest, "--out", out, "--model", checkpoint_folder("wan"), "--steps", 8),
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("*.mp4"))) < 2 and time.monotonic() < deadline and run.poll() is None:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGINT)
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 130, stderr
+    assert stderr.strip().splitlines()[-1].startswith("cineray: interrupted; finished clips are kept")
+    assert "Traceback" not in stderr
+    videos = sorted(out.glob("*.mp4"))
+    assert 2 <= len(videos) < 500
+    for video in videos:
+        assert imageio_ffmpeg.count_frames_and_secs(str(video))[0] == 5
+    assert not (out / ".tmp").exists()
+
+    manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[: len(videos) + 1]))
+    again = subprocess.run(
+        command("--manifest", manifest, "--out", out, "--model", checkpoint_folder("wan"), "--steps", 8, "--json"),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=120,
+        check=True,
+    )
+    statuses = [clip["status"] for clip in json.loads(again.stdout.splitlines()[-1])["clips"]]
+    assert statuses == ["existing"] * len(videos) + ["done"]
+
+
+def in_tmpfs(folder: Path, size_kib: int, script: str) -> subprocess.CompletedProcess[str] | None:
+    """Runs a shell script with a small tmpfs on `folder` in a mount namespace of its own; None where it may not."""
+    unshare = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
+    mount = f"mount -t tmpfs -o size={size_kib}k tmpfs {folder}"
+    if shutil.which("unshare") is None or subprocess.run([*unshare, "sh", "-c", mount], capture_output=True).returncode:
+        return None
+    return subprocess.run(
+        [*unshare, "sh", "-c", f"{mount} && {script}"], capture_output=True, text=True, env=environment(), timeout=120
+    )
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_no_half_clip(checkpoint_folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    render = " ".join(
+        command(
+            *("'a red circle'", "'a blue square'", "'a red square'", "'a white circle'", "'a blue circle'"),
+            *("--out", out, "--model", checkpoint_folder("wan"), "--steps", 2, "--lossless"),
+        )
+    )
+    done = in_tmpfs(out, 48, f"{render}; echo code $?; ls -A {out}; rm -f {out}/*.mp4")
+    if done is None:
+        pytest.skip("this system does not let the test mount a tmpfs")
+    code, *left = done.stdout.splitlines()
+    assert code == "code 2", done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"cineray: output folder {out}: the disk is full (")
+    assert last.endswith("make room and run the same command again")
+    assert "Traceback" not in done.stderr
+    assert ".tmp" not in left
+    assert any(name.endswith(".mp4") for name in left)  # the clips before it stay
+    assert len([name for name in left if name.endswith(".mp4")]) < 5
