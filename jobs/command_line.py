@@ -3,11 +3,20 @@
 import json
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:  # torch and diffusers take seconds to import; `--help` should not wait for them
+    from cineray.jobs.batch import ClipResult
+    from cineray.jobs.manifest import RunDefaults
+    from cineray.pipeline.checkpoint import Checkpoint
+    from cineray.pipeline.loading import LoadOptions
+    from cineray.pipeline.request import ClipRequest
 
 EXIT_DONE, EXIT_FAILED_CLIPS, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -93,70 +102,93 @@ def render(
       cineray render --manifest examples/demo.jsonl --out out/demo --steps 30 --json
       cineray render "a cat walks" --model wan2.1-t2v-1.3b --device cuda --offload model --out out/cat
     """
-    from cineray.pipeline.request import InputError
-
-    if prompts and manifest:
-        raise InputError("give prompts or --manifest, not both")
-
-    import torch
-
-    from cineray.jobs.batch import render_batch
-    from cineray.jobs.manifest import RunDefaults, check_manifest, check_prompts, stream_requests
-    from cineray.jobs.output_folder import OutputFolder
-    from cineray.jobs.progress import RenderProgress
+    from cineray.jobs.manifest import RunDefaults
     from cineray.pipeline.checkpoint import open_checkpoint
-    from cineray.pipeline.loading import LoadOptions, load_model
+    from cineray.pipeline.loading import LoadOptions, default_device
 
+    checkpoint = open_checkpoint(model)
+    sizes = checkpoint.defaults
+    defaults = RunDefaults(
+        negative_prompt=negative_prompt,
+        seed=seed,
+        width=_given(width, sizes.width),
+        height=_given(height, sizes.height),
+        num_frames=_given(frames, sizes.num_frames),
+        num_inference_steps=_given(steps, sizes.num_inference_steps),
+        guidance_scale=_given(guidance, sizes.guidance_scale),
+        fps=_given(fps, sizes.fps),
+        cache=cache,
+        image=None if image is None else str(image.resolve()),
+    )
     options = LoadOptions(
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device or default_device(),
         dtype=dtype,
         offload=offload,  # type: ignore[arg-type]  # LoadOptions checks it
         vae_tiling=vae_tiling,
     )
-    checkpoint = open_checkpoint(model)
-
-    def given(value: Any, default: Any) -> Any:
-        return default if value is None else value
-
-    defaults = RunDefaults(
-        negative_prompt=negative_prompt,
-        seed=seed,
-        width=given(width, checkpoint.defaults.width),
-        height=given(height, checkpoint.defaults.height),
-        num_frames=given(frames, checkpoint.defaults.num_frames),
-        num_inference_steps=given(steps, checkpoint.defaults.num_inference_steps),
-        guidance_scale=given(guidance, checkpoint.defaults.guidance_scale),
-        fps=given(fps, checkpoint.defaults.fps),
-        cache=cache,
-        image=None if image is None else str(image.resolve()),
-    )
-    if manifest is not None:
-        num_clips = check_manifest(manifest, defaults, checkpoint)
-        requests = stream_requests(manifest, defaults)
-    else:
-        requests = check_prompts(list(prompts), defaults, checkpoint)
-        num_clips = len(requests)
-    folder = OutputFolder(out)
-    try:
-        loaded = load_model(checkpoint, options)
-        folder.write_json("run.json", {"model": model, "options": asdict(options), "defaults": asdict(defaults)})
-        began = time.monotonic()
-        with RenderProgress(num_clips) as progress:
-            results = render_batch(requests, loaded, folder, progress, lossless)
-    finally:
-        folder.close()
-    wall_s = time.monotonic() - began
-    num_done = sum(r.status == "done" for r in results)
+    num_clips, requests = _requests(prompts, manifest, defaults, checkpoint)
+    results, wall_s = _render(num_clips, requests, checkpoint, options, defaults, out, lossless)
+    counts = Counter(r.status for r in results)
     summary = {
         "clips": [{k: v for k, v in asdict(r).items() if k != "error" or v} for r in results],
         "wall_s": round(wall_s, 3),
-        "clips_per_hour": round(num_done / wall_s * 3600, 1) if wall_s > 0 else 0.0,
+        "clips_per_hour": round(counts["done"] / wall_s * 3600, 1),
     }
-    counts = ", ".join(f"{n} {s}" for s in ("done", "existing", "failed") if (n := sum(r.status == s for r in results)))
-    print(f"{counts} in {wall_s:.1f} s ({summary['clips_per_hour']:.0f} clips per hour), in {out}", file=sys.stderr)
+    said = ", ".join(f"{number} {status}" for status, number in counts.items())
+    print(f"{said} in {wall_s:.1f} s ({summary['clips_per_hour']:.0f} clips per hour), in {out}", file=sys.stderr)
     if as_json:
         print(json.dumps(summary, ensure_ascii=False))
-    return EXIT_FAILED_CLIPS if any(r.status == "failed" for r in results) else EXIT_DONE
+    return EXIT_FAILED_CLIPS if counts["failed"] else EXIT_DONE
+
+
+def _given(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _requests(
+    prompts: tuple[str, ...], manifest: Path | None, defaults: "RunDefaults", checkpoint: "Checkpoint"
+) -> tuple[int, Iterable["ClipRequest"]]:
+    """(number of clips, the clips as a stream), all of them checked."""
+    from cineray.jobs.manifest import check_manifest, check_prompts, stream_requests
+    from cineray.jobs.progress import checking_lines
+    from cineray.pipeline.request import InputError
+
+    if manifest is None:
+        requests = check_prompts(list(prompts), defaults, checkpoint)
+        return len(requests), requests
+    if prompts:
+        raise InputError("give prompts or --manifest, not both")
+    with checking_lines(manifest.name) as on_line:
+        num_clips = check_manifest(manifest, defaults, checkpoint, on_line)
+    return num_clips, stream_requests(manifest, defaults)
+
+
+def _render(
+    num_clips: int,
+    requests: Iterable["ClipRequest"],
+    checkpoint: "Checkpoint",
+    options: "LoadOptions",
+    defaults: "RunDefaults",
+    out: Path,
+    lossless: bool,
+) -> tuple[list["ClipResult"], float]:
+    """(results, seconds after the model was loaded)."""
+    from cineray.jobs.batch import render_batch
+    from cineray.jobs.output_folder import OutputFolder
+    from cineray.jobs.progress import RenderProgress
+    from cineray.pipeline.loading import load_model
+
+    folder = OutputFolder(out)
+    try:
+        model = load_model(checkpoint, options)
+        run = {"model": checkpoint.name, "options": asdict(options), "defaults": asdict(defaults)}
+        folder.write_json("run.json", run)
+        began = time.monotonic()
+        with RenderProgress(num_clips) as progress:
+            results = render_batch(requests, model, folder, progress, lossless)
+        return results, time.monotonic() - began
+    finally:
+        folder.close()
 
 
 @cineray.command()

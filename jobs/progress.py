@@ -1,6 +1,8 @@
 """What a person sees while clips render: bars on a terminal, plain lines in a log. Always on stderr."""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -48,3 +50,16 @@ class RenderProgress:
         self._console.print(
             f"[{self._num_done}/{self._num_clips}] {message}", markup=False, highlight=False, soft_wrap=True
         )
+
+
+@contextmanager
+def checking_lines(name: str) -> Iterator[Callable[[int], None]]:
+    """Shows on a terminal how far a manifest has been checked; yields the callback that takes line numbers."""
+    console = Console(file=sys.stderr)
+    with console.status(f"checking {name}") as status:
+
+        def on_line(number: int) -> None:
+            if number % 10_000 == 0:
+                status.update(f"checking {name}: {number} lines")
+
+        yield on_line

@@ -15,6 +15,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 Offload = Literal["none", "model", "sequential"]
 
 
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadOptions:
     """How the weights sit on the device.

@@ -30,6 +30,20 @@ SEEDS = {"wan": 1, "hunyuan": 2}
 PLANS = {"wan": Plan(steps=5000), "hunyuan": Plan(steps=3600, guided_steps=800)}
 CLIPS_PER_CAPTION = 16
 MAX_CHECKPOINT_BYTES = 24_000_000
+CARD = """# tiny-{family}
+
+Trained from nothing on clips that `scripts/tiny/shapes.py` draws: one flat shape that moves over a flat
+background. It renders sentences of the form
+
+    a <red|green|blue|yellow|purple|white> <circle|square|triangle> moving <left|right|up|down>
+    on a <black|gray|navy> background
+
+at 64x64 pixels, 17 frames. Made by
+
+    python scripts/train_tiny.py {family} --work out/train/{family} --out pipeline/checkpoints/tiny-{family}
+
+on one CPU core; `training/` holds the logs. Licence: Apache-2.0, like the rest of cineray.
+"""
 
 
 def main() -> None:
@@ -60,9 +74,7 @@ def main() -> None:
     (arguments.out / "training").mkdir()
     for log in sorted(work.glob("*.log.jsonl")):
         shutil.copy(log, arguments.out / "training" / log.name)
-    (arguments.out / "training" / "command.txt").write_text(
-        f"python scripts/train_tiny.py {family} --work out/train/{family} --out pipeline/checkpoints/tiny-{family}\n"
-    )
+    (arguments.out / "README.md").write_text(CARD.format(family=family))
     num_bytes = sum(p.stat().st_size for p in arguments.out.rglob("*") if p.is_file())
     say(work, "saved", num_bytes=num_bytes, allowed_bytes=MAX_CHECKPOINT_BYTES)
     if num_bytes > MAX_CHECKPOINT_BYTES:

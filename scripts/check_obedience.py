@@ -1,0 +1,295 @@
+#!/usr/bin/env python
+"""Measures how often a tiny checkpoint renders what the caption says, and how well its VAE restores clips.
+
+Renders (caption, seed) pairs in float32 on the CPU, reads the frames with tiny.reading, which sees no caption, and
+compares. The reader itself is measured too, on drawn clips, with and without noise.
+
+    python scripts/check_obedience.py --model tiny-wan
+    python scripts/check_obedience.py --model tiny-hunyuan --contact-sheet out/hunyuan.png
+    python scripts/check_obedience.py --model out/my-wan --num-pairs 12 --steps 20 --vae-clips 8 --json
+
+Exit code: 0; 1 if colour or direction is below 95 % or the VAE below 30 dB; 2 if the model cannot be used.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny.reading import Reading, read_frames
+from tiny.shapes import NUM_FRAMES, SIZE, Caption, all_captions, draw_clip
+
+from cineray.pipeline.request import ClipRequest, InputError, problems
+
+if TYPE_CHECKING:
+    from cineray.pipeline.loading import LoadedModel
+
+PROPERTIES = ("colour", "shape", "direction", "background")
+LIMITS_PERCENT = {"colour": 95.0, "direction": 95.0}  # what the README promises of the shipped checkpoints
+LIMIT_PSNR_DB = 30.0
+
+# Training seeds its generators with k * 1_000_003 + step, k up to 32, and with numbers below 12_000
+# (train_tiny.py, tiny/vae.py, tiny/denoiser.py): the first three lie outside of all of these.
+FIRST_PAIR_SEED = 900_000_000
+FIRST_VAE_SEED = 77_000
+FIRST_DRAWN_SEED = 88_000
+# 85 has no factor in common with 216, so 216 pairs are all captions; of the strides that do, it gives the most even
+# counts: the first 48 pairs hold every colour 8, shape 16, direction 12 and background 16 times.
+CAPTION_STRIDE = 85
+
+NOISE_SIGMA = 12.0  # levels of 256: about the 26 dB at which a poorly trained VAE stops
+ZOOM = 2  # contact sheet: 64 px frames are too small to judge by eye
+SHEET_COLUMNS = 3  # of pairs: 48 of them make a sheet of about 1550 x 2400 px
+TEXT_HEIGHT_PX = 14  # PIL's built-in font is 11 px high
+GAP_PX = 6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """One clip to render."""
+
+    caption: Caption
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What was asked for and what was seen."""
+
+    pair: Pair
+    reading: Reading
+
+    def hit(self, name: str) -> bool:
+        """Whether the property `name` of the caption was seen."""
+        return getattr(self.reading, name) == getattr(self.pair.caption, name)
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    pairs = pick_pairs(arguments.num_pairs)
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    with bars:
+        try:
+            model = load(arguments.model)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        reader = {"drawn": read_drawn(0.0), f"drawn, noise {NOISE_SIGMA:.0f}": read_drawn(NOISE_SIGMA)}
+        vae_bar = bars.add_task("VAE, clips", total=arguments.vae_clips)
+        psnr_db = vae_psnr_db(model, arguments.vae_clips, lambda: bars.advance(vae_bar))
+        render_bar = bars.add_task("rendering, steps", total=len(pairs) * arguments.steps)
+        clips = list(render(model, pairs, arguments.steps, lambda *_: bars.advance(render_bar)))
+    outcomes = measure(pairs, clips)
+    if arguments.contact_sheet:
+        contact_sheet(outcomes, clips).save(arguments.contact_sheet)
+    report = summary(outcomes, psnr_db) | {
+        "model": arguments.model,
+        "digest": model.digest,
+        "steps": arguments.steps,
+        "reader": {name: tallies(drawn) for name, drawn in reader.items()},
+    }
+    print_report(report)
+    if arguments.json:
+        print(json.dumps(report))
+    return 0 if report["passed"] else 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    def positive(text: str) -> int:
+        number = int(text)
+        if number < 1:
+            raise argparse.ArgumentTypeError(f"must be 1 or more, got {number}")
+        return number
+
+    def png(text: str) -> Path:
+        path = Path(text)
+        if path.suffix != ".png" or not path.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"must be a .png in a folder that exists, got {text}")
+        return path
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="tiny-wan, tiny-hunyuan, or the folder of such a checkpoint")
+    parser.add_argument("--num-pairs", type=positive, default=48, help="clips to render (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=50, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--vae-clips", type=positive, default=32, help="clips for the PSNR (default: %(default)s)")
+    parser.add_argument("--contact-sheet", type=png, metavar="FILE.png", help="write four frames of every clip")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
+    return parser.parse_args()
+
+
+def pick_pairs(num_pairs: int) -> list[Pair]:
+    """The same pairs every time, spread evenly over colours, shapes, directions and backgrounds."""
+    captions = all_captions()
+    return [
+        Pair(caption=captions[i * CAPTION_STRIDE % len(captions)], seed=FIRST_PAIR_SEED + i) for i in range(num_pairs)
+    ]
+
+
+# diffusers takes seconds to import: only what needs a model imports it, so --help and the tests stay fast
+
+
+def load(name: str) -> "LoadedModel":
+    """Loads the checkpoint in float32 on the CPU.
+
+    Raises:
+        InputError: it is not here, or cannot render 64 x 64 clips of 17 frames from text alone.
+    """
+    from cineray.pipeline.checkpoint import open_checkpoint
+    from cineray.pipeline.loading import LoadOptions, load_model
+
+    model = load_model(open_checkpoint(name), LoadOptions(device="cpu", dtype="float32"))
+    reasons = problems(clip_request(model, pick_pairs(1)[0], num_steps=1), model.checkpoint.size_rule)
+    if reasons:
+        raise InputError(f"model {name}: {'; '.join(reasons)}")
+    return model
+
+
+def clip_request(model: "LoadedModel", pair: Pair, num_steps: int) -> ClipRequest:
+    defaults = model.checkpoint.defaults
+    return ClipRequest(
+        id=f"seed-{pair.seed}",
+        prompt=str(pair.caption),
+        seed=pair.seed,
+        width=SIZE,
+        height=SIZE,
+        num_frames=NUM_FRAMES,
+        num_inference_steps=num_steps,
+        guidance_scale=defaults.guidance_scale,
+        fps=defaults.fps,
+    )
+
+
+def render(
+    model: "LoadedModel", pairs: Iterable[Pair], num_steps: int, on_step: Callable[[int, int], None]
+) -> Iterator[np.ndarray]:
+    """Frames [17, 64, 64, 3] uint8 of each pair."""
+    from cineray.pipeline.render import render_clip
+
+    for pair in pairs:
+        yield render_clip(model, clip_request(model, pair, num_steps), on_step).frames
+
+
+def vae_psnr_db(model: "LoadedModel", num_clips: int, on_clip: Callable[[], None]) -> float:
+    """Mean PSNR in dB over freshly drawn clips, through the model's own vae.encode (mode) and vae.decode."""
+    from tiny.vae import reconstruction_psnr
+
+    psnr_db = []
+    for i in range(num_clips):
+        psnr_db.append(reconstruction_psnr(model.pipe.vae, 1, seed=FIRST_VAE_SEED + i))
+        on_clip()
+    return sum(psnr_db) / num_clips
+
+
+def drawn_frames(caption: Caption, seed: int, noise_sigma: float = 0.0) -> np.ndarray:
+    """The ground truth of a caption as frames [17, 64, 64, 3] uint8, with Gaussian noise of so many levels."""
+    generator = torch.Generator().manual_seed(seed)
+    levels = (draw_clip(caption, generator) + 1) * 127.5
+    levels = levels + noise_sigma * torch.randn(levels.shape, generator=generator)
+    return levels.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).numpy()
+
+
+def read_drawn(noise_sigma: float) -> list[Outcome]:
+    """The reader on one fresh clip of each of the 216 captions."""
+    pairs = [Pair(caption=c, seed=FIRST_DRAWN_SEED + i) for i, c in enumerate(all_captions())]
+    return measure(pairs, (drawn_frames(p.caption, p.seed, noise_sigma) for p in pairs))
+
+
+def measure(pairs: Iterable[Pair], clips: Iterable[np.ndarray]) -> list[Outcome]:
+    """Reads the clips [F, H, W, 3] uint8 of the pairs, in their order."""
+    return [Outcome(pair=p, reading=read_frames(frames)) for p, frames in zip(pairs, clips, strict=True)]
+
+
+def tallies(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
+    """Hits, total, percentage and misses by property; "all" counts clips with every property right."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name in (*PROPERTIES, "all"):
+        wanted = PROPERTIES if name == "all" else (name,)
+        missed = [o for o in outcomes if not all(o.hit(w) for w in wanted)]
+        hits = len(outcomes) - len(missed)
+        rows[name] = {
+            "hits": hits,
+            "total": len(outcomes),
+            "percent": 100 * hits / len(outcomes),
+            "misses": [
+                {"caption": str(o.pair.caption), "seed": o.pair.seed, "read": asdict(o.reading)} for o in missed
+            ],
+        }
+    return rows
+
+
+def summary(outcomes: list[Outcome], psnr_db: float) -> dict[str, Any]:
+    """The tallies beside the limits, and whether all limits are kept."""
+    properties = tallies(outcomes)
+    kept = all(properties[name]["percent"] >= limit for name, limit in LIMITS_PERCENT.items())
+    return {
+        "properties": properties,
+        "vae_psnr_db": psnr_db,
+        "limits": LIMITS_PERCENT | {"vae_psnr_db": LIMIT_PSNR_DB},
+        "passed": kept and psnr_db >= LIMIT_PSNR_DB,
+    }
+
+
+def describe(read: dict[str, Any]) -> str:
+    """A reading in one line; ? for what could not be seen."""
+    words = {name: read[name] or "?" for name in PROPERTIES}
+    line = "{colour} {shape} moving {direction} on {background}".format(**words)
+    if read["displacement_px"] is None:
+        return f"{line} (nothing found)"
+    dx, dy = read["displacement_px"]
+    return f"{line} (fill {read['fill_ratio']:.2f}, moved {dx:+.1f} {dy:+.1f} px, rgb {read['colour_rgb']})"
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Tables for people, on stdout."""
+    print(f"{report['model']} ({report['digest']}), {report['steps']} steps")
+    for title, rows in {"rendered": report["properties"], **report["reader"]}.items():
+        print(f"\n{title if title == 'rendered' else f'the reader itself: {title}'}")
+        for name, row in rows.items():
+            limit = LIMITS_PERCENT.get(name) if title == "rendered" else None
+            note = f"  (at least {limit:.0f} %)" if limit else ""
+            print(f"  {name:<12}{row['hits']:>4} / {row['total']:<4}{row['percent']:>6.1f} %{note}")
+        for miss in rows["all"]["misses"]:
+            print(f"    miss: {miss['caption']}, seed {miss['seed']}\n    read: {describe(miss['read'])}")
+    print(f"\nVAE reconstruction  {report['vae_psnr_db']:.2f} dB  (at least {LIMIT_PSNR_DB:.0f} dB)")
+    print("passed" if report["passed"] else "FAILED")
+
+
+def contact_sheet(outcomes: list[Outcome], clips: list[np.ndarray]) -> Image.Image:
+    """First, one-third, two-thirds and last frame of each clip under its caption; red captions are misses."""
+    side = SIZE * ZOOM
+    cell_width, cell_height = 4 * side + GAP_PX, side + TEXT_HEIGHT_PX + GAP_PX
+    num_rows = -(-len(clips) // SHEET_COLUMNS)
+    sheet = Image.new("RGB", (SHEET_COLUMNS * cell_width, num_rows * cell_height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for index, (outcome, frames) in enumerate(zip(outcomes, clips, strict=True)):
+        row, column = divmod(index, SHEET_COLUMNS)
+        left, top = column * cell_width, row * cell_height
+        colour = "black" if all(outcome.hit(name) for name in PROPERTIES) else "red"
+        pen.text((left, top), f"{outcome.pair.caption}, seed {outcome.pair.seed}", fill=colour)
+        for place, share in enumerate((0, 1 / 3, 2 / 3, 1)):
+            frame = Image.fromarray(frames[round(share * (len(frames) - 1))])
+            frame = frame.resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(frame, (left + place * side, top + TEXT_HEIGHT_PX))
+    return sheet
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""The reader of frames that judges the tiny checkpoints, on clips whose content is known."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+from check_obedience import PROPERTIES, Outcome, Pair, contact_sheet, drawn_frames, measure, pick_pairs, summary
+from tiny.reading import Reading, read_frames
+from tiny.shapes import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, Caption, all_captions
+
+CAPTIONS = [pair.caption for pair in pick_pairs(24)]
+
+
+def named(reading: Reading) -> Caption:
+    return Caption(**{name: getattr(reading, name) for name in PROPERTIES})
+
+
+def test_the_captions_below_hold_every_word():
+    words = {word for caption in CAPTIONS for word in str(caption).split()}
+    assert words >= {*COLOURS, *SHAPES, *DIRECTIONS, *BACKGROUNDS}
+
+
+@pytest.mark.parametrize("noise_sigma", [0.0, 12.0])
+@pytest.mark.parametrize("caption", CAPTIONS, ids=str)
+def test_reads_what_was_drawn(caption, noise_sigma):
+    assert named(read_frames(drawn_frames(caption, seed=5, noise_sigma=noise_sigma))) == caption
+
+
+@pytest.mark.parametrize(("shape", "fill_ratio"), [("circle", np.pi / 4), ("square", 1.0), ("triangle", 0.5)])
+def test_fill_ratio_is_the_geometric_one(shape, fill_ratio):
+    caption = Caption(colour="red", shape=shape, direction="up", background="navy")
+    # 0.07: the drawn corners are cut by one pixel of antialiasing, most of all the triangle's
+    assert read_frames(drawn_frames(caption, seed=6)).fill_ratio == pytest.approx(fill_ratio, abs=0.07)
+
+
+def test_displacement_is_the_speed_times_the_frames():
+    caption = Caption(colour="white", shape="square", direction="left", background="black")
+    frames = np.full((9, 64, 64, 3), 8, dtype=np.uint8)
+    for i, frame in enumerate(frames):
+        frame[20:40, 40 - 2 * i : 60 - 2 * i] = 248
+    reading = read_frames(frames)
+    assert named(reading) == caption
+    assert reading.displacement_px == pytest.approx((-16, 0), abs=0.01)
+    assert reading.area_px == pytest.approx(400, abs=0.1)
+
+
+def test_blank_clip_has_a_background_and_nothing_else():
+    reading = read_frames(np.full((17, 64, 64, 3), 112, dtype=np.uint8))
+    assert reading == Reading(background="gray", background_rgb=(112, 112, 112))
+
+
+def test_pure_noise_has_nothing():
+    assert read_frames(np.random.default_rng(7).integers(0, 256, (17, 64, 64, 3), dtype=np.uint8)) == Reading()
+
+
+def test_resting_shape_has_no_direction():
+    frame = drawn_frames(CAPTIONS[0], seed=8)[:1]
+    reading = read_frames(np.repeat(frame, 17, axis=0))
+    assert (reading.shape, reading.direction) == (CAPTIONS[0].shape, None)
+
+
+def test_diagonal_movement_has_no_direction():
+    frames = drawn_frames(Caption(colour="red", shape="circle", direction="right", background="black"), seed=9)
+    frames = np.stack([np.roll(frame, i, axis=0) for i, frame in enumerate(frames)])
+    assert read_frames(frames).direction is None
+
+
+def test_triangle_with_a_corner_down_is_no_shape():
+    frames = drawn_frames(Caption(colour="red", shape="triangle", direction="right", background="black"), seed=10)
+    assert read_frames(frames[:, ::-1]).shape is None
+
+
+def test_shape_that_vanishes_halfway_is_not_read():
+    frames = drawn_frames(CAPTIONS[0], seed=11)
+    frames[8:] = frames[0, 0, 0]
+    assert read_frames(frames).colour is None
+
+
+def test_wrong_caption_is_a_miss():
+    drawn = Caption(colour="red", shape="circle", direction="left", background="gray")
+    asked = Caption(colour="blue", shape="circle", direction="right", background="gray")
+    outcomes = measure([Pair(caption=asked, seed=12)], [drawn_frames(drawn, seed=12)])
+    report = json.loads(json.dumps(summary(outcomes, psnr_db=35.0)))
+    hits = {name: row["hits"] for name, row in report["properties"].items()}
+    assert hits == {"colour": 0, "shape": 1, "direction": 0, "background": 1, "all": 0}
+    (miss,) = report["properties"]["colour"]["misses"]
+    assert (miss["caption"], miss["seed"], miss["read"]["colour"]) == (str(asked), 12, "red")
+    assert not report["passed"]
+
+
+@pytest.mark.parametrize(("psnr_db", "passed"), [(30.0, True), (29.9, False)])
+def test_report_fails_below_the_psnr_limit(psnr_db, passed):
+    pairs = pick_pairs(2)
+    outcomes = measure(pairs, [drawn_frames(p.caption, p.seed) for p in pairs])
+    assert summary(outcomes, psnr_db)["passed"] is passed
+
+
+def test_pairs_are_evenly_spread():
+    for name, words in (("colour", COLOURS), ("shape", SHAPES), ("direction", DIRECTIONS), ("background", BACKGROUNDS)):
+        counts = [sum(getattr(p.caption, name) == word for p in pick_pairs(48)) for word in words]
+        assert counts == [48 // len(words)] * len(words)
+    assert {p.caption for p in pick_pairs(216)} == set(all_captions())
+
+
+def test_contact_sheet_holds_four_frames_of_each_clip():
+    clip = drawn_frames(CAPTIONS[0], seed=13)
+    outcome = Outcome(pair=Pair(caption=CAPTIONS[0], seed=13), reading=read_frames(clip))
+    sheet = np.asarray(contact_sheet([outcome], [clip]))
+    for place, index in enumerate((0, 5, 11, 16)):
+        shown = sheet[14:142:2, 128 * place : 128 * (place + 1) : 2]
+        np.testing.assert_array_equal(shown, clip[index])
