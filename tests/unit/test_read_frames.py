@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections import Counter
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +92,7 @@ def test_wrong_caption_is_a_miss():
     assert hits == {"colour": 0, "shape": 1, "direction": 0, "background": 1, "all": 0}
     (miss,) = report["properties"]["colour"]["misses"]
     assert (miss["caption"], miss["seed"], miss["read"]["colour"]) == (str(asked), 12, "red")
+    assert miss["wrong"] == ["colour", "direction"]
     assert not report["passed"]
 
 
@@ -100,11 +103,23 @@ def test_report_fails_below_the_psnr_limit(psnr_db, passed):
     assert summary(outcomes, psnr_db)["passed"] is passed
 
 
-def test_pairs_are_evenly_spread():
-    for name, words in (("colour", COLOURS), ("shape", SHAPES), ("direction", DIRECTIONS), ("background", BACKGROUNDS)):
-        counts = [sum(getattr(p.caption, name) == word for p in pick_pairs(48)) for word in words]
-        assert counts == [48 // len(words)] * len(words)
-    assert {p.caption for p in pick_pairs(216)} == set(all_captions())
+@pytest.mark.parametrize("num_pairs", [12, 48])
+def test_pairs_are_evenly_spread(num_pairs):
+    words = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS, "background": BACKGROUNDS}
+    captions = [pair.caption for pair in pick_pairs(num_pairs)]
+    for name in words:
+        counts = Counter(getattr(c, name) for c in captions)
+        assert counts == dict.fromkeys(words[name], num_pairs // len(words[name]))
+    for one, other in combinations(words, 2):
+        counts = Counter((getattr(c, one), getattr(c, other)) for c in captions)
+        sizes = [counts[pair] for pair in product(words[one], words[other])]
+        assert max(sizes) - min(sizes) <= 2
+
+
+def test_pairs_go_through_all_captions_before_one_comes_again():
+    pairs = pick_pairs(220)
+    assert {p.caption for p in pairs[:216]} == set(all_captions())
+    assert len({p.seed for p in pairs}) == 220
 
 
 def test_contact_sheet_holds_four_frames_of_each_clip():
@@ -112,5 +127,5 @@ def test_contact_sheet_holds_four_frames_of_each_clip():
     outcome = Outcome(pair=Pair(caption=CAPTIONS[0], seed=13), reading=read_frames(clip))
     sheet = np.asarray(contact_sheet([outcome], [clip]))
     for place, index in enumerate((0, 5, 11, 16)):
-        shown = sheet[14:142:2, 128 * place : 128 * (place + 1) : 2]
+        shown = sheet[14:142:2, 130 * place : 130 * place + 128 : 2]
         np.testing.assert_array_equal(shown, clip[index])
