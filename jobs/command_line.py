@@ -173,7 +173,7 @@ def _render(
     lossless: bool,
 ) -> tuple[list["ClipResult"], float]:
     """(results, seconds after the model was loaded)."""
-    from cineray.jobs.batch import render_batch
+    from cineray.jobs.batch import Batch, render_batch
     from cineray.jobs.output_folder import OutputFolder
     from cineray.jobs.progress import RenderProgress
     from cineray.pipeline.loading import load_model
@@ -185,7 +185,8 @@ def _render(
         folder.write_json("run.json", run)
         began = time.monotonic()
         with RenderProgress(num_clips) as progress:
-            results = render_batch(requests, model, folder, progress, lossless)
+            batch = Batch(model=model, folder=folder, progress=progress, lossless=lossless)
+            results = render_batch(batch, requests)
         return results, time.monotonic() - began
     finally:
         folder.close()

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError
 
-from cineray.caching.spec import parse_spec
 from cineray.pipeline.checkpoint import Checkpoint
 from cineray.pipeline.request import ClipRequest, InputError, problems, shorten
 
@@ -73,16 +72,34 @@ def to_request(line: ManifestLine, number: int, defaults: RunDefaults, folder: P
     )
 
 
-def check_request(request: ClipRequest, checkpoint: Checkpoint) -> list[str]:
-    """All that keeps a request from being rendered, each in one phrase."""
-    found = problems(request, checkpoint.size_rule)
-    try:
-        parse_spec(request.cache)
-    except ValueError as error:
-        found.append(str(error))
-    if request.image is not None and not Path(request.image).is_file():
-        found.append(f"image {shorten(request.image)} is not a file")
-    return found
+class RequestCheck:
+    """Says all that keeps a request from being rendered by a model, each in one phrase.
+
+    A manifest names the same few policies a million times; each is read once.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._rule = checkpoint.size_rule
+        self._policies: dict[str, str | None] = {}
+
+    def __call__(self, request: ClipRequest) -> list[str]:
+        found = problems(request, self._rule)
+        if request.cache not in self._policies:
+            self._policies[request.cache] = self._policy_problem(request.cache)
+        policy_problem = self._policies[request.cache]
+        if policy_problem is not None:
+            found.append(policy_problem)
+        if request.image is not None and not Path(request.image).is_file():
+            found.append(f"image {shorten(request.image)} is not a file")
+        return found
+
+    def _policy_problem(self, policy: str) -> str | None:
+        try:
+            self._checkpoint.plan_cache(policy)
+        except ValueError as error:
+            return str(error)
+        return None
 
 
 class _SeenIds:
@@ -155,7 +172,7 @@ def check_manifest(
         InputError: no file, no clips, or bad lines; one line of message per bad line with its number and reason.
     """
     _check_readable(path)
-    seen, bad, num_bad, num_clips = _SeenIds(), [], 0, 0
+    check, seen, bad, num_bad, num_clips = RequestCheck(checkpoint), _SeenIds(), [], 0, 0
     for number, line in read_lines(path):
         on_line(number)
         parsed = _parse(line)
@@ -163,7 +180,7 @@ def check_manifest(
             reasons = parsed
         else:
             request = to_request(parsed, number, defaults, path.parent)
-            reasons = check_request(request, checkpoint)
+            reasons = check(request)
             if not seen.add(request.id):
                 reasons.append(f"id {shorten(request.id)} is used by an earlier line; ids must be unique")
         num_clips += 1
@@ -204,11 +221,8 @@ def check_prompts(prompts: list[str], defaults: RunDefaults, checkpoint: Checkpo
     requests = [
         to_request(ManifestLine(prompt=prompt), number, defaults, Path()) for number, prompt in enumerate(prompts, 1)
     ]
-    bad = [
-        f"prompt {request.id}: {'; '.join(reasons)}"
-        for request in requests
-        if (reasons := check_request(request, checkpoint))
-    ]
+    check = RequestCheck(checkpoint)
+    bad = [f"prompt {request.id}: {'; '.join(reasons)}" for request in requests if (reasons := check(request))]
     if bad:
         raise InputError("\n".join(bad[:MAX_REPORTED]))
     return requests

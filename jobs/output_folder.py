@@ -82,7 +82,7 @@ class OutputFolder:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+    def write_json(self, name: str, content: Mapping[str, Any], indent: int | None = 2) -> None:
         """Writes a JSON file in one step.
 
         Raises:
@@ -91,7 +91,7 @@ class OutputFolder:
         temporary = self._tmp / f"{name}.{uuid.uuid4().hex}"
         try:
             with self._explained(f"writing {name}"):
-                temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                temporary.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
                 _flush(temporary)
                 os.replace(temporary, self.path / name)
         finally:

@@ -7,8 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cineray.caching.spec import CachePlan
 from cineray.pipeline.adapters import FAMILIES, Adapter
 from cineray.pipeline.adapters.protocol import Defaults, ModelConfigs
+from cineray.pipeline.cached_blocks import LAYOUTS
+from cineray.pipeline.enable_cache import plan_cache
 from cineray.pipeline.request import InputError, SizeRule
 
 SHIPPED = Path(__file__).resolve().parent / "checkpoints"
@@ -57,6 +60,17 @@ class Checkpoint:
     @property
     def size_rule(self) -> SizeRule:
         return self.adapter.size_rule(self.configs)
+
+    def plan_cache(self, policy: str) -> CachePlan | None:
+        """What a cache policy means for this model; None for `none`.
+
+        Raises:
+            ValueError: an unknown policy, or one that does not fit.
+        """
+        transformer = self.configs.transformer
+        kind = transformer.get("_class_name", "")
+        counts = LAYOUTS[kind].counts if kind in LAYOUTS else ()
+        return plan_cache(policy, kind, tuple(transformer[name] for name in counts))
 
     @property
     def is_local(self) -> bool:

@@ -1,6 +1,5 @@
 """Loads the weights of a checkpoint into a diffusers pipeline."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -75,18 +74,19 @@ def load_model(checkpoint: Checkpoint, options: LoadOptions) -> LoadedModel:
         InputError: a file is missing or broken, or the download failed.
     """
     import diffusers
+    import transformers
 
-    # their weight-loading bars and "expected types" notes would tear our progress display apart
-    diffusers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     pipeline_class = getattr(diffusers, checkpoint.pipeline_class)
     folder = _local_folder(checkpoint, pipeline_class)
+    # their weight-loading bars and "expected types" notes would tear our progress display apart
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
     dtype = DTYPES[options.dtype_name]
     vae_dtype = torch.float32 if checkpoint.adapter.vae_in_float32 else dtype
     try:
         pipe = pipeline_class.from_pretrained(
-            folder, torch_dtype={"default": dtype, "vae": vae_dtype}, use_safetensors=True, local_files_only=True
+            folder, dtype={"default": dtype, "vae": vae_dtype}, use_safetensors=True, local_files_only=True
         )
     except Exception as error:  # diffusers, transformers, safetensors and tokenizers each raise their own
         reason = " ".join(str(error).split())[:400]

@@ -6,16 +6,20 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from cineray.caching.trace import Trace
+from cineray.pipeline.adapters import Conditions
 from cineray.pipeline.denoise import StepDone, denoise
+from cineray.pipeline.enable_cache import enable_cache
 from cineray.pipeline.loading import LoadedModel
 from cineray.pipeline.request import ClipRequest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RenderedClip:
-    """Frames [num_frames, height, width, 3] uint8 RGB and where the time went, in seconds."""
+    """Frames [num_frames, height, width, 3] uint8 RGB, what the cache did, and where the time went, in seconds."""
 
     frames: np.ndarray
+    trace: Trace | None
     encode_s: float
     denoise_s: float
     decode_s: float
@@ -30,17 +34,29 @@ def render_clip(model: LoadedModel, request: ClipRequest, on_step: StepDone) -> 
     generator = torch.Generator("cpu").manual_seed(request.seed)
     latents, conditions = model.adapter.prepare(model.pipe, request, generator)
     encoded = time.monotonic()
-    latents = denoise(model, latents, conditions, request.num_inference_steps, on_step)
+    latents, trace = _denoise_with_cache(model, request, latents, conditions, on_step)
     denoised = time.monotonic()
     video = model.adapter.decode(model.pipe, latents)
     frames = to_frames(video)
     model.pipe.maybe_free_model_hooks()
     return RenderedClip(
         frames=frames,
+        trace=trace,
         encode_s=encoded - began,
         denoise_s=denoised - encoded,
         decode_s=time.monotonic() - denoised,
     )
+
+
+def _denoise_with_cache(
+    model: LoadedModel, request: ClipRequest, latents: torch.Tensor, conditions: Conditions, on_step: StepDone
+) -> tuple[torch.Tensor, Trace | None]:
+    steps = request.num_inference_steps
+    if model.checkpoint.plan_cache(request.cache) is None:
+        return denoise(model, latents, conditions, steps, on_step), None
+    transformer = model.pipe.transformer
+    with enable_cache(transformer, request.cache, num_branches=len(conditions.branches)) as cache:
+        return denoise(model, latents, conditions, steps, on_step), cache.trace
 
 
 def to_frames(video: torch.Tensor) -> np.ndarray:

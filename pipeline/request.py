@@ -105,11 +105,14 @@ def shorten(text: str, limit: int = 60) -> str:
     return ascii(shown)
 
 
-def fingerprint(request: ClipRequest, model_digest: str, render_options: dict[str, object]) -> str:
+def fingerprint(request: ClipRequest, policy: str, model_digest: str, render_options: dict[str, object]) -> str:
     """Twelve hex digits over everything that changes pixels and nothing else.
 
-    The id, the frame rate, the device and the layout are left out; `render_options` carries what is common to a
-    run (dtype, VAE tiling, lossless).
+    The id, the frame rate, the device and the layout are left out.
+
+    Args:
+        policy: the cache policy with all its options, as text.
+        render_options: what is common to a run: dtype, VAE tiling, lossless.
     """
     image = hashlib.sha256(Path(request.image).read_bytes()).hexdigest() if request.image else None
     covered = {
@@ -121,7 +124,7 @@ def fingerprint(request: ClipRequest, model_digest: str, render_options: dict[st
         "frames": request.num_frames,
         "steps": request.num_inference_steps,
         "guidance": request.guidance_scale,
-        "cache": request.cache,
+        "cache": policy,
         "image": image,
         "model": model_digest,
         "options": render_options,

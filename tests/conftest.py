@@ -113,6 +113,43 @@ def build_hunyuan(seed: int = 0):
     )
 
 
+def build_flux(seed: int = 0):
+    """FluxPipeline with 2 dual-stream and 2 single-stream blocks."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from tiny.text import TEXT_DIM, new_clip, new_umt5
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    tokenizer, text_encoder = new_clip()
+    tokenizer_2, _ = new_umt5()
+    t5 = T5Config(vocab_size=len(tokenizer_2), d_model=TEXT_DIM, d_kv=16, d_ff=64, num_layers=1, num_heads=4)
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=AutoencoderKL(
+            block_out_channels=(8,),
+            norm_num_groups=4,
+            latent_channels=4,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ).eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel(t5).eval(),
+        tokenizer_2=tokenizer_2,
+        transformer=FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=TEXT_DIM,
+            pooled_projection_dim=TEXT_DIM,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 6, 6),
+        ).eval(),
+    )
+
+
 BUILDERS = {"wan": build_wan, "wan_i2v": build_wan_i2v, "hunyuan": build_hunyuan}
 
 

@@ -6,7 +6,13 @@ and the command line).
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from cineray.caching.dicache import DiCacheConfig
+    from cineray.pipeline.enable_cache import enable_cache
+
+__all__ = ["DiCacheConfig", "__version__", "enable_cache"]
 __version__ = "0.1.0"
 
 # A zip archive or a Windows checkout turns the four links into text files or drops them; the folders
@@ -19,3 +25,16 @@ if not (Path(__file__).parent / "pipeline" / "__init__.py").exists():
             f"nor in {_checkout}; clone the repository again, or install the wheel"
         )
     __path__.append(str(_checkout))
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the public names when they are first used: torch and diffusers take seconds."""
+    if name == "enable_cache":
+        from cineray.pipeline.enable_cache import enable_cache
+
+        return enable_cache
+    if name == "DiCacheConfig":
+        from cineray.caching.dicache import DiCacheConfig
+
+        return DiCacheConfig
+    raise AttributeError(f"module 'cineray' has no attribute {name!r}")

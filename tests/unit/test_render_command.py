@@ -99,6 +99,35 @@ def test_any_text_survives_in_the_metadata(render, prompt):
     assert read_metadata(next(out.glob("*.mp4")))["prompt"] == prompt
 
 
+def test_a_cached_clip_tells_what_was_skipped(render):
+    code, stdout, _, out = render("a red circle", "--steps", "12", "--cache", "dicache(threshold=0.5)", "--json")
+    assert code == 0
+    (clip,) = json.loads(stdout)["clips"]
+    assert clip["computed_steps"] + clip["skipped_steps"] == 12
+    assert clip["skipped_steps"] > 0
+    assert 1 / 3 < clip["cost"] < 1
+    sidecar = json.loads(out.joinpath(clip["video"].split("/")[-1]).with_suffix(".json").read_text())
+    assert sidecar["cache"].startswith("dicache(threshold=0.5,probe_depth=1,")
+    assert sidecar["trace"]["skipped_steps"] == clip["skipped_steps"]
+    (trace,) = out.glob("*.trace.json")
+    code, stdout, _, _ = render("a red circle", "--steps", "12", "--cache", f"replay:{trace}", "--json")
+    assert code == 0
+    assert json.loads(stdout)["clips"][0]["skipped_steps"] == clip["skipped_steps"]
+    first, second = (read_video(path) for path in sorted(out.glob("*.mp4")))
+    assert np.array_equal(first, second)
+    _, stdout, _, _ = render("a red circle", "--steps", "12", "--cache", "dicache(threshold=0.5)", "--json")
+    assert json.loads(stdout)["clips"][0] | {"wall_s": 0} == clip | {"status": "existing", "wall_s": 0}
+
+
+def test_a_cache_that_never_skips_says_so(render):
+    _, _, stderr, out = render("a red circle", "--cache", "dicache(threshold=0.000001)")
+    assert "the cache never skipped a step in 3; raise its threshold" in stderr
+    assert (
+        "never skipped"
+        in json.loads(next(p for p in out.glob("1.*.json") if "trace" not in p.name).read_text())["warning"]
+    )
+
+
 def test_a_manifest_with_hunyuan_video(render, tmp_path):
     (tmp_path / "m.jsonl").write_text('{"prompt": "a", "id": "x"}\n\n{"prompt": "b", "seed": 3}\n')
     code, stdout, _, out = render("--manifest", str(tmp_path / "m.jsonl"), "--json", model="hunyuan")
@@ -123,7 +152,7 @@ def test_a_manifest_with_hunyuan_video(render, tmp_path):
         (["a", "--guidance", "abc"], "'abc' is not a valid float"),
         (["a", "--guidance", "nan"], "guidance must be 0 to 100, got nan"),
         (["a", "--cache", "dicash"], "unknown policy 'dicash'; valid: none"),
-        (["a", "--cache", "none(x=1)"], "unknown option 'x' of none"),
+        (["a", "--cache", "none(x=1)"], "unknown option 'x=1' of none"),
         (["a", "--cache", "none("], "not of the form"),
         (["a", "--device", "tpu"], "device must be cpu or cuda, got 'tpu'"),
         (["a", "--dtype", "int8"], "dtype must be auto or one of float32, bfloat16, float16"),

@@ -1,0 +1,73 @@
+"""What a policy may know: additive sums over a sample's tokens, never means.
+
+Sums add up over ranks whatever the sizes of their shards; the caller adds them, and divides last.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observation:
+    """What is known about one sample of one branch before the deep blocks of a step.
+
+    Args:
+        step_index: from 0.
+        branch_index: 0 for the conditional branch, 1 for the unconditional one.
+        sample: row of the batch.
+        change_sum: sum |y_t - y_(t-1)| of the probe's output y, over all tokens and channels; None if there is no
+            earlier probe.
+        previous_sum: sum |y_(t-1)|.
+        accumulated: relative change since the last computed step, as the policy left it.
+        num_skips_in_a_row: skipped steps since the last computed one.
+        num_pairs: residual pairs at hand for a forecast, 0 to 2.
+    """
+
+    step_index: int
+    num_steps: int
+    branch_index: int
+    num_branches: int
+    sample: int
+    change_sum: float | None
+    previous_sum: float | None
+    accumulated: float
+    num_skips_in_a_row: int
+    num_pairs: int
+
+    @property
+    def relative_change(self) -> float | None:
+        """sum |y_t - y_(t-1)| / sum |y_(t-1)|; None if unknown, NaN or infinite if the probe is."""
+        if self.change_sum is None or self.previous_sum is None:
+            return None
+        return self.change_sum / self.previous_sum if self.previous_sum > 0 else float("nan")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AlignmentSums:
+    """Sums that place the probe residual p now between those of the two computed steps, a (newest) and b (older).
+
+    l1_now = sum |p - b|, l1_span = sum |a - b|, dot = sum (p - b)(a - b), square_span = sum (a - b)^2.
+    """
+
+    l1_now: float
+    l1_span: float
+    dot: float
+    square_span: float
+
+
+def per_sample_sum(values: torch.Tensor) -> torch.Tensor:
+    """[B, ...] -> [B] float32."""
+    return values.flatten(1).sum(dim=1, dtype=torch.float32)
+
+
+def change_sums(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """(sum |now - before|, sum |before|) of each sample: [2, B] float32."""
+    before = before.float()
+    return torch.stack([per_sample_sum((now.float() - before).abs()), per_sample_sum(before.abs())])
+
+
+def alignment_sums(now: torch.Tensor, newest: torch.Tensor, older: torch.Tensor) -> torch.Tensor:
+    """The four sums of `AlignmentSums` of each sample: [4, B] float32."""
+    moved, span = now.float() - older.float(), newest.float() - older.float()
+    return torch.stack([per_sample_sum(v) for v in (moved.abs(), span.abs(), moved * span, span * span)])

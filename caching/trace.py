@@ -1,0 +1,87 @@
+"""What a cache did to a clip, step by step: kept to be told, replayed, and compared between ranks."""
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TraceEntry:
+    """One sample of one branch at one step. `statistic` is the relative change of the probe, if it was taken."""
+
+    step: int
+    branch: str
+    sample: int
+    compute: bool
+    reason: str
+    statistic: float | None
+    gamma: float | None
+
+
+@dataclass(slots=True)
+class Trace:
+    """All entries of a clip, in order.
+
+    Args:
+        policy: the policy in its text form.
+        num_blocks: blocks of the transformer; `probe_depth` of them also run on skipped steps.
+        held_bytes: most bytes that the cache held at once.
+    """
+
+    policy: str
+    num_blocks: int
+    probe_depth: int
+    entries: list[TraceEntry] = field(default_factory=list)
+    held_bytes: int = 0
+
+    def clear(self) -> None:
+        self.entries.clear()
+        self.held_bytes = 0
+
+    def summary(self) -> dict[str, Any]:
+        """Steps, skips, cost (block evaluations as a share of the uncached ones, mean over branches), gammas, bytes.
+
+        A step counts as skipped if any branch of any sample skipped it.
+        """
+        steps = {entry.step for entry in self.entries}
+        skipped = {entry.step for entry in self.entries if not entry.compute}
+        gammas = [entry.gamma for entry in self.entries if entry.gamma is not None]
+        ran = sum(1.0 if entry.compute else self.probe_depth / self.num_blocks for entry in self.entries)
+        return {
+            "policy": self.policy,
+            "steps": len(steps),
+            "computed_steps": len(steps - skipped),
+            "skipped_steps": len(skipped),
+            "cost": round(ran / len(self.entries), 6) if self.entries else 1.0,
+            "gamma": [round(min(gammas), 6), round(max(gammas), 6)] if gammas else None,
+            "held_bytes": self.held_bytes,
+            "reasons": dict(Counter(entry.reason for entry in self.entries)),
+        }
+
+    def content(self) -> dict[str, Any]:
+        """All of it as JSON can hold it; `load_trace` reads it back."""
+        head = {"policy": self.policy, "num_blocks": self.num_blocks, "probe_depth": self.probe_depth}
+        return head | {"entries": [asdict(entry) for entry in self.entries]}
+
+
+def load_trace(path: Path) -> Trace:
+    """Reads a file that holds a `Trace.content`.
+
+    Raises:
+        ValueError: no such file, or not a trace.
+    """
+    try:
+        content = json.loads(path.read_text())
+        entries = [TraceEntry(**entry) for entry in content["entries"]]
+        return Trace(
+            policy=content["policy"],
+            num_blocks=content["num_blocks"],
+            probe_depth=content["probe_depth"],
+            entries=entries,
+        )
+    except OSError as error:
+        raise ValueError(f"trace {path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a cineray trace: {error}") from None

@@ -1,0 +1,90 @@
+"""What is written about a clip: the sidecar JSON, and the same in the video's comment tag."""
+
+import importlib.metadata
+import platform
+from dataclasses import asdict
+from typing import Any
+
+import cineray
+from cineray.distributed.layout import Layout
+from cineray.pipeline.loading import LoadedModel
+from cineray.pipeline.render import RenderedClip
+from cineray.pipeline.request import ClipRequest
+
+
+def render_options(model: LoadedModel, lossless: bool) -> dict[str, object]:
+    """What is common to a run and changes pixels."""
+    return {"dtype": model.options.dtype_name, "vae_tiling": model.options.vae_tiling, "lossless": lossless}
+
+
+def policy_text(request: ClipRequest, model: LoadedModel) -> str:
+    """The clip's cache policy with all its options."""
+    plan = model.checkpoint.plan_cache(request.cache)
+    return "none" if plan is None else plan.text
+
+
+def clip_record(
+    request: ClipRequest, fingerprint: str, model: LoadedModel, options: dict[str, object], clip: RenderedClip
+) -> dict[str, Any]:
+    """All that is known about a rendered clip but its timings."""
+    trace = trace_summary(request, clip)
+    record = {
+        "id": request.id,
+        "fingerprint": fingerprint,
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "seed": request.seed,
+        "width": request.width,
+        "height": request.height,
+        "frames": request.num_frames,
+        "fps": request.fps,
+        "steps": request.num_inference_steps,
+        "guidance": request.guidance_scale,
+        "image": request.image,
+        "model": {
+            "name": model.checkpoint.name,
+            "pipeline": model.checkpoint.pipeline_class,
+            "digest": model.digest,
+            "revision": model.revision,
+        },
+        "cache": policy_text(request, model),
+        "trace": trace,
+        "layout": asdict(Layout()),
+        "options": options,
+        "device": model.options.device,
+        "versions": software_versions(),
+    }
+    warning = cache_warning(trace)
+    return record | ({"warning": warning} if warning else {})
+
+
+def trace_summary(request: ClipRequest, clip: RenderedClip) -> dict[str, Any]:
+    steps = request.num_inference_steps
+    if clip.trace is None:
+        return {"policy": "none", "steps": steps, "computed_steps": steps, "skipped_steps": 0, "cost": 1.0}
+    return clip.trace.summary()
+
+
+def cache_warning(trace: dict[str, Any]) -> str | None:
+    """A cache that never skipped cost something and saved nothing: worth saying."""
+    if trace["policy"] == "none" or trace["skipped_steps"]:
+        return None
+    return f"the cache never skipped a step in {trace['steps']}; raise its threshold, or leave it out"
+
+
+def clip_timings(clip: RenderedClip, write_s: float) -> dict[str, float]:
+    seconds = {
+        "encode_s": clip.encode_s,
+        "denoise_s": clip.denoise_s,
+        "decode_s": clip.decode_s,
+        "write_s": write_s,
+    }
+    return {name: round(value, 3) for name, value in seconds.items()}
+
+
+def software_versions() -> dict[str, str]:
+    names = ("torch", "diffusers", "transformers", "imageio-ffmpeg")
+    return {
+        "cineray": cineray.__version__,
+        "python": platform.python_version(),
+    } | {name: importlib.metadata.version(name) for name in names}
