@@ -25,7 +25,10 @@ SEEN = Observation(
 )
 
 
-def decide(config=DiCacheConfig(threshold=0.1), **changes):
+USUAL = DiCacheConfig(threshold=0.1)
+
+
+def decide(config=USUAL, **changes):
     return DiCachePolicy(config).decide(replace(SEEN, **changes))
 
 
