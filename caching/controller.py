@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cineray.caching.dicache import Alignment, Branches
-from cineray.caching.forecast import forecast_residual, gamma
+from cineray.caching.forecast import Forecasting, align_residual, gamma
 from cineray.caching.history import BranchHistory, ResidualPair
 from cineray.caching.observation import AlignmentSums, Observation, alignment_sums, change_sums
 from cineray.caching.policy import Decision, Policy
@@ -27,15 +26,6 @@ class StepContext:
     step_index: int
     num_steps: int
     num_branches: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Forecasting:
-    """How a skipped step is forecast; see `DiCacheConfig` for the fields."""
-
-    alignment: Alignment
-    gamma_clip: tuple[float, float]
-    branches: Branches
 
 
 @dataclass(slots=True)
@@ -101,16 +91,28 @@ class CacheController:
             gammas=[g if (g := gammas[row]) is not None else 1.0 for row in skip_rows],
         )
 
-    def forecast(self, verdict: Verdict) -> torch.Tensor:
-        """Residual of all blocks for the skipped rows [len(skip_rows), S, D]."""
+    def forecast(self, verdict: Verdict, entering: torch.Tensor) -> torch.Tensor:
+        """Hidden states after the last block for the skipped rows [len(skip_rows), S, D].
+
+        Args:
+            entering: hidden states before the first block [B, S, D], of all rows.
+        """
         history, rows = self.histories[verdict.context.branch], verdict.skip_rows
-        assert history.newest is not None  # nothing is skipped before a step has been computed
-        whole = len(rows) == len(history.num_pairs)
-        newest = history.newest.full if whole else history.newest.full[rows]
-        older = None
-        if history.older is not None and all(history.num_pairs[row] == 2 for row in rows):
-            older = history.older.full if whole else history.older.full[rows]
-        return forecast_residual(newest, older, verdict.gammas)
+        newest, older, probe = history.newest, history.older, history.probe
+        assert newest is not None  # nothing is skipped before a step has been computed
+        assert probe is not None
+        from_probe = self.forecasting.base == "probe"
+
+        def pick(values: torch.Tensor) -> torch.Tensor:
+            return values if len(rows) == len(history.num_pairs) else values[rows]
+
+        def added(pair: ResidualPair) -> torch.Tensor:
+            return pick(pair.full) - pick(pair.probe) if from_probe else pick(pair.full)
+
+        base = pick(probe if from_probe else entering)
+        if older is None or self.forecasting.alignment == "none":
+            return base + added(newest)
+        return base + align_residual(added(newest), added(older), verdict.gammas)
 
     def remember(self, verdict: Verdict, entering: torch.Tensor, leaving: torch.Tensor) -> None:
         """Stores the residuals of the rows that were computed.
@@ -128,15 +130,23 @@ class CacheController:
     def _observe(
         self, history: BranchHistory, entering: torch.Tensor, probe: torch.Tensor
     ) -> tuple[list[tuple[float, float]] | None, list[AlignmentSums]]:
-        """One fused sum over ranks of everything this step is judged by; a None change has no earlier probe."""
-        if history.probe is None:
+        """One fused sum over ranks of everything this step is judged by; a None change has no before."""
+        newest, older = history.newest, history.older
+        sums = []
+        if self.policy.signal == "probe" and history.probe is not None:
+            sums.append(change_sums(probe, history.probe))
+        elif self.policy.signal == "probe-residual" and newest is not None:
+            sums.append(change_sums(probe - entering, newest.probe))
+        has_change = bool(sums)
+        aligns = False
+        if self.forecasting.alignment != "none" and newest is not None and older is not None:
+            aligns = True
+            sums.append(alignment_sums(probe - entering, newest.probe, older.probe))
+        if not sums:
             return None, []
-        sums = [change_sums(probe, history.probe)]
-        if history.newest is not None and history.older is not None and self.forecasting.alignment != "none":
-            sums.append(alignment_sums(probe - entering, history.newest.probe, history.older.probe))
-        rows = self.add_over_ranks(torch.cat(sums)).T.tolist()  # [B, 2 or 6]
-        align = [AlignmentSums(l1_now=r[2], l1_span=r[3], dot=r[4], square_span=r[5]) for r in rows if len(r) == 6]
-        return [(r[0], r[1]) for r in rows], align
+        rows = self.add_over_ranks(torch.cat(sums)).T.tolist()  # per sample: 2 and 4 numbers, where asked for
+        align = [AlignmentSums(l1_now=r[-4], l1_span=r[-3], dot=r[-2], square_span=r[-1]) for r in rows if aligns]
+        return ([(r[0], r[1]) for r in rows] if has_change else None), align
 
     def _decisions(
         self, context: StepContext, history: BranchHistory, change: list[tuple[float, float]] | None

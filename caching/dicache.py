@@ -7,13 +7,10 @@ FLUX/run_flux_dicache.py.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
+from cineray.caching.forecast import Alignment, Base, Branches, Forecasting
 from cineray.caching.observation import Observation
-from cineray.caching.policy import Decision
-
-Alignment = Literal["none", "l1", "lsq"]
-Branches = Literal["separate", "joint"]
+from cineray.caching.policy import Decision, Signal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +26,8 @@ class DiCacheConfig:
             newest; "l1" moves along their line by the ratio of L1 distances of the probe residuals (the paper's
             dynamic cache trajectory alignment, section 3.3); "lsq" by the least-squares projection, which has a sign.
         gamma_clip: bounds of that move; 1 is the newest residual, 0 the older one.
+        base: what a forecast starts from: "input" forecasts what all blocks add (the paper); "probe" takes what the
+            probe blocks add as it is and forecasts only what the deep blocks add.
         branches: "separate" lets each guidance branch decide; "joint" lets the first decide for both.
         max_skips: most steps skipped in a row; 0 means no limit.
         skip_at_threshold: a change equal to the threshold still skips (HunyuanVideo's official code).
@@ -41,6 +40,7 @@ class DiCacheConfig:
     last_step_full: bool = False
     alignment: Alignment = "l1"
     gamma_clip: tuple[float, float] = (1.0, 2.0)
+    base: Base = "input"
     branches: Branches = "separate"
     max_skips: int = 0
     skip_at_threshold: bool = False
@@ -57,8 +57,15 @@ class DiCacheConfig:
         check(self.alignment in ("none", "l1", "lsq"), "alignment", "none, l1 or lsq")
         low, high = self.gamma_clip
         check(math.isfinite(low) and math.isfinite(high) and low <= high, "gamma_clip", "two numbers, low and high")
+        check(self.base in ("input", "probe"), "base", "input or probe")
         check(self.branches in ("separate", "joint"), "branches", "separate or joint")
         check(self.max_skips >= 0, "max_skips", "0 (no limit) or more")
+
+    def policy(self) -> "DiCachePolicy":
+        return DiCachePolicy(self)
+
+    def forecasting(self) -> Forecasting:
+        return Forecasting(alignment=self.alignment, gamma_clip=self.gamma_clip, base=self.base, branches=self.branches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +73,7 @@ class DiCachePolicy:
     """`decide` for a `DiCacheConfig`."""
 
     config: DiCacheConfig
+    signal: Signal = "probe"
 
     def decide(self, observation: Observation) -> Decision:
         forced = self._forced(observation)

@@ -1,11 +1,26 @@
 """The seam of *how*: the residual of a skipped step from the residuals of computed ones."""
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from cineray.caching.dicache import Alignment
 from cineray.caching.observation import AlignmentSums
+
+Alignment = Literal["none", "l1", "lsq"]
+Branches = Literal["separate", "joint"]
+Base = Literal["input", "probe"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecasting:
+    """How a skipped step is forecast; `DiCacheConfig` explains the fields."""
+
+    alignment: Alignment = "none"
+    gamma_clip: tuple[float, float] = (1.0, 1.0)
+    base: Base = "input"
+    branches: Branches = "separate"
 
 
 def gamma(sums: AlignmentSums, alignment: Alignment, clip: tuple[float, float]) -> float | None:
@@ -22,9 +37,7 @@ def gamma(sums: AlignmentSums, alignment: Alignment, clip: tuple[float, float]) 
     return min(max(above / below, clip[0]), clip[1])
 
 
-def forecast_residual(newest: torch.Tensor, older: torch.Tensor | None, gammas: list[float]) -> torch.Tensor:
-    """older + gamma (newest - older) for each sample [B, ...]; the newest where there is only one."""
-    if older is None:
-        return newest
-    weight = torch.tensor(gammas, dtype=newest.dtype, device=newest.device).view(-1, *[1] * (newest.ndim - 1))
+def align_residual(newest: torch.Tensor, older: torch.Tensor, gammas: list[float]) -> torch.Tensor:
+    """older + gamma (newest - older) for each sample [B, S, D]; DiCache, equation 9."""
+    weight = torch.tensor(gammas, dtype=newest.dtype, device=newest.device).view(-1, 1, 1)
     return older + weight * (newest - older)

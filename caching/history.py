@@ -18,7 +18,7 @@ class BranchHistory:
     """The state of one branch of one clip; its owner is the clip's controller.
 
     Pairs are kept per row: a row that skips keeps its pairs while another row's are renewed, so tensors of all
-    rows stand side by side and are written in place.
+    rows stand side by side and are written in place. A row with one pair has it in both places.
     """
 
     probe: torch.Tensor | None = None  # previous step's probe output [B, S, D]

@@ -16,9 +16,9 @@ class Observation:
         step_index: from 0.
         branch_index: 0 for the conditional branch, 1 for the unconditional one.
         sample: row of the batch.
-        change_sum: sum |y_t - y_(t-1)| of the probe's output y, over all tokens and channels; None if there is no
-            earlier probe.
-        previous_sum: sum |y_(t-1)|.
+        change_sum: sum |now - before| of the policy's signal, over all tokens and channels; None if there is no
+            before.
+        previous_sum: sum |before|.
         accumulated: relative change since the last computed step, as the policy left it.
         num_skips_in_a_row: skipped steps since the last computed one.
         num_pairs: residual pairs at hand for a forecast, 0 to 2.
@@ -37,7 +37,7 @@ class Observation:
 
     @property
     def relative_change(self) -> float | None:
-        """sum |y_t - y_(t-1)| / sum |y_(t-1)|; None if unknown, NaN or infinite if the probe is."""
+        """sum |now - before| / sum |before|; None if unknown, NaN or infinite if the signal is."""
         if self.change_sum is None or self.previous_sum is None:
             return None
         return self.change_sum / self.previous_sum if self.previous_sum > 0 else float("nan")

@@ -3,34 +3,65 @@
 from dataclasses import dataclass
 
 from cineray.caching.controller import BRANCH_ORDER
+from cineray.caching.forecast import Alignment, Forecasting
 from cineray.caching.observation import Observation
-from cineray.caching.policy import Decision
+from cineray.caching.policy import Decision, Signal
 from cineray.caching.trace import Trace
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class IntervalPolicy:
-    """Computes every `interval`-th step after the warm-up, and the last one (FORA, arXiv 2407.01425, per step)."""
+class IntervalConfig:
+    """Every `interval`-th step after the warm-up is computed, the others reuse (FORA, arXiv 2407.01425, per step).
 
-    interval: int
-    warmup: float
-    last_step_full: bool
+    Args: as in `DiCacheConfig`.
+    """
+
+    interval: int = 2
+    probe_depth: int = 1
+    warmup: float = 0.0
+    last_step_full: bool = True
+    alignment: Alignment = "none"
+    gamma_clip: tuple[float, float] = (1.0, 2.0)
+
+    def __post_init__(self) -> None:
+        for name, good, allowed in (
+            ("interval", self.interval >= 1, "1 or more steps"),
+            ("probe_depth", self.probe_depth >= 1, "1 or more blocks"),
+            ("warmup", 0 <= self.warmup <= 1, "a fraction of the steps, 0 to 1"),
+        ):
+            if not good:
+                raise ValueError(f"IntervalConfig: {name} must be {allowed}, got {getattr(self, name)!r}")
+
+    def policy(self) -> "IntervalPolicy":
+        return IntervalPolicy(self)
+
+    def forecasting(self) -> Forecasting:
+        return Forecasting(alignment=self.alignment, gamma_clip=self.gamma_clip)
+
+
+@dataclass(frozen=True, slots=True)
+class IntervalPolicy:
+    """`decide` for an `IntervalConfig`."""
+
+    config: IntervalConfig
+    signal: Signal = "none"
 
     def decide(self, observation: Observation) -> Decision:
-        warmup_steps = int(observation.num_steps * self.warmup)
-        since = observation.step_index - warmup_steps
-        if since < 0:
+        since_warmup = observation.step_index - int(observation.num_steps * self.config.warmup)
+        if since_warmup < 0:
             return Decision(compute=True, accumulated=0.0, reason="warmup")
         if observation.num_pairs == 0:
             return Decision(compute=True, accumulated=0.0, reason="empty")
-        if self.last_step_full and observation.step_index == observation.num_steps - 1:
+        if self.config.last_step_full and observation.step_index == observation.num_steps - 1:
             return Decision(compute=True, accumulated=0.0, reason="last")
-        compute = since % self.interval == 0
+        compute = since_warmup % self.config.interval == 0
         return Decision(compute=compute, accumulated=0.0, reason="interval" if compute else "skip")
 
 
 class ReplayPolicy:
     """Does what a trace says, gammas included; computes where the trace says nothing."""
+
+    signal: Signal = "none"
 
     def __init__(self, trace: Trace) -> None:
         self._entries = {(e.step, e.branch, e.sample): e for e in trace.entries}

@@ -9,31 +9,12 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from cineray.caching.controller import Forecasting
-from cineray.caching.dicache import PAPER, DiCacheConfig, DiCachePolicy
+from cineray.caching.dicache import PAPER, DiCacheConfig
+from cineray.caching.first_block import FirstBlockConfig
+from cineray.caching.forecast import Forecasting
 from cineray.caching.policy import Policy
-from cineray.caching.schedule import IntervalPolicy, ReplayPolicy
+from cineray.caching.schedule import IntervalConfig, ReplayPolicy
 from cineray.caching.trace import load_trace
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class IntervalConfig:
-    """Computes every `interval`-th step after the warm-up and reuses the newest residual, or aligns it.
-
-    Args: as in `DiCacheConfig`.
-    """
-
-    interval: int = 2
-    probe_depth: int = 1
-    warmup: float = 0.0
-    last_step_full: bool = True
-    alignment: str = "none"
-
-    def __post_init__(self) -> None:
-        if self.interval < 1:
-            raise ValueError(f"IntervalConfig: interval must be 1 or more steps, got {self.interval}")
-        DiCacheConfig(threshold=0, probe_depth=self.probe_depth, warmup=self.warmup, alignment=self.alignment)  # type: ignore[arg-type]
-
 
 # Ours: one decision for both guidance branches, a short warm-up, a cap on skips in a row.
 OURS = {
@@ -41,10 +22,13 @@ OURS = {
     for family, paper in PAPER.items()
 }
 
-CONFIGS: dict[str, Mapping[str, DiCacheConfig | IntervalConfig]] = {
+PolicyConfig = DiCacheConfig | FirstBlockConfig | IntervalConfig
+# name -> family -> preset
+CONFIGS: dict[str, Mapping[str, PolicyConfig]] = {
     "dicache": OURS,
     "dicache-paper": PAPER,
-    "interval": {family: IntervalConfig() for family in PAPER},
+    "fbcache": dict.fromkeys(PAPER, FirstBlockConfig()),
+    "interval": dict.fromkeys(PAPER, IntervalConfig()),
 }
 NAMES = ("none", *CONFIGS, "replay:TRACE.json")
 
@@ -98,9 +82,7 @@ def parse_spec(text: str) -> CacheSpec:
     return CacheSpec(name=name, options=options, file=file)
 
 
-def resolve(
-    spec: CacheSpec | DiCacheConfig | IntervalConfig, family: str, num_blocks: int, num_probeable: int
-) -> CachePlan:
+def resolve(spec: CacheSpec | PolicyConfig, family: str, num_blocks: int, num_probeable: int) -> CachePlan:
     """What a policy other than `none` means for a model family with that many blocks.
 
     Args:
@@ -109,9 +91,8 @@ def resolve(
     Raises:
         ValueError: no preset for this family, an option's value, or a probe deeper than the model allows.
     """
-    if isinstance(spec, DiCacheConfig | IntervalConfig):
-        name = "dicache" if isinstance(spec, DiCacheConfig) else "interval"
-        return _plan(name, spec, num_blocks, num_probeable)
+    if not isinstance(spec, CacheSpec):
+        return _plan(type(spec).__name__, spec, num_blocks, num_probeable)
     if spec.name == "replay":
         return _replay(Path(spec.file or ""), num_blocks, num_probeable)
     presets = CONFIGS[spec.name]
@@ -137,19 +118,13 @@ def _check_depth(probe_depth: int, num_probeable: int) -> None:
         raise ValueError(f"cache: probe_depth must be at most {num_probeable} for this model, got {probe_depth}")
 
 
-def _plan(name: str, config: DiCacheConfig | IntervalConfig, num_blocks: int, num_probeable: int) -> CachePlan:
+def _plan(name: str, config: PolicyConfig, num_blocks: int, num_probeable: int) -> CachePlan:
     _check_depth(config.probe_depth, num_probeable)
-    if isinstance(config, DiCacheConfig):
-        policy: Policy = DiCachePolicy(config)
-        forecasting = Forecasting(alignment=config.alignment, gamma_clip=config.gamma_clip, branches=config.branches)
-    else:
-        policy = IntervalPolicy(interval=config.interval, warmup=config.warmup, last_step_full=config.last_step_full)
-        forecasting = Forecasting(alignment=config.alignment, gamma_clip=(1.0, 2.0), branches="separate")  # type: ignore[arg-type]
     options = ",".join(f"{k}={':'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in asdict(config).items())
     return CachePlan(
         text=f"{name}({options})",
-        policy=policy,
-        forecasting=forecasting,
+        policy=config.policy(),
+        forecasting=config.forecasting(),
         probe_depth=config.probe_depth,
         num_blocks=num_blocks,
     )
@@ -164,7 +139,7 @@ def _replay(path: Path, num_blocks: int, num_probeable: int) -> CachePlan:
     return CachePlan(
         text=f"replay(sha256={digest})",
         policy=ReplayPolicy(trace),
-        forecasting=Forecasting(alignment="l1", gamma_clip=(1.0, 2.0), branches="separate"),
+        forecasting=trace.forecasting,
         probe_depth=trace.probe_depth,
         num_blocks=num_blocks,
     )

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cineray.caching.forecast import Forecasting
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TraceEntry:
@@ -26,11 +28,13 @@ class Trace:
 
     Args:
         policy: the policy in its text form.
+        forecasting: how skipped steps were forecast; a replay does the same.
         num_blocks: blocks of the transformer; `probe_depth` of them also run on skipped steps.
         held_bytes: most bytes that the cache held at once.
     """
 
     policy: str
+    forecasting: Forecasting
     num_blocks: int
     probe_depth: int
     entries: list[TraceEntry] = field(default_factory=list)
@@ -62,8 +66,13 @@ class Trace:
 
     def content(self) -> dict[str, Any]:
         """All of it as JSON can hold it; `load_trace` reads it back."""
-        head = {"policy": self.policy, "num_blocks": self.num_blocks, "probe_depth": self.probe_depth}
-        return head | {"entries": [asdict(entry) for entry in self.entries]}
+        return {
+            "policy": self.policy,
+            "forecasting": asdict(self.forecasting),
+            "num_blocks": self.num_blocks,
+            "probe_depth": self.probe_depth,
+            "entries": [asdict(entry) for entry in self.entries],
+        }
 
 
 def load_trace(path: Path) -> Trace:
@@ -77,6 +86,7 @@ def load_trace(path: Path) -> Trace:
         entries = [TraceEntry(**entry) for entry in content["entries"]]
         return Trace(
             policy=content["policy"],
+            forecasting=Forecasting(**content["forecasting"]),
             num_blocks=content["num_blocks"],
             probe_depth=content["probe_depth"],
             entries=entries,

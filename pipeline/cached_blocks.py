@@ -142,12 +142,12 @@ class BlockRunner:
         if not verdict.skip_rows:
             self._controller.remember(verdict, call.entering, hidden_states)
             return hidden_states
-        forecast = self._controller.forecast(verdict)
+        forecast = self._controller.forecast(verdict, call.entering)
         if not verdict.compute_rows:
-            return call.entering + forecast
+            return forecast
         leaving, computed, skipped = call.entering.clone(), verdict.compute_rows, verdict.skip_rows
         leaving[computed] = hidden_states[computed]
-        leaving[skipped] = call.entering[skipped] + forecast
+        leaving[skipped] = forecast
         self._controller.remember(verdict, call.entering[computed], hidden_states[computed])
         return leaving
 

@@ -8,8 +8,7 @@ from diffusers.hooks.hooks import BaseState, CacheContext, StateManager
 from torch import nn
 
 from cineray.caching.controller import CacheController, StepContext
-from cineray.caching.dicache import DiCacheConfig
-from cineray.caching.spec import CachePlan, CacheSpec, IntervalConfig, parse_spec, resolve
+from cineray.caching.spec import CachePlan, CacheSpec, PolicyConfig, parse_spec, resolve
 from cineray.caching.trace import Trace
 from cineray.pipeline.cached_blocks import LAYOUTS, BlockRunner
 
@@ -27,7 +26,12 @@ class CacheHandle:
     def __init__(self, transformer: nn.Module, plan: CachePlan, num_branches: int, scheduler: Any) -> None:
         layout = LAYOUTS[type(transformer).__name__]
         self.policy = plan.text
-        self.trace = Trace(policy=plan.text, num_blocks=plan.num_blocks, probe_depth=plan.probe_depth)
+        self.trace = Trace(
+            policy=plan.text,
+            forecasting=plan.forecasting,
+            num_blocks=plan.num_blocks,
+            probe_depth=plan.probe_depth,
+        )
         self._transformer = transformer
         self._controller = CacheController(policy=plan.policy, forecasting=plan.forecasting, trace=self.trace)
         self._hook = _Whereabouts(self._controller, num_branches, scheduler)
@@ -100,9 +104,7 @@ class _Whereabouts(ModelHook):
         )
 
 
-def enable_cache(
-    pipe_or_transformer: Any, policy: str | DiCacheConfig | IntervalConfig, num_branches: int | None = None
-) -> CacheHandle:
+def enable_cache(pipe_or_transformer: Any, policy: str | PolicyConfig, num_branches: int | None = None) -> CacheHandle:
     """Attaches a cache.
 
     Args:
@@ -126,9 +128,7 @@ def enable_cache(
     return CacheHandle(transformer, plan, num_branches or LAYOUTS[kind].num_branches, scheduler)
 
 
-def plan_cache(
-    policy: str | DiCacheConfig | IntervalConfig, transformer_class: str, num_blocks: tuple[int, ...]
-) -> CachePlan | None:
+def plan_cache(policy: str | PolicyConfig, transformer_class: str, num_blocks: tuple[int, ...]) -> CachePlan | None:
     """What a policy means for a transformer with so many blocks in each of its lists; None for `none`.
 
     Raises:

@@ -89,6 +89,7 @@ def test_a_cap_on_skips_and_threshold_zero():
         ("alignment", "l3"),
         ("gamma_clip", (2.0, 1.0)),
         ("branches", "both"),
+        ("base", "output"),
         ("max_skips", -1),
     ],
 )
@@ -119,7 +120,7 @@ def test_a_policy_is_named_with_its_options():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("dicash", "unknown policy 'dicash'; valid: none, dicache, dicache-paper, interval"),
+        ("dicash", "unknown policy 'dicash'; valid: none, dicache, dicache-paper, fbcache, interval"),
         ("dicache(treshold=1)", "unknown option 'treshold=1' of dicache; valid: threshold, probe_depth,"),
         ("dicache(threshold)", "unknown option 'threshold' of dicache"),
         ("dicache(threshold=x)", "option threshold of dicache: Input should be a valid number"),

@@ -1,0 +1,47 @@
+"""FBCache: skip while what the first block adds stays close to what it added at the last computed step.
+
+From ParaAttention (github.com/chengzeyi/ParaAttention at 4de137c, first_block_cache) and diffusers' FirstBlockCache:
+sum |p_t - p_c| / sum |p_c| below a threshold skips; the deep blocks' addition is reused on top of the first block's.
+"""
+
+import math
+from dataclasses import dataclass
+
+from cineray.caching.forecast import Forecasting
+from cineray.caching.observation import Observation
+from cineray.caching.policy import Decision, Signal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FirstBlockConfig:
+    """Args: as in `DiCacheConfig`; 0.05 is the default threshold of diffusers' FirstBlockCacheConfig."""
+
+    threshold: float = 0.05
+    probe_depth: int = 1
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.threshold) and self.threshold >= 0):
+            raise ValueError(f"FirstBlockConfig: threshold must be 0 or more, got {self.threshold}")
+        if self.probe_depth < 1:
+            raise ValueError(f"FirstBlockConfig: probe_depth must be 1 or more blocks, got {self.probe_depth}")
+
+    def policy(self) -> "FirstBlockPolicy":
+        return FirstBlockPolicy(self)
+
+    def forecasting(self) -> Forecasting:
+        return Forecasting(base="probe")
+
+
+@dataclass(frozen=True, slots=True)
+class FirstBlockPolicy:
+    """`decide` for a `FirstBlockConfig`."""
+
+    config: FirstBlockConfig
+    signal: Signal = "probe-residual"
+
+    def decide(self, observation: Observation) -> Decision:
+        change = observation.relative_change
+        if observation.num_pairs == 0 or change is None or not math.isfinite(change):
+            return Decision(compute=True, accumulated=0.0, reason="empty" if not observation.num_pairs else "unknown")
+        skip = change < self.config.threshold
+        return Decision(compute=not skip, accumulated=change, reason="skip" if skip else "threshold")
