@@ -187,6 +187,7 @@ class CacheController:
     ) -> None:
         if self.forecasting.branches == "joint" and (self._joint is None or self._joint[0] != context.step_index):
             self._joint = (context.step_index, list(decisions))
+        cost_of_skip = self.trace.probe_depth / self.trace.num_blocks
         for row, decision in enumerate(decisions):
             history.accumulated[row] = decision.accumulated
             history.num_skips_in_a_row[row] = 0 if decision.compute else history.num_skips_in_a_row[row] + 1
@@ -196,6 +197,7 @@ class CacheController:
                     branch=context.branch,
                     sample=row,
                     compute=decision.compute,
+                    cost=1.0 if decision.compute else cost_of_skip,
                     reason=decision.reason,
                     statistic=change[row][0] / change[row][1] if change and change[row][1] else None,
                     gamma=gammas[row] if not decision.compute else None,

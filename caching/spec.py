@@ -14,6 +14,7 @@ from cineray.caching.first_block import FirstBlockConfig
 from cineray.caching.forecast import Forecasting
 from cineray.caching.policy import Policy
 from cineray.caching.schedule import IntervalConfig, ReplayPolicy
+from cineray.caching.smoothcache import LayerSchedule, load_schedule
 from cineray.caching.trace import load_trace
 
 # Ours: one decision for both guidance branches, a short warm-up, a cap on skips in a row.
@@ -30,7 +31,8 @@ CONFIGS: dict[str, Mapping[str, PolicyConfig]] = {
     "fbcache": dict.fromkeys(PAPER, FirstBlockConfig()),
     "interval": dict.fromkeys(PAPER, IntervalConfig()),
 }
-NAMES = ("none", *CONFIGS, "replay:TRACE.json")
+NAMES = ("none", *CONFIGS, "smoothcache:SCHEDULE.json", "replay:TRACE.json")
+_WITH_FILE = {"smoothcache": "SCHEDULE.json", "replay": "TRACE.json"}
 
 _SPEC = re.compile(r"(?P<name>[a-z0-9][a-z0-9-]*)(?:\((?P<options>[^()]*)\)|:(?P<file>.+))?")
 
@@ -55,6 +57,30 @@ class CachePlan:
     num_blocks: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerPlan:
+    """A schedule of layers for a model, and its whole text."""
+
+    text: str
+    schedule: LayerSchedule
+    num_blocks: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFacts:
+    """What a policy must know of a model.
+
+    Args:
+        num_probeable: the deepest probe that the model allows, in blocks.
+        layers: the layer types that a schedule may name.
+    """
+
+    family: str
+    num_blocks: int
+    num_probeable: int
+    layers: tuple[str, ...]
+
+
 def parse_spec(text: str) -> CacheSpec:
     """Reads a policy.
 
@@ -66,10 +92,11 @@ def parse_spec(text: str) -> CacheSpec:
     if match is None:
         raise ValueError(f"cache {text!r} is not of the form name, name(option=value,...) or name:FILE; names: {valid}")
     name, file = match["name"], match["file"]
-    if name not in CONFIGS and name not in ("none", "replay"):
+    if name not in CONFIGS and name != "none" and name not in _WITH_FILE:
         raise ValueError(f"cache: unknown policy {name!r}; valid: {valid}")
-    if (name == "replay") != (file is not None):
-        raise ValueError(f"cache: {name} takes {'a file, as replay:TRACE.json' if name == 'replay' else 'no file'}")
+    if (name in _WITH_FILE) != (file is not None):
+        wants = f"a file, as {name}:{_WITH_FILE[name]}" if name in _WITH_FILE else "no file"
+        raise ValueError(f"cache: {name} takes {wants}")
     allowed = list(get_type_hints(type(next(iter(CONFIGS[name].values()))))) if name in CONFIGS else []
     options = {}
     for option in filter(None, (o.strip() for o in (match["options"] or "").split(","))):
@@ -82,25 +109,31 @@ def parse_spec(text: str) -> CacheSpec:
     return CacheSpec(name=name, options=options, file=file)
 
 
-def resolve(spec: CacheSpec | PolicyConfig, family: str, num_blocks: int, num_probeable: int) -> CachePlan:
-    """What a policy other than `none` means for a model family with that many blocks.
-
-    Args:
-        num_probeable: the deepest probe that the model allows.
+def resolve(spec: CacheSpec | PolicyConfig, model: ModelFacts) -> CachePlan | LayerPlan:
+    """What a policy other than `none` means for a model.
 
     Raises:
-        ValueError: no preset for this family, an option's value, or a probe deeper than the model allows.
+        ValueError: no preset for this family, an option's value, a probe deeper than the model allows, or a file that
+            is not there or not for this model.
     """
     if not isinstance(spec, CacheSpec):
-        return _plan(type(spec).__name__, spec, num_blocks, num_probeable)
+        return _plan(type(spec).__name__, spec, model)
     if spec.name == "replay":
-        return _replay(Path(spec.file or ""), num_blocks, num_probeable)
+        return _replay(Path(spec.file or ""), model)
+    if spec.name == "smoothcache":
+        path = Path(spec.file or "")
+        schedule = load_schedule(path, model.layers, model.num_blocks)
+        return LayerPlan(text=f"smoothcache({_digest(path)})", schedule=schedule, num_blocks=model.num_blocks)
     presets = CONFIGS[spec.name]
-    if family not in presets:
-        raise ValueError(f"cache: {spec.name} has no preset for {family}; it has: {', '.join(presets)}")
-    config = presets[family]
+    if model.family not in presets:
+        raise ValueError(f"cache: {spec.name} has no preset for {model.family}; it has: {', '.join(presets)}")
+    config = presets[model.family]
     values = {name: _value(spec.name, type(config), name, text) for name, text in spec.options.items()}
-    return _plan(spec.name, replace(config, **values), num_blocks, num_probeable)
+    return _plan(spec.name, replace(config, **values), model)
+
+
+def _digest(path: Path) -> str:
+    return f"sha256={hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
 
 
 def _value(policy: str, config: type, name: str, text: str) -> Any:
@@ -113,33 +146,36 @@ def _value(policy: str, config: type, name: str, text: str) -> Any:
         raise ValueError(f"cache: option {name} of {policy}: {reason}, got {text!r}") from None
 
 
-def _check_depth(probe_depth: int, num_probeable: int) -> None:
-    if probe_depth > num_probeable:
-        raise ValueError(f"cache: probe_depth must be at most {num_probeable} for this model, got {probe_depth}")
+def _check_depth(probe_depth: int, model: ModelFacts) -> None:
+    if probe_depth > model.num_probeable:
+        raise ValueError(f"cache: probe_depth must be at most {model.num_probeable} for this model, got {probe_depth}")
 
 
-def _plan(name: str, config: PolicyConfig, num_blocks: int, num_probeable: int) -> CachePlan:
-    _check_depth(config.probe_depth, num_probeable)
+def _plan(name: str, config: PolicyConfig, model: ModelFacts) -> CachePlan:
+    _check_depth(config.probe_depth, model)
     options = ",".join(f"{k}={':'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in asdict(config).items())
     return CachePlan(
         text=f"{name}({options})",
         policy=config.policy(),
         forecasting=config.forecasting(),
         probe_depth=config.probe_depth,
-        num_blocks=num_blocks,
+        num_blocks=model.num_blocks,
     )
 
 
-def _replay(path: Path, num_blocks: int, num_probeable: int) -> CachePlan:
+def _replay(path: Path, model: ModelFacts) -> CachePlan:
     trace = load_trace(path)
-    if trace.num_blocks != num_blocks:
-        raise ValueError(f"cache: trace {path} is of a model with {trace.num_blocks} blocks; this one has {num_blocks}")
-    _check_depth(trace.probe_depth, num_probeable)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    if trace.num_blocks != model.num_blocks:
+        raise ValueError(
+            f"cache: trace {path} is of a model with {trace.num_blocks} blocks; this one has {model.num_blocks}"
+        )
+    if trace.probe_depth == 0:
+        raise ValueError(f"cache: trace {path} is of {trace.policy}, whose schedule file can be used again instead")
+    _check_depth(trace.probe_depth, model)
     return CachePlan(
-        text=f"replay(sha256={digest})",
+        text=f"replay({_digest(path)})",
         policy=ReplayPolicy(trace),
         forecasting=trace.forecasting,
         probe_depth=trace.probe_depth,
-        num_blocks=num_blocks,
+        num_blocks=model.num_blocks,
     )

@@ -1,6 +1,7 @@
 """What a cache did to a clip, step by step: kept to be told, replayed, and compared between ranks."""
 
 import json
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,12 +12,16 @@ from cineray.caching.forecast import Forecasting
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TraceEntry:
-    """One sample of one branch at one step. `statistic` is the relative change of the probe, if it was taken."""
+    """One sample of one branch at one step.
+
+    `cost` is the share of the step's block evaluations that ran; `statistic` the relative change that was judged.
+    """
 
     step: int
     branch: str
     sample: int
     compute: bool
+    cost: float
     reason: str
     statistic: float | None
     gamma: float | None
@@ -52,13 +57,13 @@ class Trace:
         steps = {entry.step for entry in self.entries}
         skipped = {entry.step for entry in self.entries if not entry.compute}
         gammas = [entry.gamma for entry in self.entries if entry.gamma is not None]
-        ran = sum(1.0 if entry.compute else self.probe_depth / self.num_blocks for entry in self.entries)
+        costs = [entry.cost for entry in self.entries]
         return {
             "policy": self.policy,
             "steps": len(steps),
             "computed_steps": len(steps - skipped),
             "skipped_steps": len(skipped),
-            "cost": round(ran / len(self.entries), 6) if self.entries else 1.0,
+            "cost": round(math.fsum(costs) / len(costs), 6) if costs else 1.0,
             "gamma": [round(min(gammas), 6), round(max(gammas), 6)] if gammas else None,
             "held_bytes": self.held_bytes,
             "reasons": dict(Counter(entry.reason for entry in self.entries)),

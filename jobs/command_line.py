@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cineray.jobs.clip_options import Asked, clip_options
+
 if TYPE_CHECKING:  # torch and diffusers take seconds to import; `--help` should not wait for them
     from cineray.jobs.batch import ClipResult
     from cineray.jobs.manifest import RunDefaults
@@ -30,67 +32,13 @@ def cineray() -> None:
 
 
 @cineray.command()
-@click.argument("prompts", nargs=-1, metavar="PROMPT...")
+@clip_options
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", required=True, help="Folder for the clips.")
-@click.option(
-    "--manifest",
-    type=click.Path(path_type=Path),
-    metavar="FILE.jsonl",
-    help="One JSON object per line instead of prompts; see docs/manifest.md.",
-)
-@click.option(
-    "--model",
-    default="tiny-wan",
-    show_default=True,
-    metavar="NAME|DIR",
-    help="A name of `cineray models`, a diffusers folder or a hub id.",
-)
-@click.option("--cache", default="none", show_default=True, metavar="SPEC", help="Cache policy; none computes all.")
-@click.option("--steps", type=int, metavar="N", help="Denoising steps.  [default: 50]")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of each clip's noise.")
-@click.option("--width", type=int, metavar="W", help="Pixels.  [default: the model's]")
-@click.option("--height", type=int, metavar="H", help="Pixels.  [default: the model's]")
-@click.option("--frames", type=int, metavar="F", help="4k+1 frames.  [default: the model's]")
+@click.option("--cache", default="none", show_default=True, metavar="SPEC", help="Cache policy; see docs/caching.md.")
 @click.option("--fps", type=int, metavar="N", help="Frames per second of the MP4.  [default: the model's]")
-@click.option("--guidance", type=float, metavar="G", help="Guidance scale.  [default: the model's]")
-@click.option("--negative-prompt", metavar="TEXT", help="What to avoid (Wan).")
-@click.option(
-    "--image", type=click.Path(path_type=Path), metavar="FILE", help="First frame, for image-to-video models."
-)
-@click.option("--device", default="", metavar="cpu|cuda", help="[default: cuda if there is one]")
-@click.option("--dtype", default="auto", show_default=True, metavar="NAME", help="float32, bfloat16 or float16.")
-@click.option(
-    "--offload",
-    default="none",
-    show_default=True,
-    metavar="none|model|sequential",
-    help="Keep idle weights in CPU memory (CUDA).",
-)
-@click.option("--vae-tiling", is_flag=True, help="Decode in tiles: less memory, slightly other pixels.")
 @click.option("--lossless", is_flag=True, help="MP4s whose decoded RGB frames are exactly the rendered ones.")
 @_json
-def render(
-    prompts: tuple[str, ...],
-    out: Path,
-    manifest: Path | None,
-    model: str,
-    cache: str,
-    steps: int | None,
-    seed: int,
-    width: int | None,
-    height: int | None,
-    frames: int | None,
-    fps: int | None,
-    guidance: float | None,
-    negative_prompt: str | None,
-    image: Path | None,
-    device: str,
-    dtype: str,
-    offload: str,
-    vae_tiling: bool,
-    lossless: bool,
-    as_json: bool,
-) -> int:
+def render(asked: Asked, out: Path, cache: str, fps: int | None, lossless: bool, as_json: bool) -> int:
     """Renders clips from prompts or from a manifest.
 
     A clip that is in the output folder already is not rendered again: the same command continues an interrupted
@@ -102,31 +50,12 @@ def render(
       cineray render --manifest examples/demo.jsonl --out out/demo --steps 30 --json
       cineray render "a cat walks" --model wan2.1-t2v-1.3b --device cuda --offload model --out out/cat
     """
-    from cineray.jobs.manifest import RunDefaults
     from cineray.pipeline.checkpoint import open_checkpoint
-    from cineray.pipeline.loading import LoadOptions, default_device
 
-    checkpoint = open_checkpoint(model)
-    sizes = checkpoint.defaults
-    defaults = RunDefaults(
-        negative_prompt=negative_prompt,
-        seed=seed,
-        width=_given(width, sizes.width),
-        height=_given(height, sizes.height),
-        num_frames=_given(frames, sizes.num_frames),
-        num_inference_steps=_given(steps, sizes.num_inference_steps),
-        guidance_scale=_given(guidance, sizes.guidance_scale),
-        fps=_given(fps, sizes.fps),
-        cache=cache,
-        image=None if image is None else str(image.resolve()),
-    )
-    options = LoadOptions(
-        device=device or default_device(),
-        dtype=dtype,
-        offload=offload,  # type: ignore[arg-type]  # LoadOptions checks it
-        vae_tiling=vae_tiling,
-    )
-    num_clips, requests = _requests(prompts, manifest, defaults, checkpoint)
+    checkpoint = open_checkpoint(asked.model)
+    defaults = _run_defaults(asked, checkpoint, cache, fps)
+    options = _load_options(asked)
+    num_clips, requests = _requests(asked, defaults, checkpoint)
     results, wall_s = _render(num_clips, requests, checkpoint, options, defaults, out, lossless)
     counts = Counter(r.status for r in results)
     summary = {
@@ -141,26 +70,87 @@ def render(
     return EXIT_FAILED_CLIPS if counts["failed"] else EXIT_DONE
 
 
+@cineray.group()
+def calibrate() -> None:
+    """Fits a cache policy to a model, once, on a few clips."""
+
+
+@calibrate.command()
+@clip_options
+@click.option("--alpha", type=float, required=True, metavar="A", help="Largest relative L1 error that is accepted.")
+@click.option("--max-lag", type=int, default=3, show_default=True, metavar="N", help="Longest run of skipped steps.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE.json", required=True, help="Schedule; replaced.")
+@_json
+def smoothcache(asked: Asked, alpha: float, max_lag: int, out: Path, as_json: bool) -> int:
+    """Measures how far each layer type's output moves, and writes a schedule.
+
+    Render about ten clips: the errors are averaged over them. Use the schedule with --cache smoothcache:FILE.json.
+
+    \b
+    Example:
+      cineray calibrate smoothcache --manifest clips.jsonl --steps 50 --alpha 0.2 --out smooth.json
+    """
+    from cineray.jobs.calibration import calibrate_smoothcache
+    from cineray.pipeline.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(asked.model)
+    _, requests = _requests(asked, _run_defaults(asked, checkpoint, "none", None), checkpoint)
+    schedule = calibrate_smoothcache(checkpoint, _load_options(asked), list(requests), alpha, max_lag, out)
+    computed = {layer: sum(row) for layer, row in schedule.rows.items()}
+    said = ", ".join(f"{layer} {number} of {schedule.num_steps}" for layer, number in computed.items())
+    print(f"{out}: computed steps: {said}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"schedule": str(out), "steps": schedule.num_steps, "computed": computed}))
+    return EXIT_DONE
+
+
+def _run_defaults(asked: Asked, checkpoint: "Checkpoint", cache: str, fps: int | None) -> "RunDefaults":
+    from cineray.jobs.manifest import RunDefaults
+
+    sizes = checkpoint.defaults
+    return RunDefaults(
+        negative_prompt=asked.negative_prompt,
+        seed=asked.seed,
+        width=_given(asked.width, sizes.width),
+        height=_given(asked.height, sizes.height),
+        num_frames=_given(asked.frames, sizes.num_frames),
+        num_inference_steps=_given(asked.steps, sizes.num_inference_steps),
+        guidance_scale=_given(asked.guidance, sizes.guidance_scale),
+        fps=_given(fps, sizes.fps),
+        cache=cache,
+        image=None if asked.image is None else str(asked.image.resolve()),
+    )
+
+
+def _load_options(asked: Asked) -> "LoadOptions":
+    from cineray.pipeline.loading import LoadOptions, default_device
+
+    return LoadOptions(
+        device=asked.device or default_device(),
+        dtype=asked.dtype,
+        offload=asked.offload,  # type: ignore[arg-type]  # LoadOptions checks it
+        vae_tiling=asked.vae_tiling,
+    )
+
+
 def _given(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _requests(
-    prompts: tuple[str, ...], manifest: Path | None, defaults: "RunDefaults", checkpoint: "Checkpoint"
-) -> tuple[int, Iterable["ClipRequest"]]:
+def _requests(asked: Asked, defaults: "RunDefaults", checkpoint: "Checkpoint") -> tuple[int, Iterable["ClipRequest"]]:
     """(number of clips, the clips as a stream), all of them checked."""
     from cineray.jobs.manifest import check_manifest, check_prompts, stream_requests
     from cineray.jobs.progress import checking_lines
     from cineray.pipeline.request import InputError
 
-    if manifest is None:
-        requests = check_prompts(list(prompts), defaults, checkpoint)
+    if asked.manifest is None:
+        requests = check_prompts(list(asked.prompts), defaults, checkpoint)
         return len(requests), requests
-    if prompts:
+    if asked.prompts:
         raise InputError("give prompts or --manifest, not both")
-    with checking_lines(manifest.name) as on_line:
-        num_clips = check_manifest(manifest, defaults, checkpoint, on_line)
-    return num_clips, stream_requests(manifest, defaults)
+    with checking_lines(asked.manifest.name) as on_line:
+        num_clips = check_manifest(asked.manifest, defaults, checkpoint, on_line)
+    return num_clips, stream_requests(asked.manifest, defaults)
 
 
 def _render(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError
 
+from cineray.caching.spec import CachePlan, LayerPlan
 from cineray.pipeline.checkpoint import Checkpoint
 from cineray.pipeline.request import ClipRequest, InputError, problems, shorten
 
@@ -81,25 +82,27 @@ class RequestCheck:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._rule = checkpoint.size_rule
-        self._policies: dict[str, str | None] = {}
+        self._policies: dict[str, CachePlan | LayerPlan | str | None] = {}  # a text says what is wrong
 
     def __call__(self, request: ClipRequest) -> list[str]:
         found = problems(request, self._rule)
-        if request.cache not in self._policies:
-            self._policies[request.cache] = self._policy_problem(request.cache)
-        policy_problem = self._policies[request.cache]
-        if policy_problem is not None:
-            found.append(policy_problem)
+        found += self._policy_problems(request)
         if request.image is not None and not Path(request.image).is_file():
             found.append(f"image {shorten(request.image)} is not a file")
         return found
 
-    def _policy_problem(self, policy: str) -> str | None:
-        try:
-            self._checkpoint.plan_cache(policy)
-        except ValueError as error:
-            return str(error)
-        return None
+    def _policy_problems(self, request: ClipRequest) -> list[str]:
+        if request.cache not in self._policies:
+            try:
+                self._policies[request.cache] = self._checkpoint.plan_cache(request.cache)
+            except ValueError as error:
+                self._policies[request.cache] = str(error)
+        plan = self._policies[request.cache]
+        if isinstance(plan, str):
+            return [plan]
+        if isinstance(plan, LayerPlan) and plan.schedule.num_steps != request.num_inference_steps:
+            return [f"cache: the schedule is for {plan.schedule.num_steps} steps, got {request.num_inference_steps}"]
+        return []
 
 
 class _SeenIds:

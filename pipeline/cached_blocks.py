@@ -112,6 +112,16 @@ class BlockRunner:
             run = partial(self._run_list, list(blocks), name == first, name == last)
             setattr(transformer, name, CachedBlockList(blocks, run))
 
+    def begin_clip(self) -> None:
+        self._controller.begin_clip()
+
+    def end_forward(self, context: StepContext) -> None:
+        """The controller has recorded it."""
+
+    def free(self) -> None:
+        """Drops the tensors; the trace stays."""
+        self._controller.histories.clear()
+
     def detach(self) -> None:
         for name, blocks in self._original.items():
             setattr(self._transformer, name, blocks)

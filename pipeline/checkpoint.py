@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cineray.caching.spec import CachePlan
+from cineray.caching.spec import CachePlan, LayerPlan
 from cineray.pipeline.adapters import FAMILIES, Adapter
 from cineray.pipeline.adapters.protocol import Defaults, ModelConfigs
 from cineray.pipeline.cached_blocks import LAYOUTS
@@ -61,7 +61,7 @@ class Checkpoint:
     def size_rule(self) -> SizeRule:
         return self.adapter.size_rule(self.configs)
 
-    def plan_cache(self, policy: str) -> CachePlan | None:
+    def plan_cache(self, policy: str) -> CachePlan | LayerPlan | None:
         """What a cache policy means for this model; None for `none`.
 
         Raises:

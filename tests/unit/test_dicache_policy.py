@@ -120,7 +120,7 @@ def test_a_policy_is_named_with_its_options():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("dicash", "unknown policy 'dicash'; valid: none, dicache, dicache-paper, fbcache, interval"),
+        ("dicash", "unknown policy 'dicash'; valid: none, dicache, dicache-paper, fbcache, interval, smoothcache:"),
         ("dicache(treshold=1)", "unknown option 'treshold=1' of dicache; valid: threshold, probe_depth,"),
         ("dicache(threshold)", "unknown option 'threshold' of dicache"),
         ("dicache(threshold=x)", "option threshold of dicache: Input should be a valid number"),
@@ -129,6 +129,8 @@ def test_a_policy_is_named_with_its_options():
         ("dicache(probe_depth=30)", "probe_depth must be at most 29 for this model, got 30"),
         ("dicache(gamma_clip=1)", "option gamma_clip of dicache"),
         ("dicache:file.json", "dicache takes no file"),
+        ("smoothcache:/no/such.json", "schedule /no/such.json cannot be read: No such file"),
+        ("smoothcache", "smoothcache takes a file, as smoothcache:SCHEDULE.json"),
         ("replay", "replay takes a file, as replay:TRACE.json"),
         ("replay:/no/such.json", "trace /no/such.json cannot be read: No such file"),
         ("none(x=1)", "unknown option 'x=1' of none; valid: it has none"),

@@ -236,3 +236,28 @@ def test_a_clip_that_fails_does_not_stop_the_others(render, tmp_path):
     assert [(c["id"], c["status"]) for c in json.loads(stdout)["clips"]] == [("bad", "failed"), ("good", "done")]
     assert "bad: failed" in stderr
     assert [p.name.split(".")[0] for p in out.glob("*.mp4")] == ["good"]
+
+
+def test_a_calibrated_schedule_renders(render, checkpoint_folder, tmp_path, capsys):
+    schedule = tmp_path / "smooth.json"
+    calibrate = ["calibrate", "smoothcache", "a red circle", "--model", str(checkpoint_folder("wan"))]
+    sizes = ["--width", "32", "--height", "32", "--frames", "5"]
+    ask = ["--steps", "6", "--alpha", "10", "--out", str(schedule), "--json"]
+    assert _run([*calibrate, *sizes, *ask]) == 0
+    assert json.loads(capsys.readouterr().out)["computed"] == {"attn1": 3, "attn2": 3, "ffn": 3}
+    assert json.loads(schedule.read_text())["ffn"] == [1, 0, 0, 0, 1, 1]
+    code, stdout, _, _ = render("a red circle", "--steps", "6", "--cache", f"smoothcache:{schedule}", "--json")
+    assert code == 0
+    (clip,) = json.loads(stdout)["clips"]
+    assert (clip["computed_steps"], clip["skipped_steps"], clip["cost"]) == (3, 3, 0.5)
+    code, _, stderr, _ = render("a red circle", "--steps", "7", "--cache", f"smoothcache:{schedule}")
+    assert code == 2
+    assert "the schedule is for 6 steps, got 7" in stderr
+    for wrong, said in (
+        (["--alpha", "nan"], "alpha must be 0 or more"),
+        (["--max-lag", "6"], "max-lag must be 1 to 5 for 6 steps"),
+        (["--out", str(tmp_path / "no" / "x.json")], "cannot be written: No such file"),
+    ):
+        assert _run([*calibrate, *sizes, *ask, *wrong]) == 2
+        assert said in capsys.readouterr().err
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".smooth")]

@@ -1,0 +1,95 @@
+"""SmoothCache (arXiv 2411.10510): a schedule per layer type, calibrated once, the same for every clip.
+
+Section 3.2 and equation 4; schedule generation as in github.com/Roblox/SmoothCache at edeb4ed,
+SmoothCache/smooth_cache_helper and calibration_helper. Schedules are stored in its JSON form:
+`{"attn1": [1, 0, 0, 1], "ffn-3": [...]}`, 1 computes, 0 reuses the layer's last output; a key names a layer type, or
+one block's layer as type-number.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_KEY = re.compile(r"(?P<layer>[A-Za-z_][A-Za-z0-9_]*)(?:-(?P<block>\d+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSchedule:
+    """When each layer is computed; layers without a row always are."""
+
+    rows: Mapping[str, tuple[bool, ...]]
+
+    def computes(self, layer: str, block: int, step_index: int) -> bool:
+        """A block's own row goes before its layer type's."""
+        row = self.rows.get(f"{layer}-{block}", self.rows.get(layer))
+        return True if row is None else row[step_index]
+
+    @property
+    def num_steps(self) -> int:
+        return len(next(iter(self.rows.values())))
+
+
+def schedule_row(errors: Sequence[Sequence[float]], num_steps: int, alpha: float) -> tuple[bool, ...]:
+    """One layer type's schedule from its calibrated errors.
+
+    From left to right, each computed step is followed by as many skipped ones as the error allows, longest first. The
+    first and the last step are computed.
+
+    Args:
+        errors: errors[lag - 1][step]: relative L1 change of the layer's output from `step` to `step + lag`.
+        alpha: largest error that is accepted.
+    """
+    row = [True] * num_steps
+    step = 0
+    while step < num_steps - 1:
+        skip = 0
+        for lag in range(len(errors), 0, -1):
+            if step + lag < num_steps and errors[lag - 1][step] <= alpha:
+                skip = lag
+                break
+        for skipped in range(step + 1, min(step + skip + 1, num_steps)):
+            row[skipped] = False
+        step += skip + 1
+    row[-1] = True
+    return tuple(row)
+
+
+def dump_schedule(schedule: LayerSchedule) -> str:
+    """The official JSON form."""
+    return json.dumps({key: [int(v) for v in row] for key, row in schedule.rows.items()}) + "\n"
+
+
+def load_schedule(path: Path, layers: Sequence[str], num_blocks: int) -> LayerSchedule:
+    """Reads a schedule for a model with these layer types and that many blocks.
+
+    Raises:
+        ValueError: no such file, not a schedule, rows of different lengths, or layers that the model does not have.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"schedule {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"schedule {path} is not JSON: {error}") from None
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f'schedule {path} must be an object such as {{"attn1": [1, 0, 1]}}')
+    rows = {}
+    for key, row in content.items():
+        match = _KEY.fullmatch(key)
+        known = match is not None and match["layer"] in layers and int(match["block"] or 0) < num_blocks
+        if not known:
+            raise ValueError(
+                f"schedule {path}: layer {key!r} is not in this model; it has {', '.join(layers)} in {num_blocks} "
+                "blocks, numbered from 0"
+            )
+        if not isinstance(row, list) or not row or any(v not in (0, 1) for v in row):
+            raise ValueError(f"schedule {path}: row {key!r} must be a list of 0 and 1")
+        if row[0] != 1:
+            raise ValueError(f"schedule {path}: row {key!r} must begin with 1: there is nothing to reuse yet")
+        rows[key] = tuple(bool(v) for v in row)
+    lengths = {len(row) for row in rows.values()}
+    if len(lengths) != 1:
+        raise ValueError(f"schedule {path}: rows must have one length, got {sorted(lengths)} steps")
+    return LayerSchedule(rows)

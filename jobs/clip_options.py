@@ -1,0 +1,79 @@
+"""The options that say which clips and which model, shared by every command that renders."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What was typed; None means the model's own value."""
+
+    prompts: tuple[str, ...]
+    manifest: Path | None
+    model: str
+    steps: int | None
+    seed: int
+    width: int | None
+    height: int | None
+    frames: int | None
+    guidance: float | None
+    negative_prompt: str | None
+    image: Path | None
+    device: str
+    dtype: str
+    offload: str
+    vae_tiling: bool
+
+
+_PATH = click.Path(path_type=Path)
+_OPTIONS = [
+    click.argument("prompts", nargs=-1, metavar="PROMPT..."),
+    click.option(
+        "--manifest",
+        type=_PATH,
+        metavar="FILE.jsonl",
+        help="One JSON object per line instead of prompts; see docs/manifest.md.",
+    ),
+    click.option(
+        "--model",
+        default="tiny-wan",
+        show_default=True,
+        metavar="NAME|DIR",
+        help="A name of `cineray models`, a diffusers folder or a hub id.",
+    ),
+    click.option("--steps", type=int, metavar="N", help="Denoising steps.  [default: 50]"),
+    click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of each clip's noise."),
+    click.option("--width", type=int, metavar="W", help="Pixels.  [default: the model's]"),
+    click.option("--height", type=int, metavar="H", help="Pixels.  [default: the model's]"),
+    click.option("--frames", type=int, metavar="F", help="4k+1 frames.  [default: the model's]"),
+    click.option("--guidance", type=float, metavar="G", help="Guidance scale.  [default: the model's]"),
+    click.option("--negative-prompt", metavar="TEXT", help="What to avoid (Wan)."),
+    click.option("--image", type=_PATH, metavar="FILE", help="First frame, for image-to-video models."),
+    click.option("--device", default="", metavar="cpu|cuda", help="[default: cuda if there is one]"),
+    click.option("--dtype", default="auto", show_default=True, metavar="NAME", help="float32, bfloat16 or float16."),
+    click.option(
+        "--offload",
+        default="none",
+        show_default=True,
+        metavar="none|model|sequential",
+        help="Keep idle weights in CPU memory (CUDA).",
+    ),
+    click.option("--vae-tiling", is_flag=True, help="Decode in tiles: less memory, slightly other pixels."),
+]
+
+
+def clip_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options to a command, which receives them as its first argument, an `Asked`."""
+    names = [field.name for field in fields(Asked)]
+
+    @functools.wraps(command)
+    def with_asked(**values: Any) -> Any:
+        asked = Asked(**{name: values.pop(name) for name in names})
+        return command(asked, **values)
+
+    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(_OPTIONS), with_asked)

@@ -1,0 +1,133 @@
+"""SmoothCache: schedules from errors, the official JSON form, and what a schedule does to a real transformer."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import BUILDERS, build_flux
+
+import cineray
+from cineray.caching.smoothcache import LayerSchedule, dump_schedule, load_schedule, schedule_row
+from cineray.pipeline.cached_layers import layers_of
+from cineray.pipeline.calibrate import measure_layer_errors, smooth_schedule
+
+EVERY_FAMILY = [*BUILDERS, "flux"]
+
+
+def build(name):
+    pipe = {**BUILDERS, "flux": build_flux}[name]()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def call(pipe, steps):
+    from PIL import Image
+
+    extra = {} if "Flux" in type(pipe).__name__ else {"num_frames": 5}
+    if "Image" in type(pipe).__name__:
+        extra["image"] = Image.new("RGB", (32, 32), "green")
+    generator = torch.Generator("cpu").manual_seed(3)
+    sizes = {"width": 32, "height": 32, "num_inference_steps": steps, "output_type": "latent"}
+    return pipe(prompt="a red circle", **sizes, **extra, generator=generator)[0]
+
+
+def test_the_longest_skip_that_is_good_enough_is_taken():
+    nan = float("nan")
+    errors = [
+        [0.1, 0.1, 0.1, 0.3, 0.1, nan],  # lag 1
+        [0.1, 0.3, 0.1, 0.1, nan, nan],  # lag 2
+    ]
+    # 0 skips 1 and 2; 3 skips 4 and 5 by lag 2 at an error of 0.1 (its lag 1 is bad: the largest lag is tried first)
+    assert schedule_row(errors, 6, alpha=0.2) == (True, False, False, True, False, True)
+    assert schedule_row(errors, 6, alpha=0.0) == (True,) * 6
+    assert schedule_row(errors, 6, alpha=nan) == (True,) * 6
+
+
+def test_schedules_are_stored_in_the_official_form(tmp_path):
+    path = tmp_path / "schedule.json"
+    path.write_text('{"attn1": [1, 0, 1, 1], "ffn-2": [1, 1, 0, 1]}')
+    schedule = load_schedule(path, ("attn1", "attn2", "ffn"), 3)
+    assert [schedule.computes("attn1", 0, s) for s in range(4)] == [True, False, True, True]
+    assert [schedule.computes("ffn", 2, s) for s in range(4)] == [True, True, False, True]
+    assert all(schedule.computes(layer, 0, s) for layer in ("ffn", "attn2") for s in range(4))
+    assert json.loads(dump_schedule(schedule)) == json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "must be an object such as"),
+        ("{}", "must be an object such as"),
+        ('{"attn3": [1]}', "layer 'attn3' is not in this model; it has attn1, ffn in 3 blocks"),
+        ('{"attn1-3": [1]}', "layer 'attn1-3' is not in this model"),
+        ('{"attn1": [1, 2]}', "must be a list of 0 and 1"),
+        ('{"attn1": []}', "must be a list of 0 and 1"),
+        ('{"attn1": [0, 1]}', "must begin with 1"),
+        ('{"attn1": [1, 1], "ffn": [1]}', r"rows must have one length, got \[1, 2\] steps"),
+    ],
+)
+def test_bad_schedules_are_one_clear_error(tmp_path, content, said):
+    path = tmp_path / "schedule.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=said):
+        load_schedule(path, ("attn1", "ffn"), 3)
+
+
+@pytest.mark.parametrize("name", EVERY_FAMILY)
+def test_a_schedule_skips_just_its_layers_and_all_ones_change_nothing(name, tmp_path):
+    pipe = build(name)
+    plain = call(pipe, steps=4)
+    layers = list(layers_of(pipe.transformer))
+    kinds = list(dict.fromkeys(layer for layer, _, _ in layers))
+    path = tmp_path / "schedule.json"
+    path.write_text(json.dumps({kind: [1, 1, 1, 1] for kind in kinds}))
+    with cineray.enable_cache(pipe, f"smoothcache:{path}") as handle:
+        assert torch.equal(call(pipe, steps=4), plain)
+        assert handle.trace.summary()["cost"] == 1.0
+    path.write_text(json.dumps({kinds[0]: [1, 0, 1, 1]}))
+    with cineray.enable_cache(pipe, f"smoothcache:{path}") as handle:
+        cached = call(pipe, steps=4)
+        assert torch.equal(call(pipe, steps=4), cached)  # a second clip does not see the first
+        summary = handle.trace.summary()
+    assert not torch.equal(cached, plain)
+    share = sum(layer == kinds[0] for layer, _, _ in layers) / len(layers)
+    assert summary["cost"] == pytest.approx(1 - share / 4, abs=1e-6)
+    assert (summary["steps"], summary["skipped_steps"]) == (4, 1)
+    assert torch.equal(call(pipe, steps=4), plain)
+
+
+def test_a_schedule_of_another_length_is_refused(tmp_path):
+    path = tmp_path / "schedule.json"
+    path.write_text('{"attn1": [1, 0, 1]}')
+    pipe = build("wan")
+    with (
+        cineray.enable_cache(pipe, f"smoothcache:{path}"),
+        pytest.raises(ValueError, match="the schedule is for 3 steps, this clip has 4"),
+    ):
+        call(pipe, steps=4)
+
+
+def test_calibration_averages_over_blocks_and_clips(loaded, new_request):
+    """The errors of the feed-forward layers, measured by plain hooks beside the calibration's own."""
+    model = loaded("wan")
+    requests = [new_request(num_inference_steps=5, seed=s, guidance_scale=1.0) for s in (1, 2)]
+    blocks = model.pipe.transformer.blocks
+    outputs = [[] for _ in blocks]
+    taps = [
+        block.ffn.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out.clone()))
+        for block, seen in zip(blocks, outputs, strict=True)
+    ]
+    errors = measure_layer_errors(model, requests, max_lag=2, on_clip=lambda done, total: None)
+    for tap in taps:
+        tap.remove()
+    assert set(errors) == {"attn1", "attn2", "ffn"}
+    for lag in (1, 2):
+        for step in range(5 - lag):
+            pairs = [(seen[clip + step], seen[clip + step + lag]) for seen in outputs for clip in (0, 5)]
+            expected = np.mean([((then - now).abs().sum() / now.abs().sum()).item() for then, now in pairs])
+            assert errors["ffn"][lag - 1][step] == pytest.approx(expected, rel=1e-5)
+        assert np.isnan(errors["ffn"][lag - 1][5 - lag :]).all()
+    assert smooth_schedule(errors, alpha=1e9) == LayerSchedule(dict.fromkeys(errors, (True, False, False, True, True)))
+    assert smooth_schedule(errors, alpha=0.0).rows["attn1"] == (True,) * 5
