@@ -27,7 +27,7 @@ from tiny.denoiser import FLOW_SHIFT, HunyuanDenoiser, Plan, WanDenoiser, encode
 from tiny.shapes import all_captions
 
 SEEDS = {"wan": 1, "hunyuan": 2}
-PLANS = {"wan": Plan(steps=5000), "hunyuan": Plan(steps=3600, guided_steps=800)}
+PLANS = {"wan": Plan(steps=5000), "hunyuan": Plan(steps=3600, refine_steps=1300, guided_from=2800)}
 CLIPS_PER_CAPTION = 16
 MAX_CHECKPOINT_BYTES = 24_000_000
 CARD = """# tiny-{family}

@@ -33,13 +33,31 @@ GUIDANCE_SLOPE = 0.4
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """`guided_steps`: how many of the last steps learn embedded guidance."""
+    """How long and how fast.
+
+    Args:
+        steps, peak_rate: the first run: warm-up, then a cosine to zero.
+        refine_steps, refine_rate: a second run of the same form.
+        guided_from: first step that learns embedded guidance; None for a model without.
+    """
 
     steps: int
     batch: int = 24
     peak_rate: float = 1.5e-3
-    guided_steps: int = 0
+    refine_steps: int = 0
+    refine_rate: float = 8e-4
+    guided_from: int | None = None
     ema_decay: float = 0.998
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps + self.refine_steps
+
+    def rate(self, step: int) -> float:
+        peak, since, length = self.peak_rate, step, self.steps
+        if step >= self.steps:
+            peak, since, length = self.refine_rate, step - self.steps, self.refine_steps
+        return peak * min((since + 1) / 100, 0.5 * (1 + math.cos(math.pi * since / length)))
 
 
 class _WeightedNullToken(WanAttnProcessor):
@@ -184,10 +202,11 @@ def train_denoiser(
         for name, part in parts.items():
             part.load_state_dict(state[name])
     with (work / "denoiser.log.jsonl").open("a") as log:
-        while step < plan.steps:
+        while step < plan.total_steps:
             for group in (g for o in optimizers for g in o.param_groups):
-                group["lr"] = plan.peak_rate * min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / plan.steps)))
-            teacher = average.module if step >= plan.steps - plan.guided_steps else None
+                group["lr"] = plan.rate(step)
+            is_guided = plan.guided_from is not None and step >= plan.guided_from
+            teacher = average.module if is_guided else None
             loss = flow_matching_loss(denoiser, teacher, latents, captions, plan.batch, seed * 1_000_003 + step)
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
@@ -202,7 +221,7 @@ def train_denoiser(
                 row = {"step": step, "loss": sum(losses) / len(losses), "guided": teacher is not None}
                 print(json.dumps(row | {"wall_s": time.monotonic() - began}), file=log, flush=True)
                 losses = []
-            if step % 200 == 0 or step == plan.steps:
+            if step % 200 == 0 or step in (plan.steps, plan.total_steps):
                 torch.save({n: p.state_dict() for n, p in parts.items()} | {"step": step}, work / "denoiser.tmp")
                 (work / "denoiser.tmp").rename(saved)
     denoiser.load_state_dict(average.module.state_dict())
