@@ -176,7 +176,7 @@ def _replay(path: Path, model: ModelFacts) -> CachePlan:
     return CachePlan(
         text=f"replay({_digest(path)})",
         policy=ReplayPolicy(trace),
-        forecasting=trace.forecasting,
+        forecasting=replace(trace.forecasting, branches="separate"),  # the trace says what each branch does
         probe_depth=trace.probe_depth,
         num_blocks=model.num_blocks,
     )

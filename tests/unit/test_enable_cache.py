@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -144,16 +145,18 @@ def test_each_sample_of_a_batch_has_its_own_schedule_and_pixels(builder):
         torch.testing.assert_close(together[sample], alone[sample][0], atol=1e-4, rtol=1e-4)
 
 
-def test_a_trace_replays_the_same_clip_and_any_other_one(tmp_path):
+@pytest.mark.parametrize("branches", ["separate", "joint"])
+def test_a_trace_replays_the_same_clip_and_any_other_one(tmp_path, branches):
     pipe = build_wan()
     pipe.set_progress_bar_config(disable=True)
-    with cineray.enable_cache(pipe, OFTEN) as handle:
+    with cineray.enable_cache(pipe, replace(OFTEN, branches=branches)) as handle:
         first = call(pipe, guidance_scale=4.0)
     path = tmp_path / "trace.json"
     path.write_text(json.dumps(handle.trace.content()))
     assert load_trace(path).entries == handle.trace.entries
     with cineray.enable_cache(pipe, f"replay:{path}") as replayed:
         assert torch.equal(call(pipe, guidance_scale=4.0), first)
+        assert [e.gamma for e in replayed.trace.entries] == [e.gamma for e in handle.trace.entries]
         call(pipe, guidance_scale=4.0, seed=9)
         assert [e.compute for e in replayed.trace.entries] == [e.compute for e in handle.trace.entries]
     with pytest.raises(ValueError, match="is of a model with 3 blocks; this one has 4"):
