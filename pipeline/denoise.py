@@ -28,7 +28,7 @@ def denoise(
     Returns:
         Latents of the clip, same shape and dtype.
     """
-    scheduler = deepcopy(model.pipe.scheduler)  # UniPC keeps past outputs: one scheduler per clip
+    scheduler = deepcopy(model.pipe.scheduler)  # its steps have state: one scheduler per clip
     timesteps = model.adapter.set_timesteps(scheduler, num_inference_steps, latents.device)
     scheduler.set_begin_index(0)
     for index, timestep in enumerate(timesteps):

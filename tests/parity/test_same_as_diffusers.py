@@ -78,10 +78,13 @@ def test_guidance_matters_in_both_models(loaded, new_request):
         assert not torch.equal(low, high)
 
 
-def test_a_second_clip_does_not_see_the_first(loaded, new_request):
-    """UniPC keeps past outputs; a shared scheduler would leak them into the next clip."""
+def test_a_clip_leaves_the_pipelines_own_scheduler_alone(loaded, new_request):
+    """Schedulers have state (UniPC keeps past outputs): each clip has its own."""
     model = loaded("wan")
-    first, _ = ours(model, new_request(seed=1))
-    ours(model, new_request(seed=2, num_inference_steps=6))
-    again, _ = ours(model, new_request(seed=1))
+    model.pipe.scheduler.set_timesteps(3)
+    first, _ = ours(model, new_request(seed=1, num_inference_steps=6))
+    assert len(model.pipe.scheduler.timesteps) == 3
+    assert model.pipe.scheduler.model_outputs == [None] * len(model.pipe.scheduler.model_outputs)
+    ours(model, new_request(seed=2, num_inference_steps=5))
+    again, _ = ours(model, new_request(seed=1, num_inference_steps=6))
     assert torch.equal(first, again)
