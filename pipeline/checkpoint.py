@@ -148,7 +148,7 @@ def _read_config(source: str, file: str) -> dict[str, Any]:
 
 
 def _download(repository: str, file: str) -> str:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, logging
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -157,6 +157,8 @@ def _download(repository: str, file: str) -> str:
         RepositoryNotFoundError,
     )
 
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its retries would fill the screen: what matters is said once, below
     try:
         return hf_hub_download(repository, file)
     except GatedRepoError:
@@ -172,6 +174,8 @@ def _download(repository: str, file: str) -> str:
         )
     except EntryNotFoundError:
         reason = f"has no {file} on the hub, so it is not a diffusers checkpoint"
+    finally:
+        logging.set_verbosity(verbosity)
     raise InputError(f"model {repository} {reason}")
 
 
