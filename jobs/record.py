@@ -47,7 +47,7 @@ def clip_record(
             "digest": model.digest,
             "revision": model.revision,
         },
-        "cache": policy_text(request, model),
+        "cache": trace["policy"],
         "trace": trace,
         "layout": asdict(Layout()),
         "options": options,

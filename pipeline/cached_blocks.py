@@ -82,7 +82,6 @@ class _Call:
 
     verdict: Verdict
     entering: torch.Tensor  # [B, S, D], of all rows
-    probe: torch.Tensor
 
 
 class BlockRunner:
@@ -134,7 +133,7 @@ class BlockRunner:
             state = state.through(blocks[: self._probe_depth])
             probe = state.hidden_states.clone()
             verdict = self._controller.decide(self._where(), entering, probe)
-            self._call = _Call(verdict, entering, probe)
+            self._call = _Call(verdict, entering)
             blocks = blocks[self._probe_depth :]
         call = self._call
         assert call is not None  # the first list has run

@@ -128,9 +128,7 @@ class LayerRunner:
         self._where = where
         self._layers = [
             hook
-            for _, _, hook in attach(
-                transformer, lambda layer, block: ScheduledLayer(schedule, layer, block, self._place)
-            )
+            for _, hook in attach(transformer, lambda layer, block: ScheduledLayer(schedule, layer, block, self._place))
         ]
 
     def _place(self) -> tuple[str, int]:
@@ -174,13 +172,13 @@ class LayerRunner:
 Hook = TypeVar("Hook", bound=ModelHook)
 
 
-def attach(transformer: nn.Module, new_hook: Callable[[str, int], Hook]) -> list[tuple[str, int, Hook]]:
-    """Hooks every layer; returns (layer type, block number, hook)."""
+def attach(transformer: nn.Module, new_hook: Callable[[str, int], Hook]) -> list[tuple[str, Hook]]:
+    """Hooks every layer; returns (layer type, hook)."""
     hooks = []
     for layer, block, module in layers_of(transformer):
         hook = new_hook(layer, block)
         HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _HOOK)
-        hooks.append((layer, block, hook))
+        hooks.append((layer, hook))
     return hooks
 
 

@@ -47,7 +47,7 @@ def measure_layer_errors(
                 render_clip(model, request, lambda done, total: None)
             finally:
                 detach(transformer)
-            for layer, _, recorder in hooks:
+            for layer, recorder in hooks:
                 for (step, lag), (moved, size) in recorder.sums.items():
                     values[layer][lag - 1][step].append(moved / size if size > 0 else math.inf)
             on_clip(number, len(requests))

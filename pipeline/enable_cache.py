@@ -66,15 +66,25 @@ def enable_cache(pipe_or_transformer: Any, policy: str | PolicyConfig, num_branc
     kind = type(transformer).__name__
     if kind not in LAYOUTS:
         raise ValueError(f"enable_cache: {kind} is not supported; supported: {', '.join(LAYOUTS)}")
-    if Whereabouts.is_attached(transformer):
-        raise ValueError(f"enable_cache: this {kind} has a cache already; call disable() of its handle first")
     plan = plan_cache(policy, kind, tuple(transformer.config[name] for name in LAYOUTS[kind].counts))
     if plan is None:
         raise ValueError("enable_cache: policy 'none' is no cache; leave the call out")
     scheduler = getattr(pipe_or_transformer, "scheduler", None)
-    return CacheHandle(
-        transformer, plan, Whereabouts(transformer, num_branches or LAYOUTS[kind].num_branches, scheduler)
-    )
+    return attach_cache(transformer, plan, num_branches or LAYOUTS[kind].num_branches, scheduler)
+
+
+def attach_cache(
+    transformer: nn.Module, plan: CachePlan | LayerPlan, num_branches: int, scheduler: Any = None
+) -> CacheHandle:
+    """Attaches a cache whose plan was made for this transformer.
+
+    Raises:
+        ValueError: a cache is enabled already.
+    """
+    if Whereabouts.is_attached(transformer):
+        kind = type(transformer).__name__
+        raise ValueError(f"enable_cache: this {kind} has a cache already; call disable() of its handle first")
+    return CacheHandle(transformer, plan, Whereabouts(transformer, num_branches, scheduler))
 
 
 def plan_cache(

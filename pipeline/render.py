@@ -9,7 +9,7 @@ import torch
 from cineray.caching.trace import Trace
 from cineray.pipeline.adapters import Conditions
 from cineray.pipeline.denoise import StepDone, denoise
-from cineray.pipeline.enable_cache import enable_cache
+from cineray.pipeline.enable_cache import attach_cache
 from cineray.pipeline.loading import LoadedModel
 from cineray.pipeline.request import ClipRequest
 
@@ -52,10 +52,10 @@ def _denoise_with_cache(
     model: LoadedModel, request: ClipRequest, latents: torch.Tensor, conditions: Conditions, on_step: StepDone
 ) -> tuple[torch.Tensor, Trace | None]:
     steps = request.num_inference_steps
-    if model.checkpoint.plan_cache(request.cache) is None:
+    plan = model.checkpoint.plan_cache(request.cache)
+    if plan is None:
         return denoise(model, latents, conditions, steps, on_step), None
-    transformer = model.pipe.transformer
-    with enable_cache(transformer, request.cache, num_branches=len(conditions.branches)) as cache:
+    with attach_cache(model.pipe.transformer, plan, num_branches=len(conditions.branches)) as cache:
         return denoise(model, latents, conditions, steps, on_step), cache.trace
 
 

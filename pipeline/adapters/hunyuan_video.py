@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cineray.pipeline.adapters.protocol import Branch, Conditions, Defaults, ModelConfigs
+from cineray.pipeline.adapters.protocol import Branch, Conditions, Defaults, ModelConfigs, draw_noise
 from cineray.pipeline.request import ClipRequest, SizeRule
 
 
@@ -34,16 +34,7 @@ class HunyuanVideo:
     def prepare(self, pipe: Any, request: ClipRequest, generator: torch.Generator) -> tuple[torch.Tensor, Conditions]:
         device, dtype = pipe._execution_device, pipe.transformer.dtype
         embeds, pooled, mask = pipe.encode_prompt(prompt=request.prompt, device=device)
-        latents = pipe.prepare_latents(
-            1,
-            pipe.transformer.config.in_channels,
-            request.height,
-            request.width,
-            request.num_frames,
-            torch.float32,
-            device,
-            generator,
-        )
+        latents = draw_noise(pipe, request, generator)
         kwargs = {
             "encoder_hidden_states": embeds.to(dtype),
             "encoder_attention_mask": mask.to(dtype),

@@ -87,3 +87,17 @@ class Adapter(Protocol):
     def decode(self, pipe: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
         """Latents [B, C, F, H, W] -> video [B, 3, num_frames, height, width] in [-1, 1]."""
         ...
+
+
+def draw_noise(pipe: Any, request: ClipRequest, generator: torch.Generator) -> torch.Tensor:
+    """Noise [1, C, F, H, W] float32 on the pipeline's device, for models whose latents are all that they denoise."""
+    return pipe.prepare_latents(
+        1,
+        pipe.transformer.config.in_channels,
+        request.height,
+        request.width,
+        request.num_frames,
+        torch.float32,
+        pipe._execution_device,
+        generator,
+    )

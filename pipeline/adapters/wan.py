@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from cineray.pipeline.adapters.protocol import Branch, Conditions, Defaults, ModelConfigs
+from cineray.pipeline.adapters.protocol import Branch, Conditions, Defaults, ModelConfigs, draw_noise
 from cineray.pipeline.request import ClipRequest, SizeRule
 
 MAX_SEQUENCE_LENGTH = 512  # text tokens; WanPipeline.__call__'s default
@@ -77,16 +77,7 @@ class WanTextToVideo:
     @torch.no_grad()
     def prepare(self, pipe: Any, request: ClipRequest, generator: torch.Generator) -> tuple[torch.Tensor, Conditions]:
         embeds = _prompt_embeds(pipe, request)
-        latents = pipe.prepare_latents(
-            1,
-            pipe.transformer.config.in_channels,
-            request.height,
-            request.width,
-            request.num_frames,
-            torch.float32,
-            pipe._execution_device,
-            generator,
-        )
+        latents = draw_noise(pipe, request, generator)
         branches = tuple(
             Branch(name=name, transformer_kwargs={"encoder_hidden_states": e}) for name, e in embeds.items()
         )
