@@ -38,6 +38,7 @@ class FirstBlockPolicy:
 
     config: FirstBlockConfig
     signal: Signal = "probe-residual"
+    plans_ahead: bool = False
 
     def decide(self, observation: Observation) -> Decision:
         change = observation.relative_change

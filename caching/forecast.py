@@ -15,26 +15,37 @@ Base = Literal["input", "probe"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forecasting:
-    """How a skipped step is forecast; `DiCacheConfig` explains the fields."""
+    """How a skipped step is forecast, and what is kept for it; `DiCacheConfig` explains the fields."""
 
     alignment: Alignment = "none"
     gamma_clip: tuple[float, float] = (1.0, 1.0)
     base: Base = "input"
     branches: Branches = "separate"
+    keep_every: int = 1
 
 
-def gamma(sums: AlignmentSums, alignment: Alignment, clip: tuple[float, float]) -> float | None:
-    """How far along the line from the older to the newest residual the forecast lies.
+def gamma(sums: AlignmentSums, alignment: Alignment) -> float | None:
+    """How far along the line from the older to the newest residual the probe's residual lies.
 
     DiCache, equation 8, for "l1"; the projection <p - b, a - b> / |a - b|^2 for "lsq".
 
     Returns:
-        A finite number within `clip`, or None where the sums do not say (both residuals equal, NaN).
+        A finite number, not yet clipped, or None where the sums do not say (both residuals equal, NaN).
     """
     above, below = (sums.l1_now, sums.l1_span) if alignment == "l1" else (sums.dot, sums.square_span)
     if not below > 0 or not math.isfinite(above) or not math.isfinite(below):
         return None
-    return min(max(above / below, clip[0]), clip[1])
+    return above / below
+
+
+def run_gamma(first: float, step: int, clip: tuple[float, float]) -> float:
+    """Gamma of a skipped step, within `clip`: it goes on along the line at the pace of the step that was looked at.
+
+    Args:
+        first: gamma of the step that was looked at.
+        step: steps since then.
+    """
+    return min(max(first + (first - 1) * step, clip[0]), clip[1])
 
 
 def align_residual(newest: torch.Tensor, older: torch.Tensor, gammas: list[float]) -> torch.Tensor:

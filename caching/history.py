@@ -7,7 +7,10 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class ResidualPair:
-    """Of one computed step, both [B, S, D]: what the probe blocks added, and what all blocks added."""
+    """Of one computed step: what the probe blocks added [B, S / keep_every, D], what all blocks added [B, S, D].
+
+    Where nobody asks for it, the probe's is [B, 0, D].
+    """
 
     probe: torch.Tensor
     full: torch.Tensor
@@ -21,30 +24,37 @@ class BranchHistory:
     rows stand side by side and are written in place. A row with one pair has it in both places.
     """
 
-    probe: torch.Tensor | None = None  # previous step's probe output [B, S, D]
+    probe: torch.Tensor | None = None  # probe output of the last step that was looked at [B, S / keep_every, D]
+    kept_from: int = 0  # the first of the tokens whose probe is kept
+    kind: tuple[torch.Size, torch.dtype, torch.device] | None = None  # of the hidden states
+    modulated: torch.Tensor | None = None  # previous step's `ModulatedInput.values`, where the policy looks at it
     newest: ResidualPair | None = None
     older: ResidualPair | None = None
     num_pairs: list[int] = field(default_factory=list)  # per row, 0 to 2
     accumulated: list[float] = field(default_factory=list)
     num_skips_in_a_row: list[int] = field(default_factory=list)
+    num_planned: list[int] = field(default_factory=list)  # further steps that are skipped without looking
+    run_step: list[int] = field(default_factory=list)  # steps since the last look
+    gamma: list[float | None] = field(default_factory=list)  # of the run of skips in the works, before clipping
     last_step: int | None = None
 
     def fits(self, hidden_states: torch.Tensor, step_index: int) -> bool:
         """Whether this history is that of the step before, for tensors of this shape, type and device."""
         if self.last_step is None or step_index != self.last_step + 1 or self.probe is None:
             return False
-        known = self.probe
-        return (known.shape, known.dtype, known.device) == (
-            hidden_states.shape,
-            hidden_states.dtype,
-            hidden_states.device,
-        )
+        return self.kind == (hidden_states.shape, hidden_states.dtype, hidden_states.device)
 
-    def reset(self, num_rows: int) -> None:
-        self.probe = self.newest = self.older = None
+    def reset(self, hidden_states: torch.Tensor) -> None:
+        """Forgets everything; what comes next are tensors like this one."""
+        num_rows = hidden_states.shape[0]
+        self.kind = (hidden_states.shape, hidden_states.dtype, hidden_states.device)
+        self.probe = self.modulated = self.newest = self.older = None
         self.num_pairs = [0] * num_rows
         self.accumulated = [0.0] * num_rows
         self.num_skips_in_a_row = [0] * num_rows
+        self.num_planned = [0] * num_rows
+        self.run_step = [0] * num_rows
+        self.gamma = [None] * num_rows
 
     def remember(self, rows: list[int], pair: ResidualPair) -> None:
         """Makes `pair` [len(rows), S, D] the newest of these rows; the newest becomes the older one."""
@@ -67,7 +77,7 @@ class BranchHistory:
 
     @property
     def held_bytes(self) -> int:
-        tensors = [self.probe]
+        tensors = [self.probe, self.modulated]
         for pair in (self.newest, self.older):
             tensors += [pair.probe, pair.full] if pair else []
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)

@@ -13,6 +13,7 @@ class Decision:
     Args:
         compute: run the deep blocks; else forecast them.
         accumulated: carried into the next observation.
+        num_steps: steps that a skip holds for, this one included; in the others nobody looks.
         reason: one word for the trace.
         gamma: forces the alignment of the forecast; None lets it follow the probe.
     """
@@ -21,11 +22,14 @@ class Decision:
     accumulated: float
     reason: str
     gamma: float | None = None
+    num_steps: int = 1
 
 
 # What the two sums of an observation compare: the probe's output with that of the step before (DiCache); what the
-# probe blocks add with what they added at the last computed step (FBCache); or nothing, and no tensor is touched.
-Signal = Literal["probe", "probe-residual", "none"]
+# probe blocks add with what they added at the last computed step (FBCache); the timestep's embedding, its projection to
+# modulations, or the first block's modulated input with that of the step before (TeaCache); or nothing, and no tensor
+# is touched.
+Signal = Literal["probe", "probe-residual", "timestep-embedding", "timestep-projection", "modulated-input", "none"]
 
 
 class Policy(Protocol):
@@ -33,5 +37,10 @@ class Policy(Protocol):
 
     @property
     def signal(self) -> Signal: ...
+
+    @property
+    def plans_ahead(self) -> bool:
+        """Whether a decision may hold for several steps."""
+        ...
 
     def decide(self, observation: Observation) -> Decision: ...

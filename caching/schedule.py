@@ -13,11 +13,11 @@ from cineray.caching.trace import Trace
 class IntervalConfig:
     """Every `interval`-th step after the warm-up is computed, the others reuse (FORA, arXiv 2407.01425, per step).
 
-    Args: as in `DiCacheConfig`.
+    Args: as in `DiCacheConfig`; only an alignment needs a probe.
     """
 
     interval: int = 2
-    probe_depth: int = 1
+    probe_depth: int = 0
     warmup: float = 0.0
     last_step_full: bool = True
     alignment: Alignment = "none"
@@ -26,7 +26,11 @@ class IntervalConfig:
     def __post_init__(self) -> None:
         for name, good, allowed in (
             ("interval", self.interval >= 1, "1 or more steps"),
-            ("probe_depth", self.probe_depth >= 1, "1 or more blocks"),
+            (
+                "probe_depth",
+                self.probe_depth >= (self.alignment != "none"),
+                "1 or more blocks to align, else 0 or more",
+            ),
             ("warmup", 0 <= self.warmup <= 1, "a fraction of the steps, 0 to 1"),
         ):
             if not good:
@@ -45,6 +49,7 @@ class IntervalPolicy:
 
     config: IntervalConfig
     signal: Signal = "none"
+    plans_ahead: bool = False
 
     def decide(self, observation: Observation) -> Decision:
         since_warmup = observation.step_index - int(observation.num_steps * self.config.warmup)
@@ -62,6 +67,7 @@ class ReplayPolicy:
     """Does what a trace says, gammas included; computes where the trace says nothing."""
 
     signal: Signal = "none"
+    plans_ahead: bool = False
 
     def __init__(self, trace: Trace) -> None:
         self._entries = {(e.step, e.branch, e.sample): e for e in trace.entries}

@@ -3,7 +3,7 @@
 Section 3.2 and equation 4; schedule generation as in github.com/Roblox/SmoothCache at edeb4ed,
 SmoothCache/smooth_cache_helper and calibration_helper. Schedules are stored in its JSON form:
 `{"attn1": [1, 0, 0, 1], "ffn-3": [...]}`, 1 computes, 0 reuses the layer's last output; a key names a layer type, or
-one block's layer as type-number.
+one block's layer as type-number. Where two block lists have layers of their own types, the type is list.layer.
 """
 
 import json
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_KEY = re.compile(r"(?P<layer>[A-Za-z_][A-Za-z0-9_]*)(?:-(?P<block>\d+))?")
+_KEY = re.compile(r"(?P<layer>[A-Za-z_][A-Za-z0-9_.]*)(?:-(?P<block>\d+))?")
 
 
 @dataclass(frozen=True, slots=True)

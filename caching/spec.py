@@ -5,32 +5,39 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from cineray.caching.dicache import PAPER, DiCacheConfig
 from cineray.caching.first_block import FirstBlockConfig
 from cineray.caching.forecast import Forecasting
+from cineray.caching.magcache import MAGCACHE, MagCacheConfig
 from cineray.caching.policy import Policy
 from cineray.caching.schedule import IntervalConfig, ReplayPolicy
 from cineray.caching.smoothcache import LayerSchedule, load_schedule
+from cineray.caching.taylorseer import TAYLORSEER, TaylorSeerConfig
+from cineray.caching.teacache import TeaCacheConfig
 from cineray.caching.trace import load_trace
 
-# Ours: one decision for both guidance branches, and at most 3 skips in a row, which keeps the far end from collapsing.
-# The Wan threshold was chosen on four clips of tiny-wan (docs/caching.md); the others are the paper's.
-OURS = {
-    family: replace(paper, branches="joint", max_skips=3, threshold=0.15 if family == "wan" else paper.threshold)
-    for family, paper in PAPER.items()
-}
+FAMILIES: tuple[str, ...] = ("wan", "hunyuan-video", "flux", "dit", "stable-audio", "open-sora")
+# Ours (docs/caching.md): one decision for both guidance branches; one look, at the start of a run of skips; steps weigh
+# what it costs to skip them. The weights take the warm-up's place: two computed steps are what a forecast needs.
+OURS: dict[str, DiCacheConfig] = dict.fromkeys(
+    FAMILIES, DiCacheConfig(branches="joint", look="run", profile="auto", warmup=0.0, last_step_full=True)
+)
 
-PolicyConfig = DiCacheConfig | FirstBlockConfig | IntervalConfig
+BlockConfig = DiCacheConfig | FirstBlockConfig | IntervalConfig | TeaCacheConfig | MagCacheConfig
+PolicyConfig = BlockConfig | TaylorSeerConfig
 # name -> family -> preset
 CONFIGS: dict[str, Mapping[str, PolicyConfig]] = {
     "dicache": OURS,
     "dicache-paper": PAPER,
-    "fbcache": dict.fromkeys(PAPER, FirstBlockConfig()),
-    "interval": dict.fromkeys(PAPER, IntervalConfig()),
+    "fbcache": dict.fromkeys(OURS, FirstBlockConfig()),
+    "interval": dict.fromkeys(OURS, IntervalConfig()),
+    "teacache": dict.fromkeys(PAPER, TeaCacheConfig()),
+    "magcache": MAGCACHE,
+    "taylorseer": TAYLORSEER,
 }
 NAMES = ("none", *CONFIGS, "smoothcache:SCHEDULE.json", "replay:TRACE.json")
 _WITH_FILE = {"smoothcache": "SCHEDULE.json", "replay": "TRACE.json"}
@@ -68,18 +75,37 @@ class LayerPlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SeriesPlan:
+    """A Taylor series of each layer for a model, and its whole text."""
+
+    text: str
+    config: TaylorSeerConfig
+    num_blocks: int
+
+
+AnyPlan = CachePlan | LayerPlan | SeriesPlan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFacts:
     """What a policy must know of a model.
 
     Args:
         num_probeable: the deepest probe that the model allows, in blocks.
         layers: the layer types that a schedule may name.
+        transformer: the transformer's configuration, by which calibrated profiles are found.
     """
 
     family: str
     num_blocks: int
     num_probeable: int
     layers: tuple[str, ...]
+    transformer: Mapping[str, Any] = field(default_factory=dict)
+
+
+def policies_for(family: str) -> list[str]:
+    """Names of the policies that a model of this family can be cached with."""
+    return [name.partition(":")[0] for name in NAMES if family in CONFIGS.get(name, (family,))]
 
 
 def parse_spec(text: str) -> CacheSpec:
@@ -110,12 +136,12 @@ def parse_spec(text: str) -> CacheSpec:
     return CacheSpec(name=name, options=options, file=file)
 
 
-def resolve(spec: CacheSpec | PolicyConfig, model: ModelFacts) -> CachePlan | LayerPlan:
+def resolve(spec: CacheSpec | PolicyConfig, model: ModelFacts) -> AnyPlan:
     """What a policy other than `none` means for a model.
 
     Raises:
-        ValueError: no preset for this family, an option's value, a probe deeper than the model allows, or a file that
-            is not there or not for this model.
+        ValueError: no preset for this family, an option's value, a probe deeper than the model allows, or a file or
+            profile that is not there or not for this model.
     """
     if not isinstance(spec, CacheSpec):
         return _plan(type(spec).__name__, spec, model)
@@ -139,7 +165,8 @@ def _digest(path: Path) -> str:
 
 def _value(policy: str, config: type, name: str, text: str) -> Any:
     kind = get_type_hints(config)[name]
-    raw: Any = text.split(":") if name == "gamma_clip" else text
+    takes_several = tuple in (get_origin(kind), *map(get_origin, get_args(kind)))
+    raw: Any = text.split(":") if takes_several else text
     try:
         return TypeAdapter(kind).validate_python(raw)
     except ValidationError as error:
@@ -152,12 +179,32 @@ def _check_depth(probe_depth: int, model: ModelFacts) -> None:
         raise ValueError(f"cache: probe_depth must be at most {model.num_probeable} for this model, got {probe_depth}")
 
 
-def _plan(name: str, config: PolicyConfig, model: ModelFacts) -> CachePlan:
+def _text(name: str, config: PolicyConfig) -> str:
+    options = ",".join(
+        f"{k}={':'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in asdict(config).items() if v != ""
+    )
+    return f"{name}({options})"
+
+
+def _plan(name: str, config: PolicyConfig, model: ModelFacts) -> CachePlan | SeriesPlan:
+    if isinstance(config, TaylorSeerConfig):
+        return SeriesPlan(text=_text(name, config), config=config, num_blocks=model.num_blocks)
+    policy: Policy
+    if isinstance(config, TeaCacheConfig):
+        config = config.for_model(model.family, model.transformer)
+        policy = config.policy(model.family)
+    elif isinstance(config, DiCacheConfig):
+        config, dicache_profile = config.for_model(model.family, model.transformer)
+        policy = config.policy(dicache_profile)
+    elif isinstance(config, MagCacheConfig):
+        config, profile = config.for_model(model.family, model.transformer)
+        policy = config.policy(profile)
+    else:
+        policy = config.policy()
     _check_depth(config.probe_depth, model)
-    options = ",".join(f"{k}={':'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in asdict(config).items())
     return CachePlan(
-        text=f"{name}({options})",
-        policy=config.policy(),
+        text=_text(name, config),
+        policy=policy,
         forecasting=config.forecasting(),
         probe_depth=config.probe_depth,
         num_blocks=model.num_blocks,
@@ -170,7 +217,7 @@ def _replay(path: Path, model: ModelFacts) -> CachePlan:
         raise ValueError(
             f"cache: trace {path} is of a model with {trace.num_blocks} blocks; this one has {model.num_blocks}"
         )
-    if trace.probe_depth == 0:
+    if trace.by_layer:
         raise ValueError(f"cache: trace {path} is of {trace.policy}, whose schedule file can be used again instead")
     _check_depth(trace.probe_depth, model)
     return CachePlan(

@@ -36,6 +36,7 @@ class Trace:
         forecasting: how skipped steps were forecast; a replay does the same.
         num_blocks: blocks of the transformer; `probe_depth` of them also run on skipped steps.
         held_bytes: most bytes that the cache held at once.
+        by_layer: single layers were skipped, which a replay cannot do.
     """
 
     policy: str
@@ -44,6 +45,7 @@ class Trace:
     probe_depth: int
     entries: list[TraceEntry] = field(default_factory=list)
     held_bytes: int = 0
+    by_layer: bool = False
 
     def clear(self) -> None:
         self.entries.clear()
@@ -76,8 +78,27 @@ class Trace:
             "forecasting": asdict(self.forecasting),
             "num_blocks": self.num_blocks,
             "probe_depth": self.probe_depth,
+            "by_layer": self.by_layer,
+            "held_bytes": self.held_bytes,
             "entries": [asdict(entry) for entry in self.entries],
         }
+
+
+def trace_from(content: dict[str, Any]) -> Trace:
+    """The inverse of `Trace.content`.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is not such a content.
+    """
+    return Trace(
+        policy=content["policy"],
+        forecasting=Forecasting(**content["forecasting"]),
+        num_blocks=content["num_blocks"],
+        probe_depth=content["probe_depth"],
+        entries=[TraceEntry(**entry) for entry in content["entries"]],
+        held_bytes=content.get("held_bytes", 0),
+        by_layer=content["by_layer"],
+    )
 
 
 def load_trace(path: Path) -> Trace:
@@ -87,15 +108,7 @@ def load_trace(path: Path) -> Trace:
         ValueError: no such file, or not a trace.
     """
     try:
-        content = json.loads(path.read_text())
-        entries = [TraceEntry(**entry) for entry in content["entries"]]
-        return Trace(
-            policy=content["policy"],
-            forecasting=Forecasting(**content["forecasting"]),
-            num_blocks=content["num_blocks"],
-            probe_depth=content["probe_depth"],
-            entries=entries,
-        )
+        return trace_from(json.loads(path.read_text()))
     except OSError as error:
         raise ValueError(f"trace {path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:

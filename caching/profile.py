@@ -1,0 +1,194 @@
+"""What was measured once for a model: DiCache's weights, TeaCache's polynomials, MagCache's ratios, as JSON files.
+
+Those of published models and of the shipped ones stand in caching/profiles/POLICY/NAME.json; each says where it comes
+from. A profile fits a model whose family and whose transformer configuration agree in every value that it names.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+
+SHIPPED = Path(__file__).resolve().parent / "profiles"
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("must be a finite number")
+    return value
+
+
+Finite = Annotated[float, AfterValidator(_finite)]
+Ratios = dict[Literal["cond", "uncond"], tuple[Finite, ...]]
+
+
+def _rows_of_one_length(ratios: Ratios) -> Ratios:
+    if "cond" not in ratios:
+        raise ValueError("must have a row for cond")
+    if len({len(row) for row in ratios.values()}) != 1 or not ratios["cond"]:
+        raise ValueError("each row must have one ratio per step")
+    return ratios
+
+
+class Profile(BaseModel):
+    """What all profiles say.
+
+    Args:
+        transformer: entries of the transformer's configuration that a model must have.
+        source: file and commit, or how it was calibrated.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    family: str
+    transformer: dict[str, Any]
+    source: str
+
+    def fits(self, family: str, transformer: Mapping[str, Any]) -> bool:
+        return family == self.family and all(transformer.get(k) == v for k, v in self.transformer.items())
+
+    @property
+    def digest(self) -> str:
+        """Identity of its numbers, whatever its source says."""
+        numbers = self.model_dump(exclude={"source", "transformer", "family"})
+        return f"sha256={hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
+class TeaCacheFit(BaseModel):
+    """One signal's polynomial, highest power first, and the threshold that its authors propose."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    coefficients: tuple[Finite, ...]
+    threshold: Finite
+
+
+class TeaCacheProfile(Profile):
+    policy: Literal["teacache"] = "teacache"
+    signals: dict[Literal["timestep-embedding", "timestep-projection", "modulated-input"], TeaCacheFit]
+
+
+class MagCacheProfile(Profile):
+    """Ratios by branch, one per step, and the settings that the authors propose.
+
+    Args:
+        ratios: mean over tokens of |r_t| / |r_(t-1)|, r_t what all blocks add at step t; the first is 1.
+        never_skip: steps, in the ratios' own count, that are always computed.
+    """
+
+    policy: Literal["magcache"] = "magcache"
+    ratios: Annotated[Ratios, AfterValidator(_rows_of_one_length)]
+    threshold: Finite
+    max_skips: int
+    retention: Finite = 0.2
+    never_skip: tuple[int, ...] = ()
+
+
+class DiCacheProfile(Profile):
+    """How much it costs to skip a step here or there.
+
+    Args:
+        weights: of each step; a step of twice the weight may have changed half as much to be skipped.
+        usual_change: relative change of the probe's output from the step before, mean over the calibration's clips.
+        gamma_clip, threshold: that the calibration proposes.
+    """
+
+    policy: Literal["dicache"] = "dicache"
+    weights: tuple[Finite, ...]
+    usual_change: tuple[Finite, ...]
+    gamma_clip: tuple[Finite, Finite]
+    threshold: Finite
+
+    @model_validator(mode="after")
+    def _one_number_a_step(self) -> "DiCacheProfile":
+        if len(self.weights) != len(self.usual_change) or len(self.weights) < 2:
+            raise ValueError("weights and usual_change must have one number for each of 2 or more steps")
+        if min(self.weights) <= 0 or min(self.usual_change) <= 0:
+            raise ValueError("weights and usual_change must be above 0")
+        return self
+
+    def at(self, num_steps: int) -> tuple[list[float], list[float]]:
+        """(weights, usual change) for another number of steps: longer steps change in proportion."""
+        known = np.linspace(0, 1, len(self.weights))
+        wanted = np.linspace(0, 1, num_steps)
+        scale = len(self.weights) / num_steps
+        weights = np.exp(np.interp(wanted, known, np.log(self.weights)))
+        return weights.tolist(), (np.interp(wanted, known, self.usual_change) * scale).tolist()
+
+
+AnyProfile = TypeVar("AnyProfile", TeaCacheProfile, MagCacheProfile, DiCacheProfile)
+
+
+def shipped_profile(kind: type[AnyProfile], family: str, transformer: Mapping[str, Any]) -> AnyProfile | None:
+    """The shipped profile that fits, if there is just one."""
+    fitting = list(_fitting(kind, family, transformer).values())
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def generic_profile(kind: type[AnyProfile]) -> AnyProfile:
+    """For models that nobody has calibrated."""
+    return _load(kind, SHIPPED / kind.model_fields["policy"].default / "generic.json", "a file")
+
+
+def _fitting(kind: type[AnyProfile], family: str, transformer: Mapping[str, Any]) -> dict[str, AnyProfile]:
+    shipped = {path.stem: _load(kind, path, "a file") for path in _shipped_files(kind)}
+    return {name: profile for name, profile in shipped.items() if profile.fits(family, transformer)}
+
+
+def _shipped_files(kind: type[Profile]) -> list[Path]:
+    return sorted((SHIPPED / kind.model_fields["policy"].default).glob("*.json"))
+
+
+def find_profile(kind: type[AnyProfile], name_or_file: str, family: str, transformer: Mapping[str, Any]) -> AnyProfile:
+    """The profile that was asked for, or else the one shipped profile that fits.
+
+    Args:
+        name_or_file: a shipped profile's name, a JSON file, or "" for any that fits.
+
+    Raises:
+        ValueError: none fits, several do, or the one asked for is not there, not a profile, or of another model.
+    """
+    policy = kind.model_fields["policy"].default
+    shipped = {path.stem: path for path in _shipped_files(kind)}
+    if name_or_file:
+        path = shipped.get(name_or_file, Path(name_or_file))
+        profile = _load(kind, path, f"a shipped profile ({', '.join(shipped)}) nor a file")
+        if not profile.fits(family, transformer):
+            wants = ", ".join(f"{k} {v}" for k, v in profile.transformer.items())
+            has = ", ".join(f"{k} {transformer.get(k)}" for k in profile.transformer)
+            raise ValueError(
+                f"cache: {policy} profile {name_or_file} is for another model: {profile.family} with {wants}; this one "
+                f"is {family} with {has}; calibrate one with `cineray calibrate {policy}`"
+            )
+        return profile
+    fitting = _fitting(kind, family, transformer)
+    if len(fitting) == 1:
+        return next(iter(fitting.values()))
+    if fitting:
+        raise ValueError(
+            f"cache: several {policy} profiles fit this model: {', '.join(fitting)}; say which, as "
+            f"{policy}(profile={next(iter(fitting))})"
+        )
+    raise ValueError(
+        f"cache: {policy} has no profile of this model; make one with `cineray calibrate {policy} --out FILE.json` and "
+        f"use it as {policy}(profile=FILE.json)"
+    )
+
+
+def _load(kind: type[AnyProfile], path: Path, else_it_is: str) -> AnyProfile:
+    policy = kind.model_fields["policy"].default
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"cache: {policy} profile {path} is neither {else_it_is}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cache: {policy} profile {path} cannot be read: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where, reason = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"cache: {path} is not a {policy} profile: {where + ': ' if where else ''}{reason}") from None

@@ -1,0 +1,67 @@
+"""TaylorSeer (arXiv 2503.06923): compute every n-th step, extrapolate each layer's output in between.
+
+Section 3.2: a layer's output at a skipped step is its Taylor series around the last computed step, with finite
+differences over the computed steps in place of derivatives. Rules as in github.com/Shenyi-Z/TaylorSeer at 288776d:
+TaylorSeer-Wan2.1/wan/taylorseer, TaylorSeer-HunyuanVideo/hyvideo/modules, TaylorSeer-FLUX/src/flux.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaylorSeerConfig:
+    """Which steps are computed, and the order of the series.
+
+    Args:
+        interval: steps from one computed step to the next.
+        order: highest derivative; 0 reuses. Each costs one more tensor per layer.
+        warmup_steps: steps at the start that are computed, `first_enhance` in the official code.
+    """
+
+    interval: int = 5
+    order: int = 1
+    warmup_steps: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("interval", 1), ("order", 0), ("warmup_steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"TaylorSeerConfig: {name} must be {least} or more, got {getattr(self, name)}")
+
+    def computes(self, step_index: int) -> bool:
+        return step_index < self.warmup_steps or (step_index - self.warmup_steps + 1) % self.interval == 0
+
+    def keeps_derivatives(self, step_index: int) -> bool:
+        """Whether this computed step takes differences to the one before: the warm-up keeps its last alone."""
+        return step_index >= self.warmup_steps - 1
+
+
+# The official defaults: cache_functions/cache_init.py of each of the three.
+TAYLORSEER = {
+    "wan": TaylorSeerConfig(),
+    "hunyuan-video": TaylorSeerConfig(),
+    "flux": TaylorSeerConfig(interval=6, warmup_steps=3),
+}
+
+
+def derivatives(output: torch.Tensor, before: list[torch.Tensor], distance: int, order: int) -> list[torch.Tensor]:
+    """Finite differences at a computed step: [output, first derivative, ...], at most `order` of them.
+
+    Args:
+        output: of the layer, any shape.
+        before: what this gave at the computed step before, `distance` steps ago; empty if there is none.
+    """
+    found = [output]
+    for previous in before[:order]:
+        found.append((found[-1] - previous) / distance)
+    return found
+
+
+def extrapolate(found: list[torch.Tensor], distance: int) -> torch.Tensor:
+    """The Taylor series `distance` steps after the step of these derivatives."""
+    output = found[0]
+    for order, derivative in enumerate(found[1:], 1):
+        output = output + derivative * (distance**order / math.factorial(order))
+    return output
