@@ -11,61 +11,21 @@ Letters: B batch, S image tokens, D channels.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from cineray.caching.controller import CacheController, StepContext, Verdict
+from cineray.caching.controller import StepContext, Verdict
+from cineray.caching.history import BranchHistory
+from cineray.caching.observation import ModulatedInput
+from cineray.pipeline.adapters import BlockLayout
+from cineray.pipeline.modulated_input import SignalReader
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BlockLayout:
-    """How a transformer class passes hidden states through its blocks.
-
-    Args:
-        family: whose presets fit.
-        num_branches: calls per step of the family's pipeline.
-        lists: names of the block lists, in order; the probe lies in the first.
-        counts: where the configuration says how many blocks each list has.
-        output: what a block returns: "hidden", "hidden, text" or "text, hidden".
-        shared: arguments, by position or keyword, that have no batch dimension.
-    """
-
-    family: str
-    num_branches: int
-    lists: tuple[str, ...]
-    counts: tuple[str, ...]
-    output: str = "hidden"
-    shared: tuple[int | str, ...] = ()
-
-
-# transformer class -> layout. Positions count from the hidden states.
-LAYOUTS: dict[str, BlockLayout] = {
-    "WanTransformer3DModel": BlockLayout(
-        family="wan", num_branches=2, lists=("blocks",), counts=("num_layers",), shared=(3,)
-    ),
-    "HunyuanVideoTransformer3DModel": BlockLayout(
-        family="hunyuan-video",
-        num_branches=1,
-        lists=("transformer_blocks", "single_transformer_blocks"),
-        counts=("num_layers", "num_single_layers"),
-        output="hidden, text",
-        shared=(4, 6),
-    ),
-    "FluxTransformer2DModel": BlockLayout(
-        family="flux",
-        num_branches=1,
-        lists=("transformer_blocks", "single_transformer_blocks"),
-        counts=("num_layers", "num_single_layers"),
-        output="text, hidden",
-        shared=("image_rotary_emb", "joint_attention_kwargs"),
-    ),
-}
-
-
-class CachedBlockList(nn.ModuleList):
-    """The blocks of a transformer; iteration yields one callable in their place."""
+class BlockListStandIn(nn.ModuleList):
+    """The blocks of a transformer; iteration yields one callable in their place. Its modules are the blocks."""
 
     def __init__(self, blocks: nn.ModuleList, run: Callable[..., Any]) -> None:
         super().__init__()
@@ -84,10 +44,34 @@ class _Call:
     entering: torch.Tensor  # [B, S, D], of all rows
 
 
+class Controller(Protocol):
+    """Who decides: a `CacheController`, or a recorder that computes every step."""
+
+    histories: dict[str, BranchHistory]
+
+    def begin_clip(self) -> None: ...
+
+    def rows_to_probe(self, context: StepContext, entering: torch.Tensor) -> list[int]: ...
+
+    def decide(
+        self,
+        context: StepContext,
+        entering: torch.Tensor,
+        probe: torch.Tensor,
+        modulated: ModulatedInput | None = None,
+    ) -> Verdict: ...
+
+    def forecast(self, verdict: Verdict, entering: torch.Tensor) -> torch.Tensor: ...
+
+    def remember(self, verdict: Verdict, entering: torch.Tensor, leaving: torch.Tensor) -> None: ...
+
+
 class BlockRunner:
     """Runs a transformer's blocks for a controller.
 
     Args:
+        probe_depth: blocks that run on every step; 0 if the policy looks at no probe.
+        signal: reads what the policy looks at, where that is neither a probe nor nothing.
         where: says where the denoising loop is in this call.
     """
 
@@ -95,8 +79,9 @@ class BlockRunner:
         self,
         transformer: nn.Module,
         layout: BlockLayout,
-        controller: CacheController,
+        controller: Controller,
         probe_depth: int,
+        signal: SignalReader | None,
         where: Callable[[], StepContext],
     ) -> None:
         self._layout = layout
@@ -105,11 +90,14 @@ class BlockRunner:
         self._where = where
         self._call: _Call | None = None
         self._transformer = transformer
-        self._original = {name: getattr(transformer, name) for name in layout.lists}
+        self._signal = signal
+        self._original: dict[str, nn.ModuleList] = {name: getattr(transformer, name) for name in layout.lists}
         first, last = layout.lists[0], layout.lists[-1]
         for name, blocks in self._original.items():
-            run = partial(self._run_list, list(blocks), name == first, name == last)
-            setattr(transformer, name, CachedBlockList(blocks, run))
+            run = partial(self._run_list, name, name == first, layout.interleaved or name == last)
+            if layout.interleaved and name != first:
+                run = _hand_on  # the first list's callable ran these blocks too
+            setattr(transformer, name, BlockListStandIn(blocks, run))
 
     def begin_clip(self) -> None:
         self._controller.begin_clip()
@@ -122,25 +110,32 @@ class BlockRunner:
         self._controller.histories.clear()
 
     def detach(self) -> None:
+        if self._signal is not None:
+            self._signal.detach()
         for name, blocks in self._original.items():
             setattr(self._transformer, name, blocks)
 
-    def _run_list(self, blocks: list[nn.Module], is_first: bool, is_last: bool, *args: Any, **kwargs: Any) -> Any:
-        state = _Arguments(self._layout, args, kwargs)
+    def _blocks(self, name: str) -> list[list[nn.Module]]:
+        """What the list holds now (a block may have been exchanged), in groups that count as one block."""
+        if self._layout.interleaved:
+            return [list(group) for group in zip(*self._original.values(), strict=True)]
+        return [[block] for block in self._original[name]]
+
+    def _run_list(self, name: str, is_first: bool, is_last: bool, *args: Any, **kwargs: Any) -> Any:
+        state, blocks = BlockArguments(self._layout, args, kwargs), self._blocks(name)
         if is_first:
             # blocks may work in place: what is compared later is kept as a copy
             entering = state.hidden_states.clone()
-            state = state.through(blocks[: self._probe_depth])
-            probe = state.hidden_states.clone()
-            verdict = self._controller.decide(self._where(), entering, probe)
+            modulated = self._signal.read(blocks[0][0], entering, state.temb) if self._signal is not None else None
+            rows = self._controller.rows_to_probe(self._where(), entering)
+            state = state.through_rows(blocks[: self._probe_depth], rows)
+            probe = state.hidden_states.clone() if self._probe_depth and rows else entering
+            verdict = self._controller.decide(self._where(), entering, probe, modulated)
             self._call = _Call(verdict, entering)
             blocks = blocks[self._probe_depth :]
         call = self._call
         assert call is not None  # the first list has run
-        if not call.verdict.skip_rows:
-            state = state.through(blocks)
-        elif call.verdict.compute_rows:
-            state = state.through_rows(blocks, call.verdict.compute_rows)
+        state = state.through_rows(blocks, call.verdict.compute_rows)
         if is_last:
             state = state.with_hidden_states(self._finish(call, state.hidden_states))
             self._call = None
@@ -161,9 +156,16 @@ class BlockRunner:
         return leaving
 
 
+def _hand_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return hidden_states
+
+
 @dataclass(frozen=True, slots=True)
-class _Arguments:
-    """The arguments of a block, in the form in which the transformer passed them."""
+class BlockArguments:
+    """The arguments of a block, in the form in which the transformer passed them.
+
+    Places are positions that count from the hidden states, or names.
+    """
 
     layout: BlockLayout
     args: tuple[Any, ...]
@@ -177,7 +179,11 @@ class _Arguments:
     def _text(self) -> torch.Tensor:
         return self.args[1] if len(self.args) > 1 else self.kwargs["encoder_hidden_states"]
 
-    def _replaced(self, hidden_states: torch.Tensor, text: torch.Tensor | None) -> "_Arguments":
+    @property
+    def temb(self) -> torch.Tensor:
+        return self.args[2] if len(self.args) > 2 else self.kwargs["temb"]
+
+    def _replaced(self, hidden_states: torch.Tensor, text: torch.Tensor | None) -> "BlockArguments":
         args, kwargs = self.args, dict(self.kwargs)
         if args:
             args = (hidden_states, *args[1:])
@@ -188,15 +194,24 @@ class _Arguments:
                 args = (args[0], text, *args[2:])
             else:
                 kwargs["encoder_hidden_states"] = text
-        return _Arguments(self.layout, args, kwargs)
+        return BlockArguments(self.layout, args, kwargs)
 
-    def with_hidden_states(self, hidden_states: torch.Tensor) -> "_Arguments":
+    def at(self, place: int | str) -> Any:
+        return self.args[place] if isinstance(place, int) else self.kwargs[place]
+
+    def with_value(self, place: int | str, value: Any) -> "BlockArguments":
+        if isinstance(place, str):
+            return BlockArguments(self.layout, self.args, {**self.kwargs, place: value})
+        args = (*self.args[:place], value, *self.args[place + 1 :])
+        return BlockArguments(self.layout, args, self.kwargs)
+
+    def with_hidden_states(self, hidden_states: torch.Tensor) -> "BlockArguments":
         return self._replaced(hidden_states, None)
 
-    def through(self, blocks: list[nn.Module]) -> "_Arguments":
-        """The arguments after these blocks."""
+    def through(self, blocks: list[list[nn.Module]]) -> "BlockArguments":
+        """The arguments after these groups of blocks."""
         state = self
-        for block in blocks:
+        for block in chain.from_iterable(blocks):
             out = block(*state.args, **state.kwargs)
             if self.layout.output == "hidden":
                 state = state._replaced(out, None)
@@ -205,8 +220,12 @@ class _Arguments:
                 state = state._replaced(hidden_states, text)
         return state
 
-    def through_rows(self, blocks: list[nn.Module], rows: list[int]) -> "_Arguments":
-        """The arguments after these blocks for some rows of the batch; the other rows stay as they are."""
+    def through_rows(self, blocks: list[list[nn.Module]], rows: list[int]) -> "BlockArguments":
+        """The arguments after these groups of blocks for some rows of the batch; the other rows stay as they are."""
+        if not rows or not blocks:
+            return self
+        if len(rows) == len(self.hidden_states):
+            return self.through(blocks)
         done = self._only(rows).through(blocks)
         hidden_states = self.hidden_states.clone()
         hidden_states[rows] = done.hidden_states
@@ -216,13 +235,16 @@ class _Arguments:
         text[rows] = done._text
         return self._replaced(hidden_states, text)
 
-    def _only(self, rows: list[int]) -> "_Arguments":
+    def _only(self, rows: list[int]) -> "BlockArguments":
+        num_rows = self.hidden_states.shape[0]
+
         def pick(place: int | str, value: Any) -> Any:
-            batched = isinstance(value, torch.Tensor) and place not in self.layout.shared
+            # a batch of one beside a larger one is broadcast over it
+            batched = isinstance(value, torch.Tensor) and place not in self.layout.shared and len(value) == num_rows
             return value[rows] if batched else value
 
         args = tuple(pick(place, value) for place, value in enumerate(self.args))
-        return _Arguments(self.layout, args, {name: pick(name, value) for name, value in self.kwargs.items()})
+        return BlockArguments(self.layout, args, {name: pick(name, value) for name, value in self.kwargs.items()})
 
     def output(self) -> Any:
         if self.layout.output == "hidden":

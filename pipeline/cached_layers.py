@@ -5,7 +5,7 @@ ModelHook on each instance.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
@@ -14,70 +14,99 @@ from torch import nn
 from cineray.caching.controller import StepContext
 from cineray.caching.smoothcache import LayerSchedule
 from cineray.caching.trace import Trace, TraceEntry
-from cineray.pipeline.cached_blocks import LAYOUTS
+from cineray.pipeline.adapters import MODELS, BlockLayout
+from cineray.pipeline.whereabouts import is_compiled
 
-# transformer class -> layer types, by the blocks' attribute names
-LAYERS: dict[str, tuple[str, ...]] = {
-    "WanTransformer3DModel": ("attn1", "attn2", "ffn"),
-    "HunyuanVideoTransformer3DModel": ("attn", "ff", "ff_context", "proj_mlp"),
-    "FluxTransformer2DModel": ("attn", "ff", "ff_context", "proj_mlp"),
-}
 _HOOK = "cineray_layer"
 
 Where = Callable[[], tuple[str, int]]  # (branch, step index) of the forward in the works
 
 
+def check_blocks_not_compiled(transformer: nn.Module) -> None:
+    """Within a compiled block each layer's hook is a reason to compile anew, until PyTorch gives up compiling.
+
+    Raises:
+        ValueError: a block is compiled.
+    """
+    for blocks in MODELS[type(transformer).__name__].layout.lists:
+        if any(is_compiled(block) for block in getattr(transformer, blocks).children()):
+            raise ValueError(
+                f"cache: smoothcache and taylorseer work within blocks, and {blocks} are compiled; use a policy that "
+                "decides between blocks (dicache, fbcache, interval), or leave the blocks uncompiled"
+            )
+
+
 def layers_of(transformer: nn.Module) -> Iterator[tuple[str, int, nn.Module]]:
-    """(layer type, block number from 0 over all lists, module)."""
-    kind = type(transformer).__name__
+    """(layer type, block number, module); blocks are numbered from 0 over all lists, or along interleaved ones."""
+    layout = MODELS[type(transformer).__name__].layout
     number = 0
-    for name in LAYOUTS[kind].lists:
-        for block in getattr(transformer, name):
-            for layer in LAYERS[kind]:
-                module = getattr(block, layer, None)
+    for blocks in layout.lists:
+        number = 0 if layout.interleaved else number
+        for block in getattr(transformer, blocks).children():
+            for layer, attribute in _attributes(layout, blocks):
+                module = getattr(block, attribute, None)
                 if module is not None:
                     yield layer, number, module
             number += 1
 
 
-class _LayerHook(ModelHook):
-    """A hook in place of a layer's forward."""
+def _attributes(layout: BlockLayout, blocks: str) -> Iterator[tuple[str, str]]:
+    """(layer type, attribute of a block) of the layer types that blocks of this list may have."""
+    for layer in layout.layers:
+        of_list, _, attribute = layer.rpartition(".")
+        if of_list in ("", blocks):
+            yield layer, attribute
 
-    def _original(self) -> Callable[..., Any]:
+
+class LayerHook(ModelHook):
+    """A hook in place of a layer's forward; what it holds and whether it skipped is asked after each forward."""
+
+    def __init__(self, where: Where) -> None:
+        super().__init__()
+        self.where = where
+        self.has_skipped = False
+
+    @property
+    def original(self) -> Callable[..., Any]:
         forward = self.fn_ref.original_forward
         assert forward is not None  # diffusers sets it when a hook that has new_forward is registered
         return forward
 
+    def take_skipped(self) -> bool:
+        """Whether the layer was skipped in the forward that ends."""
+        skipped, self.has_skipped = self.has_skipped, False
+        return skipped
 
-class ScheduledLayer(_LayerHook):
+    def forget(self) -> None:
+        """Drops what is held of the clip."""
+
+    @property
+    def held_bytes(self) -> int:
+        return 0
+
+
+class ScheduledLayer(LayerHook):
     """Reuses the layer's last output of the same branch where the schedule says so.
 
     A layer whose branch has no output from the step before, or one of another shape, is computed.
     """
 
     def __init__(self, schedule: LayerSchedule, layer: str, block: int, where: Where) -> None:
-        super().__init__()
+        super().__init__(where)
         self._computes = lambda step: schedule.computes(layer, block, step)
-        self._where = where
         self._kept: dict[str, tuple[int, torch.Size, Any]] = {}
-        self._has_skipped = False
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        branch, step = self._where()
+        branch, step = self.where()
         shape = (args[0] if args else kwargs["hidden_states"]).shape
         kept = self._kept.get(branch)
         if kept is not None and kept[0] == step - 1 and kept[1] == shape and not self._computes(step):
-            self._has_skipped = True
+            self.has_skipped = True
             output = kept[2]
         else:
-            output = self._original()(*args, **kwargs)
+            output = self.original(*args, **kwargs)
         self._kept[branch] = (step, shape, output)
         return output
-
-    def take_skipped(self) -> bool:
-        """Whether the layer was skipped in the forward that ends."""
-        skipped, self._has_skipped = self._has_skipped, False
-        return skipped
 
     def forget(self) -> None:
         self._kept.clear()
@@ -87,19 +116,18 @@ class ScheduledLayer(_LayerHook):
         return sum(t.numel() * t.element_size() for _, _, output in self._kept.values() for t in _tensors(output))
 
 
-class LayerRecorder(_LayerHook):
+class LayerRecorder(LayerHook):
     """Adds up, for each lag, how far a layer's output moves: sum |then - now| and sum |now| per (step, lag)."""
 
     def __init__(self, max_lag: int, where: Where) -> None:
-        super().__init__()
+        super().__init__(where)
         self._max_lag = max_lag
-        self._where = where
         self._past: dict[str, list[tuple[int, list[torch.Tensor]]]] = {}
         self.sums: dict[tuple[int, int], list[float]] = {}  # (step before, lag) -> [sum |difference|, sum |now|]
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        branch, step = self._where()
-        output = self._original()(*args, **kwargs)
+        branch, step = self.where()
+        output = self.original(*args, **kwargs)
         now = [t.detach().clone() for t in _tensors(output)]
         past = [p for p in self._past.get(branch, []) if step - self._max_lag <= p[0] < step]
         size = sum(t.abs().sum(dtype=torch.float32).item() for t in now)
@@ -113,29 +141,39 @@ class LayerRecorder(_LayerHook):
 
 
 class LayerRunner:
-    """Runs a transformer's layers by a schedule and records each forward.
+    """Runs a transformer's layers by their hooks and records each forward.
 
     Args:
+        transformer: whose layers they are.
+        modules: the layers.
+        new_hook: the hook of the layer with this place in `modules`.
+        num_steps: of the clips that it is made for; None for any.
         where: says where the denoising loop is in this call.
     """
 
     def __init__(
-        self, transformer: nn.Module, schedule: LayerSchedule, trace: Trace, where: Callable[[], StepContext]
+        self,
+        transformer: nn.Module,
+        modules: list[nn.Module],
+        new_hook: Callable[[int, Where], LayerHook],
+        num_steps: int | None,
+        trace: Trace,
+        where: Callable[[], StepContext],
     ) -> None:
         self._transformer = transformer
-        self._schedule = schedule
+        self._modules = modules
+        self._num_steps = num_steps
         self._trace = trace
         self._where = where
-        self._layers = [
-            hook
-            for _, hook in attach(transformer, lambda layer, block: ScheduledLayer(schedule, layer, block, self._place))
-        ]
+        self._layers = [new_hook(place, self._place) for place in range(len(modules))]
+        for module, hook in zip(modules, self._layers, strict=True):
+            hang(module, hook)
 
     def _place(self) -> tuple[str, int]:
         context = self._where()
-        if context.num_steps != self._schedule.num_steps:
+        if self._num_steps is not None and context.num_steps != self._num_steps:
             raise ValueError(
-                f"cache: the schedule is for {self._schedule.num_steps} steps, this clip has {context.num_steps}; "
+                f"cache: the schedule is for {self._num_steps} steps, this clip has {context.num_steps}; "
                 "calibrate one for this number of steps"
             )
         return context.branch, context.step_index
@@ -145,19 +183,21 @@ class LayerRunner:
         self.free()
 
     def end_forward(self, context: StepContext) -> None:
+        check_blocks_not_compiled(self._transformer)  # since it was attached
         skipped = sum(layer.take_skipped() for layer in self._layers)
-        self._trace.entries.append(
-            TraceEntry(
-                step=context.step_index,
-                branch=context.branch,
-                sample=0,
-                compute=skipped == 0,
-                cost=1 - skipped / len(self._layers),
-                reason="schedule",
-                statistic=None,
-                gamma=None,
+        for branch, sample in context.rows:
+            self._trace.entries.append(
+                TraceEntry(
+                    step=context.step_index,
+                    branch=branch,
+                    sample=sample,
+                    compute=skipped == 0,
+                    cost=1 - skipped / len(self._layers),
+                    reason="schedule",
+                    statistic=None,
+                    gamma=None,
+                )
             )
-        )
         held = sum(layer.held_bytes for layer in self._layers)
         self._trace.held_bytes = max(self._trace.held_bytes, held)
 
@@ -166,25 +206,30 @@ class LayerRunner:
             layer.forget()
 
     def detach(self) -> None:
-        detach(self._transformer)
+        for module in self._modules:
+            unhang(module)
 
 
-Hook = TypeVar("Hook", bound=ModelHook)
+def hang(module: nn.Module, hook: ModelHook) -> None:
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _HOOK)
 
 
-def attach(transformer: nn.Module, new_hook: Callable[[str, int], Hook]) -> list[tuple[str, Hook]]:
-    """Hooks every layer; returns (layer type, hook)."""
-    hooks = []
-    for layer, block, module in layers_of(transformer):
-        hook = new_hook(layer, block)
-        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _HOOK)
-        hooks.append((layer, hook))
-    return hooks
+def unhang(module: nn.Module) -> None:
+    HookRegistry.check_if_exists_or_initialize(module).remove_hook(_HOOK, recurse=False)
 
 
-def detach(transformer: nn.Module) -> None:
-    for _, _, module in layers_of(transformer):
-        HookRegistry.check_if_exists_or_initialize(module).remove_hook(_HOOK, recurse=False)
+def run_schedule(
+    transformer: nn.Module, schedule: LayerSchedule, trace: Trace, where: Callable[[], StepContext]
+) -> LayerRunner:
+    """SmoothCache: every layer by its row of the schedule."""
+    layers = list(layers_of(transformer))
+
+    def new_hook(place: int, where: Where) -> LayerHook:
+        layer, block, _ = layers[place]
+        return ScheduledLayer(schedule, layer, block, where)
+
+    modules = [module for _, _, module in layers]
+    return LayerRunner(transformer, modules, new_hook, schedule.num_steps, trace, where)
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:

@@ -6,51 +6,61 @@ over the blocks of a layer type and over the calibration clips.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from cineray.caching.smoothcache import LayerSchedule, schedule_row
-from cineray.pipeline.cached_blocks import LAYOUTS
-from cineray.pipeline.cached_layers import LayerRecorder, attach, detach
-from cineray.pipeline.loading import LoadedModel
-from cineray.pipeline.render import render_clip
-from cineray.pipeline.request import ClipRequest
-from cineray.pipeline.whereabouts import Whereabouts
+from cineray.pipeline.cached_layers import LayerRecorder, check_blocks_not_compiled, hang, layers_of, unhang
+from cineray.pipeline.enable_cache import scheduler_of, whereabouts_of
 
 Errors = dict[str, list[list[float]]]  # layer type -> [lag - 1][step]; NaN where a step has no such successor
 
 
 def measure_layer_errors(
-    model: LoadedModel, requests: list[ClipRequest], max_lag: int, on_clip: Callable[[int, int], None]
+    pipe_or_transformer: Any,
+    clips: Sequence[Callable[[], object]],
+    num_steps: int,
+    max_lag: int,
+    on_clip: Callable[[int, int], None] = lambda done, total: None,
 ) -> Errors:
     """Renders the clips uncached and compares each layer's outputs.
 
     Args:
-        requests: all with the same number of steps.
+        pipe_or_transformer: what the clips are rendered with; as for `enable_cache`.
+        clips: each call renders one clip, of `num_steps` steps.
         max_lag: longest run of skipped steps to consider.
         on_clip: called with (clips done, clips).
+
+    Raises:
+        ValueError: a clip of another number of steps, one whose loop does not say where it is, or compiled blocks.
     """
-    transformer = model.pipe.transformer
-    num_steps = requests[0].num_inference_steps
-    whereabouts = Whereabouts(transformer, LAYOUTS[type(transformer).__name__].num_branches, None)
+    transformer = getattr(pipe_or_transformer, "transformer", pipe_or_transformer)
+    check_blocks_not_compiled(transformer)
+    whereabouts = whereabouts_of(transformer, None, scheduler_of(pipe_or_transformer))
     values: dict[str, list[list[list[float]]]] = defaultdict(
         lambda: [[[] for _ in range(num_steps)] for _ in range(max_lag)]
     )
 
     def place() -> tuple[str, int]:
         here = whereabouts.where()
+        if here.num_steps != num_steps:
+            raise ValueError(f"calibrate: a clip has {here.num_steps} steps; num_steps is {num_steps}")
         return here.branch, here.step_index
 
     try:
-        for number, request in enumerate(requests, 1):
-            hooks = attach(transformer, lambda layer, block: LayerRecorder(max_lag, place))
+        for number, render in enumerate(clips, 1):
+            recorders = [(layer, module, LayerRecorder(max_lag, place)) for layer, _, module in layers_of(transformer)]
             try:
-                render_clip(model, request, lambda done, total: None)
+                for _, module, recorder in recorders:
+                    hang(module, recorder)
+                render()
             finally:
-                detach(transformer)
-            for layer, recorder in hooks:
+                for _, module, _ in recorders:
+                    unhang(module)
+            for layer, _, recorder in recorders:
                 for (step, lag), (moved, size) in recorder.sums.items():
                     values[layer][lag - 1][step].append(moved / size if size > 0 else math.inf)
-            on_clip(number, len(requests))
+            on_clip(number, len(clips))
     finally:
         whereabouts.detach()
     return {

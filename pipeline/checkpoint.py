@@ -2,51 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cineray.caching.spec import CachePlan, LayerPlan
-from cineray.pipeline.adapters import FAMILIES, Adapter
+from cineray.caching.spec import AnyPlan
+from cineray.pipeline.adapters import FAMILIES, KNOWN_MODELS, Adapter, KnownCheckpoint
 from cineray.pipeline.adapters.protocol import Defaults, ModelConfigs
-from cineray.pipeline.cached_blocks import LAYOUTS
 from cineray.pipeline.enable_cache import plan_cache
 from cineray.pipeline.request import InputError, SizeRule
-
-SHIPPED = Path(__file__).resolve().parent / "checkpoints"
-TINY_CLIP = {"width": 64, "height": 64, "num_frames": 17, "fps": 8}  # what the tiny checkpoints were trained on
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KnownModel:
-    """A model that can be named on the command line."""
-
-    source: str  # folder or hub id
-    note: str
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # where they differ from the family's
-
-
-KNOWN_MODELS: dict[str, KnownModel] = {
-    "tiny-wan": KnownModel(
-        source=str(SHIPPED / "tiny-wan"), note="shipped; moving shapes, runs on a CPU", defaults=TINY_CLIP
-    ),
-    "tiny-hunyuan": KnownModel(
-        source=str(SHIPPED / "tiny-hunyuan"),
-        note="shipped; moving shapes, runs on a CPU",
-        # at the family's 6 it obeys less: colour 46 of 48 and shape 38 of 48 in scripts/check_obedience.py
-        defaults={**TINY_CLIP, "guidance_scale": 3.0},
-    ),
-    "wan2.1-t2v-1.3b": KnownModel(source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", note="text to video, 480p"),
-    "wan2.1-t2v-14b": KnownModel(source="Wan-AI/Wan2.1-T2V-14B-Diffusers", note="text to video, 480p and 720p"),
-    "wan2.1-i2v-14b-480p": KnownModel(source="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", note="image to video, 480p"),
-    "wan2.1-i2v-14b-720p": KnownModel(
-        source="Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
-        note="image to video, 720p",
-        defaults={"width": 1280, "height": 720},
-    ),
-    "hunyuan-video": KnownModel(source="hunyuanvideo-community/HunyuanVideo", note="text to video, 720p"),
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,16 +28,13 @@ class Checkpoint:
     def size_rule(self) -> SizeRule:
         return self.adapter.size_rule(self.configs)
 
-    def plan_cache(self, policy: str) -> CachePlan | LayerPlan | None:
+    def plan_cache(self, policy: str) -> AnyPlan | None:
         """What a cache policy means for this model; None for `none`.
 
         Raises:
             ValueError: an unknown policy, or one that does not fit.
         """
-        transformer = self.configs.transformer
-        kind = transformer.get("_class_name", "")
-        counts = LAYOUTS[kind].counts if kind in LAYOUTS else ()
-        return plan_cache(policy, kind, tuple(transformer[name] for name in counts))
+        return plan_cache(policy, self.configs.transformer.get("_class_name", ""), self.configs.transformer)
 
     @property
     def is_local(self) -> bool:
@@ -120,13 +81,13 @@ def open_checkpoint(model: str) -> Checkpoint:
     )
 
 
-def _shipped_at(model: str) -> KnownModel | None:
+def _shipped_at(model: str) -> KnownCheckpoint | None:
     """The shipped model whose folder `model` is."""
     folder = Path(model).resolve()
     return next((k for k in KNOWN_MODELS.values() if Path(k.source).is_absolute() and Path(k.source) == folder), None)
 
 
-def _defaults(adapter: Adapter, known: KnownModel | None) -> Defaults:
+def _defaults(adapter: Adapter, known: KnownCheckpoint | None) -> Defaults:
     return replace(adapter.defaults, **known.defaults) if known else adapter.defaults
 
 

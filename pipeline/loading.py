@@ -1,5 +1,6 @@
 """Loads the weights of a checkpoint into a diffusers pipeline."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,12 @@ Offload = Literal["none", "model", "sequential"]
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: str) -> None:
+    """Raises InputError where this machine has no such device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda: this PyTorch sees no CUDA GPU; use --device cpu, or install a CUDA build")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,8 +45,6 @@ class LoadOptions:
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
             raise InputError(f"device must be cpu or cuda, got {self.device!r}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise InputError("device cuda: this PyTorch sees no CUDA GPU; use --device cpu, or install a CUDA build")
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise InputError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.offload not in ("none", "model", "sequential"):
@@ -67,15 +72,24 @@ class LoadedModel:
         return self.checkpoint.adapter
 
 
-def load_model(checkpoint: Checkpoint, options: LoadOptions) -> LoadedModel:
-    """Loads all parts of the pipeline, from safetensors only.
+# the parts of a pipeline that one stage of a batch needs and another does not
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TRANSFORMER = ("transformer",)
+
+
+def load_model(checkpoint: Checkpoint, options: LoadOptions, without: Sequence[str] = ()) -> LoadedModel:
+    """Loads the pipeline, from safetensors only.
+
+    Args:
+        without: parts that stay out of memory and are None in the pipeline.
 
     Raises:
-        InputError: a file is missing or broken, or the download failed.
+        InputError: a file is missing or broken, the download failed, or there is no such device.
     """
     import diffusers
     import transformers
 
+    check_device(options.device)
     pipeline_class = getattr(diffusers, checkpoint.pipeline_class)
     folder = _local_folder(checkpoint, pipeline_class)
     # their weight-loading bars and "expected types" notes would tear our progress display apart
@@ -86,7 +100,11 @@ def load_model(checkpoint: Checkpoint, options: LoadOptions) -> LoadedModel:
     vae_dtype = torch.float32 if checkpoint.adapter.vae_in_float32 else dtype
     try:
         pipe = pipeline_class.from_pretrained(
-            folder, dtype={"default": dtype, "vae": vae_dtype}, use_safetensors=True, local_files_only=True
+            folder,
+            dtype={"default": dtype, "vae": vae_dtype},
+            use_safetensors=True,
+            local_files_only=True,
+            **{name: None for name in without if name in checkpoint.configs.index},
         )
     except Exception as error:  # diffusers, transformers, safetensors and tokenizers each raise their own
         reason = " ".join(str(error).split())[:400]
@@ -100,10 +118,33 @@ def load_model(checkpoint: Checkpoint, options: LoadOptions) -> LoadedModel:
         pipe.enable_sequential_cpu_offload()
     else:
         pipe.to(options.device)
-    revision = None if checkpoint.is_local else folder.name
+    identity = _identity(checkpoint, folder)
     return LoadedModel(
-        checkpoint=checkpoint, pipe=pipe, options=options, digest=weights_digest(folder), revision=revision
+        checkpoint=checkpoint, pipe=pipe, options=options, digest=identity.digest, revision=identity.revision
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """Which weights these are; `revision` is the hub commit, None for a folder."""
+
+    digest: str
+    revision: str | None
+
+
+def identify(checkpoint: Checkpoint) -> Identity:
+    """The identity of a checkpoint's weights without loading them; downloads what is not here.
+
+    Raises:
+        InputError: the download failed.
+    """
+    import diffusers
+
+    return _identity(checkpoint, _local_folder(checkpoint, getattr(diffusers, checkpoint.pipeline_class)))
+
+
+def _identity(checkpoint: Checkpoint, folder: Path) -> Identity:
+    return Identity(digest=weights_digest(folder), revision=None if checkpoint.is_local else folder.name)
 
 
 def _local_folder(checkpoint: Checkpoint, pipeline_class: Any) -> Path:

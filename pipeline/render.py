@@ -1,7 +1,8 @@
-"""One clip from prompt to frames."""
+"""One clip from prompt to frames, in one process or on a gang of ranks."""
 
 import time
 from dataclasses import dataclass
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -10,53 +11,127 @@ from cineray.caching.trace import Trace
 from cineray.pipeline.adapters import Conditions
 from cineray.pipeline.denoise import StepDone, denoise
 from cineray.pipeline.enable_cache import attach_cache
+from cineray.pipeline.gang import Gang
 from cineray.pipeline.loading import LoadedModel
 from cineray.pipeline.request import ClipRequest
+from cineray.pipeline.step_state import Keeper
+from cineray.pipeline.trace_keeper import TraceKeeper
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenoisedClip:
+    """Latents [1, C, F, H, W] float32, what the cache did, and where the time went, in seconds."""
+
+    latents: torch.Tensor
+    trace: Trace | None
+    encode_s: float
+    denoise_s: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RenderedClip:
-    """Frames [num_frames, height, width, 3] uint8 RGB, what the cache did, and where the time went, in seconds."""
+    """Frames [num_frames, height, width, 3] uint8 RGB, what the cache did, and where the time went, in seconds.
+
+    `latents` [1, C, F, H, W] float32 on the CPU are what the frames were decoded from.
+    """
 
     frames: np.ndarray
+    latents: torch.Tensor
     trace: Trace | None
     encode_s: float
     denoise_s: float
     decode_s: float
 
 
-def render_clip(model: LoadedModel, request: ClipRequest, on_step: StepDone) -> RenderedClip:
+def render_clip(
+    model: LoadedModel, request: ClipRequest, on_step: StepDone, keeper: Keeper | None = None
+) -> RenderedClip:
     """Renders one clip; the same request gives the same frames on the same kind of device.
 
     The noise is drawn on the CPU from the clip's seed, wherever the model runs.
+
+    Args:
+        keeper: keeps step states, so that the clip can go on where an earlier process left it.
+    """
+    return decode_clip(model, denoise_clip(model, request, on_step, keeper=keeper))
+
+
+def render_clip_on_gang(gang: Gang, model: LoadedModel, request: ClipRequest, on_step: StepDone) -> RenderedClip | None:
+    """Renders one clip together; every rank of the gang calls it with the same model and request.
+
+    Returns:
+        The clip on the gang's first rank, None on the others.
+
+    Raises:
+        ValueError: the gang's layout does not fit the model or the request.
+        RuntimeError: another rank failed or was not heard of in time; the gang cannot be used any more.
+    """
+    return decode_clip(model, denoise_clip(model, request, on_step, gang=gang), gang)
+
+
+def denoise_clip(
+    model: LoadedModel,
+    request: ClipRequest,
+    on_step: StepDone,
+    *,
+    gang: Gang | None = None,
+    keeper: Keeper | None = None,
+    pipe: Any = None,
+) -> DenoisedClip:
+    """From the prompt to the clip's latents, the same on every rank of a gang.
+
+    Args:
+        pipe: encodes the prompt in the place of the model's own pipeline, such as an `EncodedPipe`.
     """
     began = time.monotonic()
     generator = torch.Generator("cpu").manual_seed(request.seed)
-    latents, conditions = model.adapter.prepare(model.pipe, request, generator)
+    latents, conditions = model.adapter.prepare(model.pipe if pipe is None else pipe, request, generator)
     encoded = time.monotonic()
-    latents, trace = _denoise_with_cache(model, request, latents, conditions, on_step)
+    if gang is None:
+        latents, trace = _denoise_alone(model, request, latents, conditions, on_step, keeper)
+    else:
+        latents, trace = gang.denoise(model, request, latents, conditions, on_step, keeper)
     denoised = time.monotonic()
-    video = model.adapter.decode(model.pipe, latents)
-    frames = to_frames(video)
+    return DenoisedClip(latents=latents, trace=trace, encode_s=encoded - began, denoise_s=denoised - encoded)
+
+
+@overload
+def decode_clip(model: LoadedModel, clip: DenoisedClip) -> RenderedClip: ...
+@overload
+def decode_clip(model: LoadedModel, clip: DenoisedClip, gang: Gang) -> RenderedClip | None: ...
+def decode_clip(model: LoadedModel, clip: DenoisedClip, gang: Gang | None = None) -> RenderedClip | None:
+    """From latents to frames; on a gang every rank calls it and its first rank gets the frames."""
+    began = time.monotonic()
+    video = model.adapter.decode(model.pipe, clip.latents) if gang is None else gang.decode(model, clip.latents)
     model.pipe.maybe_free_model_hooks()
+    if video is None:
+        return None
     return RenderedClip(
-        frames=frames,
-        trace=trace,
-        encode_s=encoded - began,
-        denoise_s=denoised - encoded,
-        decode_s=time.monotonic() - denoised,
+        frames=to_frames(video),
+        latents=clip.latents.float().cpu(),
+        trace=clip.trace,
+        encode_s=clip.encode_s,
+        denoise_s=clip.denoise_s,
+        decode_s=time.monotonic() - began,
     )
 
 
-def _denoise_with_cache(
-    model: LoadedModel, request: ClipRequest, latents: torch.Tensor, conditions: Conditions, on_step: StepDone
+def _denoise_alone(
+    model: LoadedModel,
+    request: ClipRequest,
+    latents: torch.Tensor,
+    conditions: Conditions,
+    on_step: StepDone,
+    keeper: Keeper | None,
 ) -> tuple[torch.Tensor, Trace | None]:
     steps = request.num_inference_steps
     plan = model.checkpoint.plan_cache(request.cache)
     if plan is None:
-        return denoise(model, latents, conditions, steps, on_step), None
+        return denoise(model, latents, conditions, steps, on_step, keeper=keeper), None
     with attach_cache(model.pipe.transformer, plan, num_branches=len(conditions.branches)) as cache:
-        return denoise(model, latents, conditions, steps, on_step), cache.trace
+        kept = TraceKeeper(keeper, cache.trace) if keeper else None
+        latents = denoise(model, latents, conditions, steps, on_step, keeper=kept)
+        return latents, kept.with_earlier(cache.trace) if kept else cache.trace
 
 
 def to_frames(video: torch.Tensor) -> np.ndarray:

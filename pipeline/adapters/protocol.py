@@ -70,6 +70,14 @@ class Adapter(Protocol):
 
     def size_rule(self, configs: ModelConfigs) -> SizeRule: ...
 
+    def num_tokens(self, configs: ModelConfigs, request: ClipRequest) -> int:
+        """Image tokens of a clip, on all ranks together."""
+        ...
+
+    def prompt_inputs(self, request: ClipRequest) -> dict[str, Any]:
+        """What `pipe.encode_prompt` is called with in `prepare`, but for the device: plain values alone."""
+        ...
+
     def prepare(
         self, pipe: DiffusionPipeline, request: ClipRequest, generator: torch.Generator
     ) -> tuple[torch.Tensor, Conditions]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from cineray.pipeline.adapters.model import SHIPPED, TINY_CLIP, BlockLayout, KnownCheckpoint, Model, ShardedArguments
 from cineray.pipeline.adapters.protocol import Branch, Conditions, Defaults, ModelConfigs, draw_noise
 from cineray.pipeline.request import ClipRequest, SizeRule
 
@@ -25,6 +26,13 @@ def _size_rule(configs: ModelConfigs, takes_image: bool) -> SizeRule:
         takes_image=takes_image,
         takes_negative_prompt=True,
     )
+
+
+def _num_tokens(configs: ModelConfigs, request: ClipRequest) -> int:
+    patch = configs.transformer.get("patch_size", (1, 2, 2))
+    time = configs.vae.get("scale_factor_temporal", 4) * patch[0]
+    space = configs.vae.get("scale_factor_spatial", 8) * patch[1]
+    return ((request.num_frames - 1) // time + 1) * (request.height // space) * (request.width // space)
 
 
 def _unsupported(configs: ModelConfigs) -> str | None:
@@ -48,15 +56,18 @@ def _decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
     return vae.decode(latents / inverse_std + mean, return_dict=False)[0]
 
 
+def _prompt_inputs(request: ClipRequest) -> dict[str, Any]:
+    return {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "do_classifier_free_guidance": request.guidance_scale > 1.0,
+        "max_sequence_length": MAX_SEQUENCE_LENGTH,
+    }
+
+
 def _prompt_embeds(pipe: Any, request: ClipRequest) -> dict[str, torch.Tensor]:
     """Text embeddings [1, 512, D] by branch name; "uncond" only with guidance above 1."""
-    cond, uncond = pipe.encode_prompt(
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
-        do_classifier_free_guidance=request.guidance_scale > 1.0,
-        max_sequence_length=MAX_SEQUENCE_LENGTH,
-        device=pipe._execution_device,
-    )
+    cond, uncond = pipe.encode_prompt(**_prompt_inputs(request), device=pipe._execution_device)
     embeds = {"cond": cond} if uncond is None else {"cond": cond, "uncond": uncond}
     return {name: e.to(pipe.transformer.dtype) for name, e in embeds.items()}
 
@@ -68,6 +79,8 @@ class WanTextToVideo:
     vae_in_float32 = True
 
     unsupported = staticmethod(_unsupported)
+    num_tokens = staticmethod(_num_tokens)
+    prompt_inputs = staticmethod(_prompt_inputs)
     set_timesteps = staticmethod(_set_timesteps)
     decode = staticmethod(_decode)
 
@@ -90,6 +103,8 @@ class WanImageToVideo:
     vae_in_float32 = True
 
     unsupported = staticmethod(_unsupported)
+    num_tokens = staticmethod(_num_tokens)
+    prompt_inputs = staticmethod(_prompt_inputs)
     set_timesteps = staticmethod(_set_timesteps)
     decode = staticmethod(_decode)
 
@@ -123,3 +138,30 @@ class WanImageToVideo:
         return latents, Conditions(
             branches=branches, guidance_scale=request.guidance_scale, channel_condition=condition
         )
+
+
+MODEL = Model(
+    transformer="WanTransformer3DModel",
+    family="wan",
+    layout=BlockLayout(lists=("blocks",), counts=("num_layers",), shared=(3,), layers=("attn1", "attn2", "ffn")),
+    branches=("cond", "uncond"),
+    sharded=ShardedArguments(attention="attn1", rotary=3, rotary_dim=1, per_token=(2, 3)),
+    pipelines={"WanPipeline": WanTextToVideo(), "WanImageToVideoPipeline": WanImageToVideo()},
+    checkpoints={
+        "tiny-wan": KnownCheckpoint(
+            source=str(SHIPPED / "tiny-wan"), note="shipped; moving shapes, runs on a CPU", defaults=TINY_CLIP
+        ),
+        "wan2.1-t2v-1.3b": KnownCheckpoint(source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", note="text to video, 480p"),
+        "wan2.1-t2v-14b": KnownCheckpoint(
+            source="Wan-AI/Wan2.1-T2V-14B-Diffusers", note="text to video, 480p and 720p"
+        ),
+        "wan2.1-i2v-14b-480p": KnownCheckpoint(
+            source="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", note="image to video, 480p"
+        ),
+        "wan2.1-i2v-14b-720p": KnownCheckpoint(
+            source="Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
+            note="image to video, 720p",
+            defaults={"width": 1280, "height": 720},
+        ),
+    },
+)

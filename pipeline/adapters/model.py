@@ -1,0 +1,86 @@
+"""What cineray must know of a model: how its transformer is built, how it is called, who renders with it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cineray.pipeline.adapters.protocol import Adapter
+
+SHIPPED = Path(__file__).resolve().parents[1] / "checkpoints"
+TINY_CLIP = {"width": 64, "height": 64, "num_frames": 17, "fps": 8}  # what the tiny checkpoints were trained on
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockLayout:
+    """How a transformer class passes hidden states through its blocks.
+
+    Args:
+        lists: names of the block lists, in order; the probe lies in the first.
+        counts: where the configuration says how many blocks each list has; one name for interleaved lists.
+        interleaved: the lists run in turn, one block of each, and such a group counts as one block.
+        output: what a block returns: "hidden", "hidden, text" or "text, hidden".
+        shared: arguments, by position (from the hidden states) or keyword, that have no batch dimension.
+        layers: the layers that feed a residual add, which a SmoothCache schedule may name: attributes of a block, or
+            list.attribute where the lists' layers are of different types.
+    """
+
+    lists: tuple[str, ...]
+    counts: tuple[str, ...]
+    interleaved: bool = False
+    output: str = "hidden"
+    shared: tuple[int | str, ...] = ()
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardedArguments:
+    """Which arguments of a block follow the tokens. Places count from the hidden states.
+
+    Args:
+        attention: the block's attention over image tokens (and text tokens, where it is joint).
+        rotary: place of the rotary embedding, a pair of tensors; its tokens are on dimension `rotary_dim`.
+        text_first: text stands before the image in joint attention and in the rotary embedding.
+        first_frame: place of the number of tokens of the first frame, which get their own modulation; or None.
+        per_token: place of an argument that must have no dimension of tokens, and the dimensions it must have.
+    """
+
+    attention: str
+    rotary: int | str
+    rotary_dim: int
+    text_first: bool = False
+    first_frame: int | None = None
+    per_token: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KnownCheckpoint:
+    """A checkpoint that can be named on the command line."""
+
+    source: str  # folder or hub id
+    note: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # where they differ from the family's
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """One transformer class and all that is particular to it.
+
+    Args:
+        transformer: its class name.
+        family: whose presets fit.
+        branches: the guidance branches of a step, in the order in which the model's own pipeline makes them.
+        stacked: they stand one after the other in the batch of one call; else each has a call of its own.
+        sharded: how its tokens are sharded over a gang's ranks; None where they cannot be.
+        pipelines: diffusers pipeline class -> rendering adapter, or None where cineray caches but does not render.
+        checkpoints: name on the command line -> checkpoint.
+    """
+
+    transformer: str
+    family: str
+    layout: BlockLayout
+    branches: tuple[str, ...]
+    stacked: bool = False
+    sharded: ShardedArguments | None = None
+    pipelines: Mapping[str, Adapter | None]
+    checkpoints: Mapping[str, KnownCheckpoint] = field(default_factory=dict)

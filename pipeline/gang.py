@@ -1,0 +1,176 @@
+"""The ranks that render one clip together: joined by torchrun, by Ray actors or by local processes alike."""
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from typing import Any, Literal, get_args
+
+import torch
+
+from cineray.caching.controller import BRANCH_ORDER
+from cineray.caching.trace import Trace, TraceEntry
+from cineray.distributed.attention import NativeAttention, SequenceAttention
+from cineray.distributed.consensus import GangConsensus, Mode
+from cineray.distributed.exchange import gather_tensors, gather_text
+from cineray.distributed.layout import Layout, check_layout
+from cineray.distributed.mesh import Mesh, new_mesh
+from cineray.pipeline.adapters import Branch, Conditions
+from cineray.pipeline.denoise import StepDone, denoise, run_here
+from cineray.pipeline.enable_cache import attach_cache
+from cineray.pipeline.loading import LoadedModel
+from cineray.pipeline.parallel_decode import decoding_by_rows
+from cineray.pipeline.request import ClipRequest
+from cineray.pipeline.sharding import ShardedTransformer
+from cineray.pipeline.step_state import Keeper
+from cineray.pipeline.trace_keeper import TraceKeeper
+
+Attention = Literal["native", "xfuser"]
+# A rank that is not heard of for so long is given up: some of the slowest steps of the largest models.
+TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gang:
+    """This process's place among the ranks of a gang. Nothing of it outlives `close`."""
+
+    mesh: Mesh
+    device: torch.device
+    attention: SequenceAttention
+    consensus: GangConsensus
+    parallel_decode: bool
+
+    @classmethod
+    def join(
+        cls,
+        layout: Layout,
+        rank: int,
+        world_size: int,
+        *,
+        device: str = "cpu",
+        init_method: str | None = None,
+        store: Any = None,
+        timeout_s: float = TIMEOUT_S,
+        attention: Attention = "native",
+        consensus: Mode = "all",
+        parallel_decode: bool | None = None,
+    ) -> "Gang":
+        """Meets the other ranks; returns when this rank's gang is complete.
+
+        Args:
+            rank, world_size: of all gangs together, as torchrun counts.
+            device: "cpu", or "cuda:N", which becomes this process's current device; load the model after joining.
+            init_method, store: where the ranks meet, as torch.distributed.init_process_group takes them; neither
+                under torchrun, or where torch.distributed is up already.
+            timeout_s: a collective that takes longer fails on every rank.
+            attention: "native", or "xfuser" for its kernels (CUDA).
+            consensus: "all", or "rank0": the first rank judges by its own tokens.
+            parallel_decode: every rank decodes a band of rows, which changes the last bits; else the first rank
+                decodes alone. None: where there are GPUs; on a CPU clips stay equal bit for bit.
+
+        Raises:
+            ValueError: the layout takes another number of ranks, or an unknown attention or consensus.
+        """
+        if layout.world_size != world_size:
+            raise ValueError(f"layout {layout.text} takes {layout.world_size} ranks, there are {world_size}")
+        if attention not in get_args(Attention):
+            raise ValueError(f"attention must be one of {', '.join(get_args(Attention))}, got {attention!r}")
+        here = torch.device(device)
+        if here.type == "cuda":
+            torch.cuda.set_device(here)
+        mesh = new_mesh(layout, rank, here, timedelta(seconds=timeout_s), init_method, store)
+        try:
+            attends = _new_attention(attention, mesh)
+        except ValueError:
+            mesh.close()
+            raise
+        return cls(
+            mesh=mesh,
+            device=here,
+            attention=attends,
+            consensus=GangConsensus(mesh=mesh, device=here, mode=consensus),
+            parallel_decode=here.type == "cuda" if parallel_decode is None else parallel_decode,
+        )
+
+    def close(self) -> None:
+        """Leaves the gang; other process groups of this process stay."""
+        self.attention.close()
+        self.mesh.close()
+
+    def __enter__(self) -> "Gang":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def denoise(
+        self,
+        model: LoadedModel,
+        request: ClipRequest,
+        latents: torch.Tensor,
+        conditions: Conditions,
+        on_step: StepDone,
+        keeper: Keeper | None = None,
+    ) -> tuple[torch.Tensor, Trace | None]:
+        """Latents of the clip, on every rank; the trace is that of all branches.
+
+        Args:
+            latents, conditions: the same on every rank.
+            keeper: keeps step states; one per rank, and all act alike.
+        """
+        transformer = model.pipe.transformer
+        check_layout(self.mesh.layout, num_heads(transformer), len(conditions.branches))
+        plan = model.checkpoint.plan_cache(request.cache)
+        with ExitStack() as attached:
+            cache = None
+            if plan is not None:
+                num_branches = len(conditions.branches)
+                cache = attached.enter_context(attach_cache(transformer, plan, num_branches, consensus=self.consensus))
+            if self.mesh.sequence.size > 1:
+                attached.enter_context(ShardedTransformer(transformer, self.mesh, self.attention))
+            kept = TraceKeeper(keeper, cache and cache.trace, self._whole_trace) if keeper else None
+            steps = request.num_inference_steps
+            latents = denoise(model, latents, conditions, steps, on_step, self._run_branches, kept)
+        if cache is None:
+            return latents, None
+        trace = self._whole_trace(cache.trace)
+        return latents, kept.with_earlier(trace) if kept else trace
+
+    def decode(self, model: LoadedModel, latents: torch.Tensor) -> torch.Tensor | None:
+        """The video on the gang's first rank, None on the others."""
+        if not self.parallel_decode:
+            return model.adapter.decode(model.pipe, latents) if self.mesh.leads else None
+        with decoding_by_rows(model.pipe.vae, self.mesh.gang):
+            video = model.adapter.decode(model.pipe, latents)
+        return video if self.mesh.leads else None
+
+    def _run_branches(self, branches: Sequence[Branch], run: Callable[[Branch], torch.Tensor]) -> list[torch.Tensor]:
+        if self.mesh.cfg.size == 1:
+            return run_here(branches, run)
+        return gather_tensors(run(branches[self.mesh.cfg.index]), self.mesh.cfg)
+
+    def _whole_trace(self, trace: Trace) -> Trace:
+        """The trace with the entries of the branch that ran on the other half, in the order of one process."""
+        if self.mesh.cfg.size == 1:
+            return trace
+        trace = replace(trace, entries=list(trace.entries))
+        texts = gather_text(json.dumps([trace.held_bytes, *map(asdict, trace.entries)]), self.mesh.cfg, self.device)
+        halves = [json.loads(text) for text in texts]
+        entries = [TraceEntry(**entry) for _, *half in halves for entry in half]
+        entries.sort(key=lambda entry: (entry.step, BRANCH_ORDER.index(entry.branch)))
+        trace.entries[:] = entries
+        trace.held_bytes = max(held for held, *_ in halves)
+        return trace
+
+
+def _new_attention(name: Attention, mesh: Mesh) -> SequenceAttention:
+    if name == "native":
+        return NativeAttention(mesh)
+    from cineray.distributed.xfuser_attention import new_xfuser_attention  # heavy, and refuses to load without a GPU
+
+    return new_xfuser_attention(mesh)
+
+
+def num_heads(transformer: Any) -> int:
+    return transformer.config.num_attention_heads

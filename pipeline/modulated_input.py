@@ -1,0 +1,76 @@
+"""Where TeaCache's signal stands in each transformer class: read from what the first block is called with.
+
+Wan's block arguments hold the modulations made from the timestep's embedding, not the embedding; that one is seen by a
+forward hook on the module that makes it.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from cineray.caching.observation import ModulatedInput
+from cineray.caching.policy import Signal
+
+
+class SignalReader(Protocol):
+    """Reads one signal of one transformer; `detach` leaves the transformer as it was."""
+
+    def read(self, block: nn.Module, hidden_states: torch.Tensor, temb: torch.Tensor) -> ModulatedInput:
+        """The signal of the forward in the works.
+
+        Args:
+            block: the first one.
+            hidden_states: that enter it [B, S, D].
+            temb: the timestep's conditioning, as the block receives it.
+        """
+        ...
+
+    def detach(self) -> None: ...
+
+
+class _TimestepProjection:
+    """Wan's e0, [B, 6, D] for all tokens; [B, S, 6, D] where each token has its own timestep."""
+
+    def read(self, block: nn.Module, hidden_states: torch.Tensor, temb: torch.Tensor) -> ModulatedInput:
+        return ModulatedInput(temb, is_sharded=temb.ndim == 4)
+
+    def detach(self) -> None:
+        """Nothing was attached."""
+
+
+class _TimestepEmbedding:
+    """Wan's e, [B, D]: the output of the embedder, before it is projected to modulations."""
+
+    def __init__(self, transformer: Any) -> None:
+        self._embedding: torch.Tensor | None = None
+        self._hook = transformer.condition_embedder.time_embedder.register_forward_hook(self._see)
+
+    def _see(self, module: nn.Module, arguments: Any, output: torch.Tensor) -> None:
+        self._embedding = output
+
+    def read(self, block: nn.Module, hidden_states: torch.Tensor, temb: torch.Tensor) -> ModulatedInput:
+        assert self._embedding is not None  # the embedder runs before the blocks
+        return ModulatedInput(self._embedding, is_sharded=False)
+
+    def detach(self) -> None:
+        self._hook.remove()
+
+
+class _FirstNorm:
+    """HunyuanVideo and FLUX: the image tokens as the first block's norm1 modulates them, [B, S, D]."""
+
+    def read(self, block: Any, hidden_states: torch.Tensor, temb: torch.Tensor) -> ModulatedInput:
+        return ModulatedInput(block.norm1(hidden_states, emb=temb)[0], is_sharded=True)
+
+    def detach(self) -> None:
+        """Nothing was attached."""
+
+
+def signal_reader(transformer: nn.Module, signal: Signal) -> SignalReader | None:
+    """The reader of a policy's signal; None where the signal is not of this kind."""
+    if signal == "timestep-projection":
+        return _TimestepProjection()
+    if signal == "timestep-embedding":
+        return _TimestepEmbedding(transformer)
+    return _FirstNorm() if signal == "modulated-input" else None
