@@ -1,5 +1,8 @@
 """Batches: the manifest, the output folder, the command line. The only folder that imports ray.
 
-Reading order: command_line (what a person types), manifest (rows to requests), batch (the loop over clips),
-output_folder (what lies on disk and when it counts), progress.
+Reading order: command_line (what a person types), manifest (rows to requests), run (one run), batch (the loop over
+clips in this process), output_folder and commit (what lies on disk and when it counts), lease (whose the folder is);
+for gangs of actors ray_batch (the driver's loop), retry (its rules), clip_queue, gang_slot, finisher_slot, stages (the
+actors), step_keeper, cluster, metrics; status and submit; verify (a clip on one rank and on gangs),
+local_ranks, progress.
 """

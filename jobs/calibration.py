@@ -3,16 +3,25 @@
 import os
 import sys
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 from rich.progress import Progress
 
+from cineray.caching.profile import DiCacheProfile, MagCacheProfile, TeaCacheFit, TeaCacheProfile
 from cineray.caching.smoothcache import LayerSchedule, dump_schedule
-from cineray.pipeline.cached_layers import LAYERS
+from cineray.caching.teacache import SIGNALS
+from cineray.pipeline.adapters import MODELS
 from cineray.pipeline.calibrate import measure_layer_errors, smooth_schedule
+from cineray.pipeline.calibrate_steps import StepChanges, fit_polynomial, magnitude_ratios, measure_steps
+from cineray.pipeline.calibrate_weights import CURVE, MIN_STEPS, SPEEDUPS, CurvePoint, WeightSearch
 from cineray.pipeline.checkpoint import Checkpoint
-from cineray.pipeline.loading import LoadOptions, load_model
+from cineray.pipeline.loading import LoadedModel, LoadOptions, load_model
+from cineray.pipeline.render import render_clip
 from cineray.pipeline.request import ClipRequest, InputError
 
 
@@ -25,30 +34,189 @@ def calibrate_smoothcache(
         InputError: bad alpha or lag, clips of different lengths, a model without such layers, or `out` not writable.
     """
     kind = checkpoint.configs.transformer.get("_class_name")
-    if kind not in LAYERS:
-        raise InputError(f"calibrate: {kind} is not supported; supported: {', '.join(LAYERS)}")
+    if kind not in MODELS:
+        raise InputError(f"calibrate: {kind} is not supported; supported: {', '.join(MODELS)}")
     if not alpha >= 0:
         raise InputError(f"calibrate: alpha must be 0 or more, got {alpha}")
+    num_steps = _number_of_steps(requests)
+    if not 1 <= max_lag < num_steps:
+        raise InputError(f"calibrate: max-lag must be 1 to {num_steps - 1} for {num_steps} steps, got {max_lag}")
+    with _replacing(out) as temporary, _calibrating(len(requests)) as bars:
+        model = load_model(checkpoint, options)
+        clips = [partial(render_clip, model, request, lambda done, total: None) for request in requests]
+        errors = measure_layer_errors(model.pipe, clips, num_steps, max_lag, lambda done, total: bars(done))
+        schedule = smooth_schedule(errors, alpha)
+        temporary.write_text(dump_schedule(schedule))
+    return schedule
+
+
+def calibrate_teacache(
+    checkpoint: Checkpoint, options: LoadOptions, requests: list[ClipRequest], threshold: float, out: Path
+) -> tuple[TeaCacheProfile, dict[str, float]]:
+    """Fits the polynomial of each of the family's signals and writes a profile to `out`, in one step.
+
+    Args:
+        threshold: that the profile proposes.
+
+    Returns:
+        The profile; for each signal the share of the residual's change that its polynomial explains.
+
+    Raises:
+        InputError: a bad threshold, clips of different lengths, too few steps, an unknown family, or `out` not
+            writable.
+    """
+    family = _family(checkpoint)
+    with _replacing(out) as temporary:
+        model, changes = _measure_steps(checkpoint, options, requests, threshold)
+        try:
+            fits = {signal: fit_polynomial(changes, signal) for signal in SIGNALS[family]}
+        except ValueError as error:
+            raise InputError(f"calibrate: {error}; use clips with more steps") from None
+        profile = TeaCacheProfile(
+            family=family,
+            transformer=_identity(checkpoint),
+            source=_source(model, requests, "teacache"),
+            signals={s: TeaCacheFit(coefficients=c, threshold=threshold) for s, (c, _) in fits.items()},  # type: ignore[misc]
+        )
+        temporary.write_text(profile.model_dump_json(indent=1) + "\n")
+    return profile, {str(signal): explained for signal, (_, explained) in fits.items()}
+
+
+def calibrate_magcache(
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    requests: list[ClipRequest],
+    threshold: float,
+    max_skips: int,
+    out: Path,
+) -> MagCacheProfile:
+    """Measures the ratios of residual magnitudes and writes a profile to `out`, in one step.
+
+    Args:
+        threshold, max_skips: that the profile proposes.
+
+    Raises:
+        InputError: a bad threshold, clips of different lengths, or `out` not writable.
+    """
+    if max_skips < 0:
+        raise InputError(f"calibrate: max-skips must be 0 or more, got {max_skips}")
+    with _replacing(out) as temporary:
+        model, changes = _measure_steps(checkpoint, options, requests, threshold)
+        profile = MagCacheProfile(
+            family=_family(checkpoint),
+            transformer=_identity(checkpoint),
+            source=_source(model, requests, "magcache"),
+            ratios=magnitude_ratios(changes),  # type: ignore[arg-type]
+            threshold=threshold,
+            max_skips=max_skips,
+        )
+        temporary.write_text(profile.model_dump_json(indent=1) + "\n")
+    return profile
+
+
+def calibrate_dicache(
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    requests: list[ClipRequest],
+    num_trials: int,
+    floor_db: float | None,
+    out: Path,
+) -> tuple[DiCacheProfile, list[CurvePoint]]:
+    """Searches the weights of the steps and writes a profile to `out`, in one step.
+
+    Args:
+        num_trials: weights to try; each renders all clips once at each of `SPEEDUPS`.
+        floor_db: the profile proposes the fastest threshold whose worst clip keeps this PSNR; without a floor, that
+            of a usual clip at 2.5x.
+
+    Returns:
+        The profile; quality and speed-up over a row of thresholds, on these clips.
+
+    Raises:
+        InputError: no trials, clips of different lengths, too few steps, a floor that nothing reaches, or `out` not
+            writable.
+    """
+    if num_trials < 0:
+        raise InputError(f"calibrate: trials must be 0 or more, got {num_trials}")
+    if _number_of_steps(requests) < MIN_STEPS:
+        raise InputError(f"calibrate: dicache needs clips of {MIN_STEPS} or more steps")
+    with _replacing(out) as temporary, TemporaryDirectory() as folder:
+        model = load_model(checkpoint, options)
+        search = WeightSearch(model, requests, Path(folder))
+        with _calibrating(num_trials + 1) as bars:
+            start = search.first_guess(_family(checkpoint), _identity(checkpoint), _source(model, requests, "dicache"))
+            found = search.run(start, SPEEDUPS, num_trials, lambda done, best: bars(done))
+        points = [search.point(found, search.threshold_for(found, speedup)) for speedup in CURVE]
+        good = [p for p in points if floor_db is not None and p.worst_psnr_db >= floor_db]
+        if floor_db is not None and not good:
+            best = max(p.worst_psnr_db for p in points)
+            raise InputError(f"calibrate: no threshold keeps {floor_db} dB on every clip; the best keeps {best} dB")
+        threshold = max(good, key=lambda p: p.speedup).threshold if good else search.threshold_for(found, 2.5)
+        found = found.model_copy(update={"threshold": threshold})
+        temporary.write_text(found.model_dump_json(indent=1) + "\n")
+    return found, points
+
+
+def _measure_steps(
+    checkpoint: Checkpoint, options: LoadOptions, requests: list[ClipRequest], threshold: float
+) -> tuple[LoadedModel, StepChanges]:
+    if not 0 <= threshold < float("inf"):
+        raise InputError(f"calibrate: threshold must be 0 or more, got {threshold}")
+    if _number_of_steps(requests) < 2:
+        raise InputError("calibrate: clips must have 2 or more steps")
+    model = load_model(checkpoint, options)
+    with _calibrating(len(requests)) as bars:
+        return model, measure_steps(model, requests, SIGNALS[_family(checkpoint)], bars)
+
+
+def _family(checkpoint: Checkpoint) -> str:
+    """The family of a model that TeaCache and MagCache know."""
+    kind = checkpoint.configs.transformer.get("_class_name", "")
+    known = {name: model.family for name, model in MODELS.items() if model.family in SIGNALS}
+    if kind not in known:
+        raise InputError(f"calibrate: {kind} is not supported; supported: {', '.join(known)}")
+    return known[kind]
+
+
+def _identity(checkpoint: Checkpoint) -> dict[str, object]:
+    """The entries of the transformer's configuration by which a profile is found."""
+    config = checkpoint.configs.transformer
+    names = (*MODELS[config["_class_name"]].layout.counts, "num_attention_heads", "attention_head_dim", "in_channels")
+    return {name: config[name] for name in names}
+
+
+def _source(model: LoadedModel, requests: list[ClipRequest], policy: str) -> str:
+    first = requests[0]
+    size = f"{first.width}x{first.height}, {first.num_frames} frames, {first.num_inference_steps} steps"
+    clips = f"{len(requests)} clips of {size}, guidance {first.guidance_scale}"
+    return f"cineray calibrate {policy}: {clips}; weights {model.digest}"
+
+
+def _number_of_steps(requests: list[ClipRequest]) -> int:
     steps = {request.num_inference_steps for request in requests}
     if len(steps) != 1:
         raise InputError(f"calibrate: all clips must have the same number of steps, got {sorted(steps)}")
-    if not 1 <= max_lag < min(steps):
-        raise InputError(f"calibrate: max-lag must be 1 to {min(steps) - 1} for {min(steps)} steps, got {max_lag}")
+    return steps.pop()
+
+
+@contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """A temporary file beside `out` that takes its place at the end, if all went well."""
     temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     try:
         temporary.touch()
     except OSError as error:
         raise InputError(f"calibrate: {out} cannot be written: {error.strerror}") from None
     try:
-        model = load_model(checkpoint, options)
-        with Progress(console=Console(file=sys.stderr), transient=True) as bars:
-            bar = bars.add_task("calibrating", total=len(requests))
-            errors = measure_layer_errors(
-                model, requests, max_lag, lambda done, total: bars.update(bar, completed=done)
-            )
-        schedule = smooth_schedule(errors, alpha)
-        temporary.write_text(dump_schedule(schedule))
+        yield temporary
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
-    return schedule
+
+
+@contextmanager
+def _calibrating(num_clips: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr; yields the callback that takes the number of clips done."""
+    with Progress(console=Console(file=sys.stderr), transient=True) as bars:
+        bar = bars.add_task("calibrating", total=num_clips)
+        yield lambda done: bars.update(bar, completed=done)

@@ -30,9 +30,10 @@ class Asked:
     vae_tiling: bool
 
 
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
 _PATH = click.Path(path_type=Path)
+_PROMPTS = click.argument("prompts", nargs=-1, metavar="PROMPT...")
 _OPTIONS = [
-    click.argument("prompts", nargs=-1, metavar="PROMPT..."),
     click.option(
         "--manifest",
         type=_PATH,
@@ -69,11 +70,83 @@ _OPTIONS = [
 
 def clip_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options to a command, which receives them as its first argument, an `Asked`."""
+    return _PROMPTS(manifest_options(command))
+
+
+def manifest_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a command that takes its clips from a manifest alone."""
     names = [field.name for field in fields(Asked)]
 
     @functools.wraps(command)
     def with_asked(**values: Any) -> Any:
+        values.setdefault("prompts", ())
         asked = Asked(**{name: values.pop(name) for name in names})
         return command(asked, **values)
 
     return functools.reduce(lambda wrapped, option: option(wrapped), reversed(_OPTIONS), with_asked)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunAsked:
+    """How to carry a run out, as typed; `RunOptions` checks it."""
+
+    sp: int
+    cfg_parallel: bool
+    num_gangs: int
+    address: str | None
+    num_finishers: int | None
+    hang_s: float
+    checkpoint_s: float
+    lease_s: float
+
+
+_RUN_OPTIONS = [
+    click.option("--sp", type=int, default=1, show_default=True, metavar="N", help="Ranks that share one clip."),
+    click.option("--cfg-parallel", is_flag=True, help="The guidance branches on two halves of a gang (Wan)."),
+    click.option(
+        "--gangs", "num_gangs", type=int, default=1, show_default=True, metavar="N", help="Clips rendered at a time."
+    ),
+    click.option("--address", metavar="auto|HOST:PORT", help="Ray cluster to render on.  [default: this machine]"),
+    click.option(
+        "--finishers", "num_finishers", type=int, metavar="N", help="Actors that decode.  [default: 1 per 4 gangs]"
+    ),
+    click.option(
+        "--hang-timeout",
+        "hang_s",
+        type=float,
+        default=300.0,
+        show_default=True,
+        metavar="S",
+        help="A gang whose step takes longer is killed; the clip tries again.",
+    ),
+    click.option(
+        "--checkpoint-every",
+        "checkpoint_s",
+        type=float,
+        default=60.0,
+        show_default=True,
+        metavar="S",
+        help="Seconds between two saves of a clip's latents.",
+    ),
+    click.option(
+        "--lease-timeout",
+        "lease_s",
+        type=float,
+        default=30.0,
+        show_default=True,
+        metavar="S",
+        help="A driver that is silent for so long loses the folder.",
+    ),
+]
+
+
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options of a run to a command, which receives them as its argument `run_asked`."""
+    names = [field.name for field in fields(RunAsked)]
+
+    @functools.wraps(command)
+    def with_run(*arguments: Any, **values: Any) -> Any:
+        run_asked = RunAsked(**{name: values.pop(name) for name in names})
+        return command(*arguments, run_asked=run_asked, **values)
+
+    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(_RUN_OPTIONS), with_run)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError
 
-from cineray.caching.spec import CachePlan, LayerPlan
+from cineray.caching.spec import AnyPlan, LayerPlan
 from cineray.pipeline.checkpoint import Checkpoint
 from cineray.pipeline.request import ClipRequest, InputError, problems, shorten
 
@@ -82,7 +82,7 @@ class RequestCheck:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._rule = checkpoint.size_rule
-        self._policies: dict[str, CachePlan | LayerPlan | str | None] = {}  # a text says what is wrong
+        self._policies: dict[str, AnyPlan | str | None] = {}  # a text says what is wrong
 
     def __call__(self, request: ClipRequest) -> list[str]:
         found = problems(request, self._rule)

@@ -1,12 +1,17 @@
 """What a person sees while clips render: bars on a terminal, plain lines in a log. Always on stderr."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from cineray.jobs.verify import Verified
 
 
 class RenderProgress:
@@ -50,6 +55,31 @@ class RenderProgress:
         self._console.print(
             f"[{self._num_done}/{self._num_clips}] {message}", markup=False, highlight=False, soft_wrap=True
         )
+
+
+def show_verified(rows: "Iterator[Verified]", num_rows: int) -> "list[Verified]":
+    """Prints each row as it comes, with a bar on a terminal; returns them all."""
+    console = Console(file=sys.stderr)
+    form = "{:>4}  {:<20} {:<12} {:<10} {:<24} {:<14} {}"
+    names = ("clip", "layout", "max error", "PSNR dB", "decisions", "skipped steps", "")
+    console.print(form.format(*names), highlight=False, soft_wrap=True)
+    seen = []
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bars:
+        bar = bars.add_task("clips", total=num_rows)
+        for row in rows:
+            seen.append(row)
+            bars.advance(bar)
+            line = form.format(
+                row.id,
+                row.layout,
+                f"{row.max_error:.2g}",
+                "equal" if math.isinf(row.psnr_db) else f"{row.psnr_db:.1f}",
+                "equal" if row.first_difference is None else f"differ at {row.first_difference}",
+                row.skipped_steps,
+                "ok" if row.ok else "NOT THE SAME",
+            )
+            bars.console.print(line, highlight=False, soft_wrap=True)
+    return seen
 
 
 @contextmanager

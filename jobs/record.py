@@ -2,32 +2,45 @@
 
 import importlib.metadata
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import cineray
 from cineray.distributed.layout import Layout
-from cineray.pipeline.loading import LoadedModel
+from cineray.pipeline.cache_bytes import forecast_cache_bytes
+from cineray.pipeline.checkpoint import Checkpoint
+from cineray.pipeline.loading import DTYPES, LoadedModel, LoadOptions
 from cineray.pipeline.render import RenderedClip
 from cineray.pipeline.request import ClipRequest
 
 
-def render_options(model: LoadedModel, lossless: bool) -> dict[str, object]:
+def render_options(options: LoadOptions, lossless: bool) -> dict[str, object]:
     """What is common to a run and changes pixels."""
-    return {"dtype": model.options.dtype_name, "vae_tiling": model.options.vae_tiling, "lossless": lossless}
+    return {"dtype": options.dtype_name, "vae_tiling": options.vae_tiling, "lossless": lossless}
 
 
-def policy_text(request: ClipRequest, model: LoadedModel) -> str:
+def policy_text(request: ClipRequest, checkpoint: Checkpoint) -> str:
     """The clip's cache policy with all its options."""
-    plan = model.checkpoint.plan_cache(request.cache)
+    plan = checkpoint.plan_cache(request.cache)
     return "none" if plan is None else plan.text
 
 
 def clip_record(
-    request: ClipRequest, fingerprint: str, model: LoadedModel, options: dict[str, object], clip: RenderedClip
+    request: ClipRequest,
+    fingerprint: str,
+    model: LoadedModel,
+    options: dict[str, object],
+    clip: RenderedClip,
+    layout: Layout | None = None,
+    resumed_at: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """All that is known about a rendered clip but its timings."""
-    trace = trace_summary(request, clip)
+    """All that is known about a rendered clip but its timings.
+
+    Args:
+        resumed_at: steps at which the clip went on after a stop.
+    """
+    trace = trace_summary(request, clip) | {"forecast_bytes": cache_bytes(request, model)}
     record = {
         "id": request.id,
         "fingerprint": fingerprint,
@@ -49,13 +62,21 @@ def clip_record(
         },
         "cache": trace["policy"],
         "trace": trace,
-        "layout": asdict(Layout()),
+        "layout": asdict(layout or Layout()),
         "options": options,
         "device": model.options.device,
         "versions": software_versions(),
     }
+    if resumed_at:
+        record["resumed_at"] = list(resumed_at)
     warning = cache_warning(trace)
     return record | ({"warning": warning} if warning else {})
+
+
+def cache_bytes(request: ClipRequest, model: LoadedModel) -> int | None:
+    """What the clip's cache will hold on one rank; None if it is not known beforehand."""
+    element_bytes = DTYPES[model.options.dtype_name].itemsize
+    return forecast_cache_bytes(model.checkpoint, request, element_bytes)
 
 
 def trace_summary(request: ClipRequest, clip: RenderedClip) -> dict[str, Any]:

@@ -1,0 +1,67 @@
+"""From what was typed to checked requests and load options."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from cineray.jobs.clip_options import Asked
+
+if TYPE_CHECKING:  # torch and diffusers take seconds to import; `--help` should not wait for them
+    from cineray.jobs.manifest import RunDefaults
+    from cineray.pipeline.checkpoint import Checkpoint
+    from cineray.pipeline.loading import LoadOptions
+    from cineray.pipeline.request import ClipRequest
+
+
+def run_defaults(asked: Asked, checkpoint: "Checkpoint", cache: str, fps: int | None) -> "RunDefaults":
+    """What a clip gets that says nothing itself: what was typed, else the model's own."""
+    from cineray.jobs.manifest import RunDefaults
+
+    sizes = checkpoint.defaults
+    return RunDefaults(
+        negative_prompt=asked.negative_prompt,
+        seed=asked.seed,
+        width=_given(asked.width, sizes.width),
+        height=_given(asked.height, sizes.height),
+        num_frames=_given(asked.frames, sizes.num_frames),
+        num_inference_steps=_given(asked.steps, sizes.num_inference_steps),
+        guidance_scale=_given(asked.guidance, sizes.guidance_scale),
+        fps=_given(fps, sizes.fps),
+        cache=cache,
+        image=None if asked.image is None else str(asked.image.resolve()),
+    )
+
+
+def load_options(asked: Asked) -> "LoadOptions":
+    """How the weights are to be loaded."""
+    from cineray.pipeline.loading import LoadOptions, default_device
+
+    return LoadOptions(
+        device=asked.device or default_device(),
+        dtype=asked.dtype,
+        offload=asked.offload,  # type: ignore[arg-type]  # LoadOptions checks it
+        vae_tiling=asked.vae_tiling,
+    )
+
+
+def _given(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def requests_of(asked: Asked, defaults: "RunDefaults", checkpoint: "Checkpoint") -> tuple[int, Iterable["ClipRequest"]]:
+    """(number of clips, the clips as a stream), all of them checked.
+
+    Raises:
+        InputError: bad lines of the manifest, bad prompts, or both given.
+    """
+    from cineray.jobs.manifest import check_manifest, check_prompts, stream_requests
+    from cineray.jobs.progress import checking_lines
+    from cineray.pipeline.request import InputError
+
+    if asked.manifest is None:
+        requests = check_prompts(list(asked.prompts), defaults, checkpoint)
+        return len(requests), requests
+    if asked.prompts:
+        raise InputError("give prompts or --manifest, not both")
+    with checking_lines(asked.manifest.name) as on_line:
+        num_clips = check_manifest(asked.manifest, defaults, checkpoint, on_line)
+    return num_clips, stream_requests(asked.manifest, defaults)

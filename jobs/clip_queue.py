@@ -1,0 +1,155 @@
+"""The clips that a driver has in hand: a few, pulled from the manifest as they are needed."""
+
+import json
+import time
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from cineray.jobs.commit import read_or_rebuild_record
+from cineray.jobs.output_folder import OutputFolder
+from cineray.jobs.record import policy_text, render_options
+from cineray.jobs.results import ClipResult
+from cineray.jobs.retry import is_quarantined
+from cineray.jobs.stages import RunSpec, Task
+from cineray.pipeline.checkpoint import Checkpoint
+from cineray.pipeline.encoded_prompts import prompt_key
+from cineray.pipeline.loading import Identity
+from cineray.pipeline.request import ClipRequest, fingerprint
+
+MAX_SCANNED = 200  # lines looked up at once: the driver has other things to do
+MAX_PROMPTS = 256  # encoded prompts kept on disk, 4 MB each for the largest text encoders
+
+
+@dataclass(slots=True)
+class Clip:
+    """One clip in hand, and what it went through."""
+
+    task: Task
+    began_s: float | None = None
+    strikes: list[str] = field(default_factory=list)
+
+    @property
+    def id(self) -> str:
+        return self.task.request.id
+
+
+class ClipQueue:
+    """Clips that wait for a gang, in the manifest's order, those that must try again first.
+
+    Args:
+        requests: a stream; read only as far as `depth` clips ahead.
+    """
+
+    def __init__(
+        self,
+        requests: Iterator[ClipRequest],
+        folder: OutputFolder,
+        checkpoint: Checkpoint,
+        identity: Identity,
+        spec: RunSpec,
+        depth: int,
+    ) -> None:
+        self._requests = requests
+        self._folder = folder
+        self._checkpoint = checkpoint
+        self._identity = identity
+        self._spec = spec
+        self._options = render_options(spec.options, spec.lossless)
+        self._depth = depth
+        self._in_use: dict[str, int] = {}
+        self._encoded: OrderedDict[str, None] = OrderedDict()
+        self.waiting: deque[Clip] = deque()
+        self.is_exhausted = False
+
+    def fill(self) -> list[ClipResult]:
+        """Reads ahead; returns clips that an earlier run has committed."""
+        existing = []
+        for _ in range(MAX_SCANNED):
+            if self.is_exhausted or len(self.waiting) >= self._depth:
+                break
+            request = next(self._requests, None)
+            if request is None:
+                self.is_exhausted = True
+                break
+            task = self._task(request)
+            video = self._folder.video_path(request, task.mark)
+            if video.exists():
+                record = read_or_rebuild_record(self._folder, video)
+                existing.append(ClipResult.of(request, "existing", 0.0, str(video), record))
+            else:
+                key = task.prompt_key
+                self._in_use[key] = self._in_use.get(key, 0) + 1
+                self.waiting.append(Clip(task=task, strikes=self._earlier_strikes(task)))
+        return existing
+
+    def prompts_wanted(self) -> list[Task]:
+        """Clips in hand whose prompt is not encoded yet, one for each prompt."""
+        wanted = {clip.task.prompt_key: clip.task for clip in self.waiting}
+        return [task for key, task in wanted.items() if key not in self._encoded]
+
+    def add_prompt(self, key: str) -> None:
+        """A prompt has been encoded; forgets the oldest that no clip in hand needs."""
+        self._encoded[key] = None
+        self._encoded.move_to_end(key)
+        for old in list(self._encoded):
+            if len(self._encoded) <= MAX_PROMPTS:
+                break
+            if not self._in_use.get(old):
+                del self._encoded[old]
+                self._folder.prompt_path(old).unlink(missing_ok=True)
+
+    def take_ready(self) -> Clip | None:
+        """The first clip whose prompt is encoded."""
+        for position, clip in enumerate(self.waiting):
+            if clip.task.prompt_key in self._encoded:
+                del self.waiting[position]
+                clip.began_s = clip.began_s or time.monotonic()
+                return clip
+        return None
+
+    def put_back(self, clip: Clip) -> None:
+        self.waiting.appendleft(clip)
+
+    def strike(self, clip: Clip, reason: str) -> bool:
+        """Notes a lost attempt on disk; whether the clip is quarantined for it."""
+        clip.strikes.append(reason)
+        done = is_quarantined(len(clip.strikes))
+        self.write_trouble(clip, "quarantined" if done else "retrying")
+        return done
+
+    def write_trouble(self, clip: Clip, status: str) -> None:
+        path = self._folder.trouble_path(clip.id, clip.task.mark)
+        content = {"id": clip.id, "fingerprint": clip.task.mark, "status": status, "reasons": clip.strikes}
+        self._folder.write_json(str(path.relative_to(self._folder.path)), content)
+
+    def end(self, clip: Clip, is_done: bool) -> None:
+        """The clip is out of hand."""
+        key = clip.task.prompt_key
+        self._in_use[key] -= 1
+        if not self._in_use[key]:
+            del self._in_use[key]
+        if is_done:
+            with suppress(OSError):
+                self._folder.trouble_path(clip.id, clip.task.mark).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Removes the encoded prompts."""
+        for key in self._encoded:
+            with suppress(OSError):
+                self._folder.prompt_path(key).unlink(missing_ok=True)
+
+    def _task(self, request: ClipRequest) -> Task:
+        policy, digest = policy_text(request, self._checkpoint), self._identity.digest
+        mark = fingerprint(request, policy, digest, self._options)
+        key = prompt_key(self._checkpoint.adapter, request, digest, self._spec.options.dtype_name)
+        return Task(request=request, mark=mark, prompt_key=key)
+
+    def _earlier_strikes(self, task: Task) -> list[str]:
+        """Those of a run that was cut short; one that ended by quarantining the clip is forgotten: try again."""
+        try:
+            trouble = json.loads(self._folder.trouble_path(task.request.id, task.mark).read_text(encoding="utf-8"))
+            return list(trouble["reasons"]) if trouble["status"] == "retrying" else []
+        except (OSError, ValueError, KeyError, TypeError):
+            return []

@@ -1,0 +1,116 @@
+"""Where the actors run: a Ray inside this process, or a cluster that is up already."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+from ray._private.state import state
+
+from cineray.jobs.gang_slot import Resources
+from cineray.pipeline.request import InputError
+
+# latents and prompts cross as files; the store holds control messages alone (Ray's least is 75 MiB)
+OBJECT_STORE_BYTES = 100 * 2**20
+GPU_SHARE_OF_FINISHER = 0.1  # of a GPU, beside a rank; so ranks ask for the rest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fleet:
+    """How many actors, and what each takes.
+
+    Args:
+        ranks_per_gang: on one node.
+    """
+
+    num_gangs: int
+    ranks_per_gang: int
+    num_finishers: int
+    rank: Resources
+    finisher: Resources
+
+
+def plan_fleet(device: str, num_gangs: int, ranks_per_gang: int, num_finishers: int | None) -> Fleet:
+    """One CPU per actor; with CUDA one GPU per rank, whose tenth may serve a finisher.
+
+    Args:
+        num_finishers: None for one per four gangs.
+    """
+    gpus = 1.0 if device == "cuda" else 0.0
+    return Fleet(
+        num_gangs=num_gangs,
+        ranks_per_gang=ranks_per_gang,
+        num_finishers=num_finishers or -(-num_gangs // 4),
+        rank=Resources(num_cpus=1, num_gpus=gpus * (1 - GPU_SHARE_OF_FINISHER)),
+        finisher=Resources(num_cpus=1, num_gpus=gpus * GPU_SHARE_OF_FINISHER),
+    )
+
+
+@contextmanager
+def connected(address: str | None, fleet: Fleet) -> Iterator[None]:
+    """Joins the cluster at `address`, or starts a Ray of this process's own that listens on localhost alone.
+
+    A process that has joined one already stays there.
+
+    Raises:
+        InputError: there is no cluster at the address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    _connect(address, fleet)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str | None, fleet: Fleet) -> None:
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # the driver says what was lost, once
+    # a local Ray's token is nobody's business but its own
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    if address is None:
+        num_ranks = fleet.num_gangs * fleet.ranks_per_gang
+        ray.init(
+            address="local",
+            num_cpus=int(num_ranks * fleet.rank.num_cpus + fleet.num_finishers * fleet.finisher.num_cpus),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+        )
+        return
+    try:
+        ray.init(address=address, logging_level=logging.WARNING)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"no Ray cluster at --address {address}: {reason}; leave --address out to render on this machine alone"
+        ) from None
+
+
+def missing_resources(fleet: Fleet) -> str | None:
+    """Why no node that is up now could hold a gang; None if one can."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    need = {name: amount * fleet.ranks_per_gang for name, amount in fleet.rank.bundle.items()}
+    if any(all(node.get(name, 0) >= amount for name, amount in need.items()) for node in nodes):
+        return None
+    largest = {name: max((float(node.get(name, 0)) for node in nodes), default=0.0) for name in need}
+    each = _text(fleet.rank.bundle)
+    return (
+        f"no machine has room for a gang of {fleet.ranks_per_gang} ranks, each of which takes {each}: the largest has "
+        f"{_text(largest)}; use a smaller --sp, or a larger machine"
+    )
+
+
+def draining_nodes() -> frozenset[str]:
+    """Ids of the nodes that will be taken away soon; empty where this Ray cannot say."""
+    try:
+        return frozenset(state.get_draining_nodes())
+    except Exception:  # private: Ray Train's PreemptionWatcher reads it, there is no public way
+        return frozenset()
+
+
+def _text(resources: dict[str, float]) -> str:
+    return " and ".join(f"{amount:g} {name}" for name, amount in resources.items())

@@ -1,0 +1,51 @@
+"""Writes a rendered clip and commits it: the video first, which counts, then what can be made anew from it."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from cineray.jobs.output_folder import OutputFolder
+from cineray.jobs.record import clip_timings
+from cineray.pipeline.render import RenderedClip
+from cineray.pipeline.request import ClipRequest
+from cineray.pipeline.video import VideoError, read_metadata, write_video
+
+
+def commit_clip(
+    folder: OutputFolder, request: ClipRequest, mark: str, clip: RenderedClip, record: dict[str, Any], lossless: bool
+) -> Path:
+    """Returns the committed video: this one, or the one that another process had committed before.
+
+    Raises:
+        OutputError: the disk is full, or the folder cannot be written any more.
+        VideoError: ffmpeg failed for another reason.
+    """
+    video = folder.video_path(request, mark)
+    rendered = time.monotonic()
+    try:
+        with folder.new_video(request, video) as temporary:
+            write_video(clip.frames, temporary, request.fps, record, lossless)
+    except (VideoError, OSError):
+        if not folder.path.is_dir():
+            raise folder.gone(f"writing clip {request.id}") from None
+        if folder.is_full_for(clip.frames.nbytes):
+            raise folder.full(f"writing clip {request.id}") from None
+        raise
+    if clip.trace is not None:
+        folder.write_json(video.with_suffix(".trace.json").name, clip.trace.content(), indent=None)
+    timings = clip_timings(clip, time.monotonic() - rendered)
+    folder.write_json(video.with_suffix(".json").name, record | {"timings": timings})
+    return video
+
+
+def read_or_rebuild_record(folder: OutputFolder, video: Path) -> dict[str, Any]:
+    """The record of a committed clip; a sidecar that is gone or broken is written again from the video's own tag."""
+    sidecar = video.with_suffix(".json")
+    try:
+        return json.loads(sidecar.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = read_metadata(video)
+        if record:
+            folder.write_json(sidecar.name, record)
+        return record

@@ -1,0 +1,235 @@
+"""A gang of actors as the driver sees it: placed, met, busy, lost, built again. One slot outlives many gangs."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ray
+from ray import exceptions
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cineray.jobs.retry import MemberEnd
+from cineray.jobs.stages import ClipFault, GangRankActor, Place, Pulse, RunSpec, Task
+from cineray.pipeline.request import InputError
+
+# the last three are no subclasses of RayActorError
+DEATHS = (
+    exceptions.RayActorError,
+    exceptions.NodeDiedError,
+    exceptions.WorkerCrashedError,
+    exceptions.OutOfMemoryError,
+)
+GRACE_S = 2.0  # after one rank's error: the death of another arrives 0.02 s (same node) to 2.2 s (node) later
+Stage = Literal["placing", "meeting", "joining", "idle", "busy", "gone"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """What one rank takes of a node."""
+
+    num_cpus: float
+    num_gpus: float
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        return {name: n for name, n in (("CPU", self.num_cpus), ("GPU", self.num_gpus)) if n}
+
+
+@dataclass(slots=True)
+class GangSlot:
+    """The state of one slot; the driver's loop moves it on.
+
+    Attributes:
+        task: the clip that the gang has, while busy.
+        ends: how each rank's part of the current call ended, by rank.
+        changed_s: monotonic time of the last sign of progress.
+    """
+
+    number: int
+    spec: RunSpec
+    resources: Resources
+    stage: Stage = "gone"
+    task: Task | None = None
+    ends: dict[int, Any] = field(default_factory=dict)
+    pulse: Pulse | None = None
+    changed_s: float = 0.0
+    first_end_s: float | None = None
+    num_losses_in_a_row: int = 0
+    num_built: int = 0
+    is_asked_to_stop: bool = False
+    is_given_up: bool = False
+    busy_s: float = 0.0
+    nodes: frozenset[str] = frozenset()
+    pids: list[int] = field(default_factory=list)
+    _group: PlacementGroup | None = None
+    _ranks: list[Any] = field(default_factory=list)
+    _calls: dict[Any, int] = field(default_factory=dict)
+    _lives: dict[Any, int] = field(default_factory=dict)
+    _pulse_call: Any = None
+    _pulse_began_s: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"gang-{self.number}"
+
+    @property
+    def num_ranks(self) -> int:
+        return self.spec.layout.world_size
+
+    def refs(self) -> list[Any]:
+        """Everything that the loop waits for."""
+        return [*self._calls, *self._lives, *([self._pulse_call] if self._pulse_call is not None else [])]
+
+    def build(self) -> None:
+        """Asks Ray for a place and starts the ranks there; they come up when there is room."""
+        self.num_built += 1
+        self._group = placement_group([self.resources.bundle] * self.num_ranks, strategy="STRICT_PACK")
+        self._ranks = [
+            GangRankActor.options(
+                name=f"cineray-{self.name}-r{index}-{self.num_built}-{self._group.id.hex()[:6]}",
+                num_cpus=self.resources.num_cpus,
+                num_gpus=self.resources.num_gpus,
+                max_restarts=0,
+                max_task_retries=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    placement_group=self._group, placement_group_bundle_index=index
+                ),
+            ).remote(f"{self.name}/r{index}", self.spec)
+            for index in range(self.num_ranks)
+        ]
+        self._lives = {rank.live.remote(): index for index, rank in enumerate(self._ranks)}
+        self._call("placing", lambda rank: rank.place.remote())
+
+    def assign(self, task: Task) -> None:
+        self.task = task
+        self._call("busy", lambda rank: rank.denoise.remote(task))
+
+    def ask_to_stop(self) -> None:
+        """The gang puts its clip down after the current step; it takes no other."""
+        self.is_asked_to_stop = True
+        if self.stage == "busy":
+            # one rank is enough, but it may be the one that is lost
+            forget([rank.stop.remote() for rank in self._ranks])
+
+    def poll(self, now_s: float, every_s: float) -> None:
+        if self.stage == "busy" and self._pulse_call is None and now_s - self._pulse_began_s >= every_s:
+            self._pulse_began_s = now_s
+            self._pulse_call = self._ranks[0].pulse.remote()
+
+    def take(self, ref: Any) -> None:
+        """Takes in one of `refs` that is ready."""
+        now_s = time.monotonic()
+        if ref == self._pulse_call:
+            self._pulse_call = None
+            answer = outcome(ref)
+            if isinstance(answer, Pulse) and answer != self.pulse:
+                self.pulse, self.changed_s = answer, now_s
+            return
+        index = self._lives.pop(ref, None)
+        answer = outcome(ref)
+        if index is None:
+            index = self._calls.pop(ref)
+        elif not isinstance(answer, MemberEnd) or answer.kind != "died":
+            return
+        known = self.ends.get(index)
+        if not (isinstance(known, MemberEnd) and known.kind == "died"):
+            self.ends[index] = answer
+        if isinstance(answer, MemberEnd | ClipFault) and self.first_end_s is None:
+            self.first_end_s = now_s
+
+    def is_settled(self, now_s: float) -> bool:
+        """Whether the current call can be judged: all answered, or one failed and the others had their time."""
+        if self.first_end_s is None:
+            return len(self.ends) == self.num_ranks
+        died = any(isinstance(end, MemberEnd) and end.kind == "died" for end in self.ends.values())
+        return died or len(self.ends) == self.num_ranks or now_s - self.first_end_s > GRACE_S
+
+    def advance(self) -> None:
+        """Goes to the next stage of building after a call that every rank answered."""
+        if self.stage == "placing":
+            places: list[Place] = [self.ends[index] for index in range(self.num_ranks)]
+            order = sorted(range(self.num_ranks), key=lambda i: (places[i].node_id, places[i].device, i))
+            self._ranks = [self._ranks[i] for i in order]
+            self._lives = {ref: order.index(i) for ref, i in self._lives.items()}
+            self.nodes = frozenset(place.node_id for place in places)
+            self.pids = [places[i].pid for i in order]
+            self._begin("meeting")
+            self._calls = {self._ranks[0].open_meeting.remote(): 0}
+            self.ends = dict.fromkeys(range(1, self.num_ranks))  # they have nothing to say yet
+        elif self.stage == "meeting":
+            host, port = self.ends[0]
+            ranks = {id(rank): index for index, rank in enumerate(self._ranks)}
+            self._call("joining", lambda rank: rank.join.remote(ranks[id(rank)], host, port))
+        else:
+            self._begin("idle")
+            self.task = None
+
+    def member_ends(self) -> list[MemberEnd]:
+        """What `judge` needs."""
+
+        def end(answer: Any) -> MemberEnd:
+            if isinstance(answer, MemberEnd):
+                return answer
+            if isinstance(answer, ClipFault):
+                return MemberEnd(kind="raised", reason=answer.reason)
+            return MemberEnd(kind="answered")
+
+        silent = MemberEnd(kind="silent")
+        return [end(self.ends[index]) if index in self.ends else silent for index in range(self.num_ranks)]
+
+    def raise_input_error(self) -> None:
+        """Raises what a rank said about the model or the output folder: another attempt would end alike."""
+        for answer in self.ends.values():
+            if isinstance(answer, InputError):
+                raise answer
+
+    def destroy(self) -> None:
+        """Kills every rank and gives the place back."""
+        for rank in self._ranks:
+            ray.kill(rank, no_restart=True)
+        if self._group is not None:
+            remove_placement_group(self._group)
+        forget(self.refs())
+        self._ranks, self._calls, self._lives, self._pulse_call, self._group = [], {}, {}, None, None
+        self.task, self.nodes, self.is_asked_to_stop = None, frozenset(), False
+        self._begin("gone")
+
+    def _call(self, stage: Stage, call: Callable[[Any], Any]) -> None:
+        self._begin(stage)
+        self._calls = {call(rank): index for index, rank in enumerate(self._ranks)}
+
+    def _begin(self, stage: Stage) -> None:
+        self.stage = stage
+        self.ends = {}
+        self.first_end_s = None
+        self.pulse = None
+        self.changed_s = time.monotonic()
+
+
+def forget(refs: list[Any]) -> None:
+    """Lets go of calls whose answers nobody wants; else Ray would print their errors."""
+    for ref in refs:
+        ref.future().add_done_callback(lambda future: future.exception())
+
+
+def outcome(ref: Any) -> Any:
+    """What a call that is ready returned; a MemberEnd if it failed, an InputError if that was the reason."""
+    try:
+        return ray.get(ref)
+    except DEATHS as death:
+        return MemberEnd(kind="died", reason=_first_line(death))
+    except exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            return InputError(str(error.cause))
+        return MemberEnd(kind="raised", reason=f"{type(error.cause).__name__}: {_first_line(error.cause)}")
+    except exceptions.RayError as error:
+        return MemberEnd(kind="raised", reason=f"{type(error).__name__}: {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    """The line of an error that tells most: Ray's are long, and begin with what everybody knows."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    telling = [line for line in lines if "died" in line.lower() or "killed" in line.lower() or "exit" in line.lower()]
+    return " ".join((telling or lines or [type(error).__name__])[:1])[:300]

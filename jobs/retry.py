@@ -1,0 +1,66 @@
+"""What follows when a rank is lost or an attempt fails: pure rules over what was seen."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+MAX_STRIKES = 3  # attempts of one clip that ended with a lost gang; then it is quarantined
+MAX_LOSSES_IN_A_ROW = 4  # of one slot, without a clip done between; then it is given up
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemberEnd:
+    """How one rank's part of an attempt ended.
+
+    Args:
+        kind: "answered"; "raised" an error of its own; "died"; "silent": said nothing before the others were judged.
+    """
+
+    kind: Literal["answered", "raised", "died", "silent"]
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What to do with the clip and with the gang.
+
+    Args:
+        clip: "strike": it may try again; "failed": the clip itself is at fault, and would be again.
+    """
+
+    clip: Literal["strike", "failed"]
+    reason: str
+    keep_gang: bool
+
+
+def judge(ends: Sequence[MemberEnd], raised_alike: bool) -> Verdict:
+    """Judges an attempt in which not every rank answered.
+
+    A rank that dies makes its peers raise errors about connections: those say nothing about the clip.
+
+    Args:
+        ends: of all ranks, in their order.
+        raised_alike: the ranks that raised found fault with the clip's input, not with each other.
+    """
+    died = [f"rank {rank} died: {end.reason}" for rank, end in enumerate(ends) if end.kind == "died"]
+    if died:
+        return Verdict(clip="strike", reason="; ".join(died), keep_gang=False)
+    raised = [end for end in ends if end.kind == "raised"]
+    if raised and raised_alike:
+        return Verdict(clip="failed", reason=raised[0].reason, keep_gang=len(raised) == len(ends))
+    if raised:
+        return Verdict(clip="strike", reason=raised[0].reason, keep_gang=False)
+    return Verdict(clip="strike", reason="a rank did not answer", keep_gang=False)
+
+
+def is_quarantined(num_strikes: int) -> bool:
+    return num_strikes >= MAX_STRIKES
+
+
+def is_given_up(num_losses_in_a_row: int) -> bool:
+    return num_losses_in_a_row >= MAX_LOSSES_IN_A_ROW
+
+
+def is_hung(now_s: float, changed_s: float, limit_s: float) -> bool:
+    """Whether a step counter has stood still for longer than allowed; all of one monotonic clock."""
+    return now_s - changed_s > limit_s

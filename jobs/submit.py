@@ -1,0 +1,131 @@
+"""`cineray render` as a Ray job: what is uploaded, and the command line of `ray job submit`."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pydantic import ValidationError
+
+import cineray
+from cineray.jobs.manifest import ManifestLine, read_lines
+from cineray.pipeline.request import InputError
+
+# what is left of a clip's step, and the driver's own clean-up; Ray's default of 3 s kills it before
+STOP_WAIT_S = 45
+MANIFEST = "manifest.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Submission:
+    """A batch to render on a cluster.
+
+    Args:
+        address: of the cluster's dashboard; None where RAY_API_SERVER_ADDRESS says it.
+        render: arguments of `cineray render`, without its prompts and --manifest.
+        from_source: upload this cineray; else the cluster's nodes have one installed.
+    """
+
+    address: str | None
+    render: tuple[str, ...]
+    prompts: tuple[str, ...]
+    manifest: Path | None
+    negative_prompt: str | None
+    image: Path | None
+    out: Path
+    model: str
+    from_source: bool
+    no_wait: bool
+
+    def __post_init__(self) -> None:
+        if not self.out.is_absolute():
+            raise InputError(
+                f"submit: --out must be an absolute path on storage that every node sees, got {self.out}; a relative "
+                "one would lie in the job's own folder and be lost"
+            )
+        if Path(self.model).exists() and not Path(self.model).is_absolute():
+            raise InputError(
+                f"submit: a model's folder must be an absolute path that every node sees, got {self.model}"
+            )
+        if bool(self.prompts) == bool(self.manifest):
+            raise InputError("submit: give prompts or --manifest, one of them")
+        if self.manifest is not None and not self.manifest.is_file():
+            raise InputError(f"submit: manifest {self.manifest} is not a file")
+        if self.manifest is not None and self.negative_prompt is not None:
+            raise InputError("submit: with --manifest, write negative_prompt into its lines")
+        if self.image is not None and not self.image.is_absolute():
+            raise InputError(f"submit: --image must be an absolute path that every node sees, got {self.image}")
+
+
+def runtime_env(submission: Submission) -> dict[str, object]:
+    """What the job's processes get beside the image."""
+    env: dict[str, object] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}}
+    if submission.from_source:
+        # the folder is named as it is imported, and Ray follows its links; it is known by its content
+        env["py_modules"] = [str(Path(cineray.__file__).parent)]
+    return env
+
+
+def command(submission: Submission, working_dir: Path) -> list[str]:
+    """`ray job submit` with all its arguments; no prompt is among them, so none reaches a shell."""
+    ray = ["ray", "job", "submit"]
+    if submission.address:
+        ray += ["--address", submission.address]
+    if submission.no_wait:
+        ray.append("--no-wait")
+    ray += ["--working-dir", str(working_dir), "--runtime-env-json", json.dumps(runtime_env(submission))]
+    render = ["python", "-m", "cineray", "render", "--manifest", MANIFEST, "--address", "auto"]
+    return [*ray, "--", *render, *submission.render]
+
+
+def environment(env: Mapping[str, str], home: Path) -> dict[str, str]:
+    """What to add to the environment: clients of a cluster with token authentication must say so."""
+    has_token = "RAY_AUTH_TOKEN" in env or "RAY_AUTH_TOKEN_PATH" in env or (home / ".ray" / "auth_token").is_file()
+    return {"RAY_AUTH_MODE": "token"} if has_token and "RAY_AUTH_MODE" not in env else {}
+
+
+def write_manifest(submission: Submission, folder: Path) -> None:
+    """Puts the clips into the folder that is uploaded.
+
+    Raises:
+        InputError: an image's path is meant from the manifest's folder, which stays here.
+    """
+    if submission.manifest is not None:
+        for number, line in read_lines(submission.manifest):
+            image = _image(line) if line and b'"image"' in line else None
+            if image is not None and not Path(image).is_absolute():
+                raise InputError(f"submit: {submission.manifest} line {number}: image must be an absolute path")
+        shutil.copyfile(submission.manifest, folder / MANIFEST)
+        return
+    extra = {} if submission.negative_prompt is None else {"negative_prompt": submission.negative_prompt}
+    rows = [json.dumps({"prompt": prompt, **extra}) + "\n" for prompt in submission.prompts]
+    (folder / MANIFEST).write_text("".join(rows), encoding="utf-8")
+
+
+def _image(line: bytes) -> str | None:
+    try:
+        return ManifestLine.model_validate_json(line).image
+    except ValidationError:
+        return None  # the job's driver says what is wrong with it
+
+
+def as_text(arguments: Sequence[str], added: Mapping[str, str]) -> str:
+    """For a person to read or to paste into a shell."""
+    return shlex.join(
+        ["env", *(f"{name}={value}" for name, value in added.items()), *arguments] if added else arguments
+    )
+
+
+def submit(submission: Submission) -> int:
+    """Uploads and starts the job, and follows its log unless told not to; the exit code of `ray job submit`."""
+    added = environment(os.environ, Path.home())
+    with TemporaryDirectory(prefix="cineray-submit-") as folder:
+        write_manifest(submission, Path(folder))
+        arguments = [sys.executable, "-m", "ray.scripts.scripts", *command(submission, Path(folder))[1:]]
+        return subprocess.run(arguments, env=os.environ | added, check=False).returncode
