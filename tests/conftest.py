@@ -30,14 +30,13 @@ def _wan_parts(seed: int, **transformer: Any) -> dict[str, Any]:
             latents_std=[1.5, 0.5, 1.0, 2.0],
         ).eval(),
         "transformer": WanTransformer3DModel(
-            num_attention_heads=4,
             attention_head_dim=12,
             text_dim=TEXT_DIM,
             freq_dim=32,
             ffn_dim=64,
             num_layers=3,
             out_channels=4,
-            **{"in_channels": 4, **transformer},
+            **{"num_attention_heads": 4, "in_channels": 4, **transformer},
         ).eval(),
         "scheduler": UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
@@ -45,11 +44,11 @@ def _wan_parts(seed: int, **transformer: Any) -> dict[str, Any]:
     }
 
 
-def build_wan(seed: int = 0):
+def build_wan(seed: int = 0, **transformer: Any):
     """WanPipeline with 3 blocks and 4 latent channels."""
     from diffusers import WanPipeline
 
-    return WanPipeline(**_wan_parts(seed))
+    return WanPipeline(**_wan_parts(seed, **transformer))
 
 
 def build_wan_i2v(seed: int = 0):

@@ -1,11 +1,15 @@
 """The output folder when the file system fails it: what is said, and what is left behind."""
 
 import errno
+import json
 import os
 
 import pytest
 
+from cineray.jobs.commit import commit_clip, read_or_rebuild_record
 from cineray.jobs.output_folder import OutputError, OutputFolder
+from cineray.jobs.record import clip_record, render_options
+from cineray.pipeline.render import render_clip
 
 
 def failing(number):
@@ -62,3 +66,35 @@ def test_a_clip_that_is_there_already_stays(tmp_path, new_request):
         with folder.new_video(request, final) as temporary:
             temporary.write_bytes(content)
     assert final.read_bytes() == b"first"
+
+
+def test_a_sidecar_that_is_gone_or_broken_is_made_anew_from_the_video(loaded, new_request, tmp_path):
+    model, request, folder = loaded("wan"), new_request(num_inference_steps=1), OutputFolder(tmp_path)
+    clip = render_clip(model, request, lambda done, total: None)
+    record = clip_record(request, "0123", model, render_options(model.options, False), clip)
+    video = commit_clip(folder, request, "0123", clip, record, lossless=False)
+    sidecar = video.with_suffix(".json")
+    for broken in (None, "", '{"id": '):
+        sidecar.unlink() if broken is None else sidecar.write_text(broken)
+        assert read_or_rebuild_record(folder, video) == record
+        assert json.loads(sidecar.read_text()) == record
+
+
+def test_a_folder_that_is_gone_is_not_made_again(tmp_path):
+    folder = OutputFolder(tmp_path / "out")
+    folder.close()
+    for write in (lambda: folder.step_path("a", "0"), lambda: folder.write_json("a.json", {})):
+        with pytest.raises(OutputError, match="disappeared while"):
+            write()
+    with pytest.raises(OutputError, match="disappeared while"):
+        OutputFolder.existing(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_leftovers_of_killed_processes_are_swept(tmp_path):
+    folder = OutputFolder(tmp_path)
+    state, prompt = folder.step_path("a", "0"), folder.prompt_path("k")
+    for path in (state, prompt, state.with_name("a.0.safetensors.1.tmp"), tmp_path / ".tmp" / "a.mp4"):
+        path.write_bytes(b"x")
+    folder.sweep()
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [state.name]

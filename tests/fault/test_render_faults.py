@@ -56,8 +56,33 @@ def test_ctrl_c_leaves_whole_clips_only_and_a_rerun_continues(checkpoint_folder,
         timeout=120,
         check=True,
     )
-    statuses = [clip["status"] for clip in json.loads(again.stdout.splitlines()[-1])["clips"]]
-    assert statuses == ["existing"] * len(videos) + ["done"]
+    clips = json.loads(again.stdout.splitlines()[-1])["clips"]
+    assert [clip["status"] for clip in clips] == ["existing"] * len(videos) + ["done"]
+
+
+def test_sigterm_in_the_middle_of_a_clip_keeps_its_steps(checkpoint_folder, tmp_path):
+    out = tmp_path / "out"
+    arguments = ("--out", out, "--model", checkpoint_folder("wan"), "--steps", 300, "--checkpoint-every", 0, "--json")
+    run = subprocess.Popen(
+        command("a red circle", *arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    while not list(out.glob(".state/steps/*")) and run.poll() is None:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGTERM)
+    stdout, stderr = run.communicate(timeout=60)
+    assert run.returncode == 143, stderr
+    assert json.loads(stdout.splitlines()[-1])["clips"] == []
+    again = subprocess.run(
+        command("a red circle", *arguments), capture_output=True, text=True, env=environment(), timeout=120, check=True
+    )
+    (clip,) = json.loads(again.stdout.splitlines()[-1])["clips"]
+    (step,) = clip["resumed_at"]
+    assert 0 < step < 300
+    assert not (out / ".state").exists()
 
 
 def in_tmpfs(folder: Path, size_kib: int, script: str) -> subprocess.CompletedProcess[str] | None:
@@ -71,16 +96,18 @@ def in_tmpfs(folder: Path, size_kib: int, script: str) -> subprocess.CompletedPr
     )
 
 
-def test_a_full_disk_ends_the_run_with_one_line_and_no_half_clip(checkpoint_folder, tmp_path):
+@pytest.mark.parametrize("on_ray", [(), ("--gangs", 2)])
+def test_a_full_disk_ends_the_run_with_one_line_and_no_half_clip(checkpoint_folder, tmp_path, on_ray):
     out = tmp_path / "out"
     out.mkdir()
     render = " ".join(
         command(
-            *("'a red circle'", "'a blue square'", "'a red square'", "'a white circle'", "'a blue circle'"),
-            *("--out", out, "--model", checkpoint_folder("wan"), "--steps", 2, "--lossless"),
+            *["'a red circle'"] * 5,
+            *("--out", out, "--model", checkpoint_folder("wan"), "--steps", 2, "--lossless", *on_ray),
         )
     )
-    done = in_tmpfs(out, 48, f"{render}; echo code $?; ls -A {out}; rm -f {out}/*.mp4")
+    prompt_kib = 512 * 64 * 4 * 2 // 1024  # of two branches, float32: gangs read it from there
+    done = in_tmpfs(out, 48 + prompt_kib if on_ray else 48, f"{render}; echo code $?; ls -A {out}; rm -f {out}/*.mp4")
     if done is None:
         pytest.skip("this system does not let the test mount a tmpfs")
     code, *left = done.stdout.splitlines()

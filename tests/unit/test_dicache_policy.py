@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from cineray.caching.dicache import PAPER, DiCacheConfig, DiCachePolicy
-from cineray.caching.forecast import gamma
+from cineray.caching.forecast import gamma, run_gamma
 from cineray.caching.observation import AlignmentSums, Observation
 from cineray.caching.spec import parse_spec
 from cineray.pipeline.enable_cache import plan_cache
@@ -101,26 +101,26 @@ def test_bad_configurations_are_named(field, bad):
 def test_gamma_by_distance_and_by_projection():
     # p - b = -1 * (a - b): the projection has a sign, the distance has not
     sums = AlignmentSums(l1_now=4.0, l1_span=4.0, dot=-8.0, square_span=8.0)
-    assert gamma(sums, "l1", (-2, 2)) == 1.0
-    assert gamma(sums, "lsq", (-2, 2)) == -1.0
-    assert gamma(sums, "lsq", (0, 2)) == 0.0
-    assert gamma(replace(sums, l1_now=40.0), "l1", (1, 2)) == 2.0
+    assert gamma(sums, "l1") == 1.0
+    assert gamma(sums, "lsq") == -1.0
+    assert run_gamma(-1.0, 0, (0, 2)) == 0.0
+    assert run_gamma(4.0, 0, (1, 2)) == 2.0
     for broken in (replace(sums, l1_span=0.0), replace(sums, l1_now=math.nan), replace(sums, l1_span=math.nan)):
-        assert gamma(broken, "l1", (1, 2)) is None
+        assert gamma(broken, "l1") is None
 
 
 def test_a_policy_is_named_with_its_options():
-    plan = plan_cache("dicache-paper(threshold=0.15,gamma_clip=1:1.5)", "WanTransformer3DModel", (30,))
+    plan = plan_cache("dicache-paper(threshold=0.15,gamma_clip=1:1.5)", "WanTransformer3DModel", {"num_layers": 30})
     assert plan is not None
     assert plan.text.startswith("dicache-paper(threshold=0.15,probe_depth=1,warmup=0.2,")
     assert "gamma_clip=1.0:1.5" in plan.text
-    assert plan_cache("none", "AnyModel", ()) is None
+    assert plan_cache("none", "AnyModel", {}) is None
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("dicash", "unknown policy 'dicash'; valid: none, dicache, dicache-paper, fbcache, interval, smoothcache:"),
+        ("dicash", "unknown policy 'dicash'; valid: none, dicache, dicache-paper, fbcache, interval, teacache,"),
         ("dicache(treshold=1)", "unknown option 'treshold=1' of dicache; valid: threshold, probe_depth,"),
         ("dicache(threshold)", "unknown option 'threshold' of dicache"),
         ("dicache(threshold=x)", "option threshold of dicache: Input should be a valid number"),
@@ -140,15 +140,18 @@ def test_a_policy_is_named_with_its_options():
 )
 def test_bad_texts_are_one_clear_error(text, said):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the text is compared below)
-        plan_cache(text, "WanTransformer3DModel", (30,))
+        plan_cache(text, "WanTransformer3DModel", {"num_layers": 30})
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
+HUNYUAN = {"num_layers": 20, "num_single_layers": 40}
+
+
 def test_the_probe_may_take_all_dual_stream_blocks_but_no_more():
-    assert plan_cache("dicache(probe_depth=20)", "HunyuanVideoTransformer3DModel", (20, 40)) is not None
+    assert plan_cache("dicache(probe_depth=20)", "HunyuanVideoTransformer3DModel", HUNYUAN) is not None
     with pytest.raises(ValueError, match="at most 20"):
-        plan_cache("dicache(probe_depth=21)", "HunyuanVideoTransformer3DModel", (20, 40))
+        plan_cache("dicache(probe_depth=21)", "HunyuanVideoTransformer3DModel", HUNYUAN)
 
 
 def test_parsing_keeps_options_as_written():

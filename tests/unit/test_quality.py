@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from cineray.jobs.quality import check_policies, measure_quality
-from cineray.pipeline.compare import psnr_db
+from cineray.jobs.quality import QualityMeter, policy_text
+from cineray.pipeline.compare import psnr_db, ssim
 from cineray.pipeline.request import InputError
 
 
@@ -15,20 +15,52 @@ def test_psnr_of_known_errors():
     assert psnr_db(black + 10, black) == pytest.approx(28.13, abs=0.01)
 
 
+def test_ssim_of_flat_and_of_opposed_frames():
+    """Flat frames have only the luminance term (2ab + c1) / (a^2 + b^2 + c1); opposed ones a negative covariance."""
+    flat = np.full((2, 16, 16, 3), 100, np.uint8)
+    assert ssim(flat, flat) == pytest.approx(1)
+    c1 = 2.55**2
+    assert ssim(flat, flat + 50) == pytest.approx((2 * 100 * 150 + c1) / (100**2 + 150**2 + c1))
+    noise = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
+    assert ssim(noise, 255 - noise) < -0.8
+
+
+def test_ssim_is_that_of_a_plain_loop_over_windows():
+    rng = np.random.default_rng(1)
+    a = rng.integers(0, 256, (1, 14, 13, 3), np.uint8)
+    b = np.clip(a.astype(int) + rng.integers(-30, 30, a.shape), 0, 255).astype(np.uint8)
+    line = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    weight = np.outer(line, line) / line.sum() ** 2
+    values = []
+    for top, left, channel in np.ndindex(4, 3, 3):
+        x, y = (f[0, top : top + 11, left : left + 11, channel].astype(float) for f in (a, b))
+        mx, my = (weight * x).sum(), (weight * y).sum()
+        vx, vy, cov = ((weight * p).sum() for p in ((x - mx) ** 2, (y - my) ** 2, (x - mx) * (y - my)))
+        c1, c2 = 2.55**2, 7.65**2
+        values.append((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
+    assert ssim(a, b) == pytest.approx(np.mean(values))
+
+
 def test_rows_compare_with_the_uncached_clip(loaded, new_request):
     model = loaded("wan")
     requests = [new_request(num_inference_steps=12, seed=s) for s in (1, 2)]
-    policies = ["dicache(threshold=0)", "dicache(threshold=0.5)", "fewer-steps(6)"]
     seen = []
-    off, cached, fewer = measure_quality(model, requests, policies, lambda *args: seen.append(args))
-    assert (off.speedup, off.psnr_db, off.worst_psnr_db) == (1.0, 100.0, 100.0)
+    meter = QualityMeter(model, requests, lambda *args: seen.append(args))
+    off, cached, fewer = map(meter.measure, ["dicache(threshold=0)", "dicache(threshold=0.5)", "fewer-steps(6)"])
+    assert (off.speedup, off.psnr_db, off.worst_psnr_db, off.ssim) == (1.0, 100.0, 100.0, 1.0)
     assert cached.speedup > 1.1
     assert cached.worst_psnr_db <= cached.psnr_db < 100
-    assert (fewer.cost, fewer.speedup, fewer.num_clips) == (0.5, 2.0, 2)
+    assert cached.ssim < 1
+    assert cached.text.startswith("dicache(threshold=0.5,probe_depth=1,")
+    assert (fewer.cost, fewer.speedup, fewer.num_clips, fewer.text) == (0.5, 2.0, 2, "fewer-steps(6)")
     assert len(seen) == 8
+    assert meter.measure("fewer-steps(6)") == fewer
+    assert meter.speedup("fewer-steps(6)", num_clips=1) == meter.speedup("fewer-steps(6)", num_clips=1) == 2
+    assert len(seen) == 9  # what is known is not rendered again
 
 
 def test_an_unknown_policy_is_bad_input(loaded):
-    check_policies(["fewer-steps(6)", "none"], loaded("wan"))
+    model = loaded("wan")
+    assert [policy_text(p, model) for p in ("fewer-steps(6)", "none")] == ["fewer-steps(6)", "none"]
     with pytest.raises(InputError, match="unknown policy 'dicash'"):
-        check_policies(["dicash"], loaded("wan"))
+        policy_text("dicash", model)

@@ -1,35 +1,18 @@
 """SmoothCache: schedules from errors, the official JSON form, and what a schedule does to a real transformer."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import BUILDERS, build_flux
+from every_model import EVERY_MODEL, STACKED, build, call
 
 import cineray
 from cineray.caching.smoothcache import LayerSchedule, dump_schedule, load_schedule, schedule_row
 from cineray.pipeline.cached_layers import layers_of
 from cineray.pipeline.calibrate import measure_layer_errors, smooth_schedule
-
-EVERY_FAMILY = [*BUILDERS, "flux"]
-
-
-def build(name):
-    pipe = {**BUILDERS, "flux": build_flux}[name]()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def call(pipe, steps):
-    from PIL import Image
-
-    extra = {} if "Flux" in type(pipe).__name__ else {"num_frames": 5}
-    if "Image" in type(pipe).__name__:
-        extra["image"] = Image.new("RGB", (32, 32), "green")
-    generator = torch.Generator("cpu").manual_seed(3)
-    sizes = {"width": 32, "height": 32, "num_inference_steps": steps, "output_type": "latent"}
-    return pipe(prompt="a red circle", **sizes, **extra, generator=generator)[0]
+from cineray.pipeline.render import render_clip
 
 
 def test_the_longest_skip_that_is_good_enough_is_taken():
@@ -75,7 +58,7 @@ def test_bad_schedules_are_one_clear_error(tmp_path, content, said):
         load_schedule(path, ("attn1", "ffn"), 3)
 
 
-@pytest.mark.parametrize("name", EVERY_FAMILY)
+@pytest.mark.parametrize("name", EVERY_MODEL)
 def test_a_schedule_skips_just_its_layers_and_all_ones_change_nothing(name, tmp_path):
     pipe = build(name)
     plain = call(pipe, steps=4)
@@ -109,6 +92,71 @@ def test_a_schedule_of_another_length_is_refused(tmp_path):
         call(pipe, steps=4)
 
 
+@pytest.mark.parametrize("name", EVERY_MODEL)
+def test_calibration_measures_every_layer_type_of_every_model(name):
+    pipe = build(name)
+    plain = call(pipe, steps=5)
+    errors = measure_layer_errors(pipe, [lambda: call(pipe, steps=5), lambda: call(pipe, 5, seed=4)], 5, max_lag=2)
+    assert set(errors) == {layer for layer, _, _ in layers_of(pipe.transformer)}
+    assert len(errors) >= {"dit": 2, "open_sora": 6}.get(name, 3)
+    for by_lag in errors.values():
+        assert np.isfinite(by_lag[0][:4]).all()
+        assert np.isfinite(by_lag[1][:3]).all()
+        assert min(by_lag[0][:4]) > 0
+    assert torch.equal(call(pipe, steps=5), plain)  # the recorders are gone
+    with pytest.raises(ValueError, match="a clip has 5 steps; num_steps is 6"):
+        measure_layer_errors(pipe, [lambda: call(pipe, steps=5)], 6, max_lag=2)
+
+
+def test_an_official_schedule_for_dit_loads_and_does_what_it_says(tmp_path):
+    """smoothcache_schedules/diffuser_schedule.json of github.com/Roblox/SmoothCache at edeb4ed."""
+    row = [1, 0, 1, 0, 0, 1, 0, 1, 0, 1, 1, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0]
+    row += [1, 0, 1, 0, 1, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 1, 1]
+    path = tmp_path / "diffuser_schedule.json"
+    path.write_text(json.dumps({"attn1": row}))
+    pipe = build("dit")
+    calls = []
+    for block in pipe.transformer.transformer_blocks:
+        original = block.attn1.to_q.forward
+        block.attn1.to_q.forward = lambda x, original=original: calls.append(1) or original(x)
+    with cineray.enable_cache(pipe, f"smoothcache:{path}") as handle:
+        call(pipe, steps=50)
+    assert len(calls) == 3 * sum(row)
+    cond = [entry for entry in handle.trace.entries if entry.branch == "cond"]
+    assert [int(entry.compute) for entry in cond] == row
+    assert handle.trace.summary()["cost"] == pytest.approx(1 - 26 / 50 / 2, abs=1e-6)  # attn1 of attn1 and ff
+
+
+def test_a_block_of_open_sora_is_named_by_its_list_and_its_place_there(tmp_path):
+    path = tmp_path / "schedule.json"
+    path.write_text('{"temporal_blocks.attn-2": [1, 0, 1]}')
+    pipe = build("open_sora")
+    calls = []
+    for kind in ("spatial_blocks", "temporal_blocks"):
+        for number, block in enumerate(getattr(pipe.transformer, kind)):
+            block.attn.qkv.register_forward_hook(lambda *_, place=(kind, number): calls.append(place))
+    with cineray.enable_cache(pipe, f"smoothcache:{path}"):
+        call(pipe, steps=3)
+    assert {calls.count((kind, n)) for kind in ("spatial_blocks", "temporal_blocks") for n in range(2)} == {3}
+    assert (calls.count(("spatial_blocks", 2)), calls.count(("temporal_blocks", 2))) == (3, 2)
+    path.write_text('{"temporal_blocks.attn-3": [1, 0, 1]}')
+    with pytest.raises(ValueError, match="in 3 blocks, numbered from 0"):
+        cineray.enable_cache(pipe, f"smoothcache:{path}")
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_a_stacked_batch_is_recorded_row_by_row(name, tmp_path):
+    pipe = build(name)
+    path = tmp_path / "schedule.json"
+    path.write_text(json.dumps({next(layers_of(pipe.transformer))[0]: [1, 0, 1]}))
+    two = {"class_labels": [7, 8]} if name == "dit" else {"prompt": [1, 2] if name == "open_sora" else ["a", "b"]}
+    with cineray.enable_cache(pipe, f"smoothcache:{path}") as handle:
+        call(pipe, steps=3, **two)
+    places = {(entry.branch, entry.sample) for entry in handle.trace.entries if entry.step == 1}
+    assert places == {(branch, sample) for branch in ("cond", "uncond") for sample in (0, 1)}
+    assert len(handle.trace.entries) == 3 * 4
+
+
 def test_calibration_averages_over_blocks_and_clips(loaded, new_request):
     """The errors of the feed-forward layers, measured by plain hooks beside the calibration's own."""
     model = loaded("wan")
@@ -119,7 +167,8 @@ def test_calibration_averages_over_blocks_and_clips(loaded, new_request):
         block.ffn.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out.clone()))
         for block, seen in zip(blocks, outputs, strict=True)
     ]
-    errors = measure_layer_errors(model, requests, max_lag=2, on_clip=lambda done, total: None)
+    clips = [partial(render_clip, model, request, lambda done, total: None) for request in requests]
+    errors = measure_layer_errors(model.pipe, clips, num_steps=5, max_lag=2)
     for tap in taps:
         tap.remove()
     assert set(errors) == {"attn1", "attn2", "ffn"}

@@ -1,0 +1,94 @@
+"""A sharded transformer gives what one rank gives: bit for bit with Ulysses, within 1e-6 with a ring (float32, CPU).
+
+The ring's bounds are relative to the largest output: its softmax is added up in another order.
+"""
+
+from datetime import timedelta
+
+import pytest
+import tiny_transformers as tiny
+import torch
+
+from cineray.distributed.attention import NativeAttention
+from cineray.distributed.layout import parse_layout
+from cineray.distributed.mesh import new_mesh
+from cineray.jobs.local_ranks import run_on_local_ranks
+from cineray.pipeline.sharding import ShardedTransformer
+
+TIMEOUT_S = 60.0
+# measured: 5.3e-7 at most in float32; 0.0090 in bfloat16, about one step of its mantissa at the largest output
+RING_BOUND = {torch.float32: 1e-6, torch.bfloat16: 2**-6}
+EVEN, ODD = {}, {"frames": 5, "height": 14, "width": 18}  # 320 and 315 tokens
+CALLS = {
+    "wan": ("wan", [EVEN, ODD, {"valid_text": (8, 8)}]),
+    "wan-i2v": ("wan_i2v", [EVEN, ODD]),
+    "hunyuan": (
+        "hunyuan",
+        [
+            EVEN,
+            ODD,
+            {"valid_text": (5,)},
+            {"valid_text": (3,), "num_text": 7},
+            {"valid_text": (8, 3), **ODD},
+            {"valid_text": (1, 6)},
+        ],
+    ),
+    "hunyuan-token-replace": ("hunyuan_token_replace", [EVEN, ODD, {"valid_text": (2, 7)}]),
+    "flux": ("flux", [EVEN, {"height": 14, "width": 18, "num_text": 7}, {"valid_text": (8, 8)}]),
+}
+
+
+def new_test_mesh(layout, rank, init_method):
+    return new_mesh(
+        parse_layout(layout), rank, torch.device("cpu"), timedelta(seconds=TIMEOUT_S / 2), init_method=init_method
+    )
+
+
+def errors(rank, num_ranks, init_method, layout, builder, calls, dtype):
+    """(largest difference from one rank, largest value) of each call."""
+    model = getattr(tiny, builder)()
+    if dtype != torch.float32:
+        model = model.to(dtype)
+    plain = [tiny.call(model, **arguments) for arguments in calls]
+    mesh = new_test_mesh(layout, rank, init_method)
+    processors = {name: id(p) for name, p in model.attn_processors.items()}
+    with ShardedTransformer(model, mesh, NativeAttention(mesh)):
+        sharded = [tiny.call(model, **arguments) for arguments in calls]
+        seen = model.get_submodule("blocks" if "wan" in builder else "transformer_blocks")
+        assert len(list(iter(seen))) == 1
+    after = tiny.call(model, **calls[0])
+    assert torch.equal(after, plain[0])  # detached: as before
+    assert {name: id(p) for name, p in model.attn_processors.items()} == processors
+    mesh.close()
+    return [((a - b).abs().max().item(), b.abs().max().item()) for a, b in zip(sharded, plain, strict=True)]
+
+
+def run(layout, name, dtype=torch.float32):
+    builder, calls = CALLS[name]
+    num_ranks = parse_layout(layout).world_size
+    return run_on_local_ranks(errors, num_ranks, layout, builder, calls, dtype, timeout_s=TIMEOUT_S)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("layout", ["ulysses2", "ulysses4"])
+def test_ulysses_equals_one_rank_bit_for_bit(name, layout):
+    for rank, results in enumerate(run(layout, name)):
+        for (difference, largest), arguments in zip(results, CALLS[name][1], strict=True):
+            assert difference == 0, (rank, arguments)
+            assert largest > 0.1  # a model that gave nothing would agree too
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan"])
+def test_ulysses_equals_one_rank_in_bfloat16_too(name):
+    assert all(difference == 0 for result in run("ulysses4", name, torch.bfloat16) for difference, _ in result)
+
+
+@pytest.mark.parametrize("dtype", RING_BOUND)
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("layout", ["ring2", "ring3", "ring2xulysses2"])
+def test_a_ring_is_within_its_bound(name, layout, dtype):
+    results = run(layout, name, dtype)
+    for result in results:
+        for difference, largest in result:
+            assert difference <= RING_BOUND[dtype] * largest
+    assert all(result == results[0] for result in results)  # every rank has the same bits

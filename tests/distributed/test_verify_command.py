@@ -1,0 +1,93 @@
+"""`cineray verify`: what it prints, and when it fails."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from conftest import build_wan
+
+from cineray.caching.trace import TraceEntry
+from cineray.jobs import verify
+from cineray.jobs.command_line import _run
+
+SMALL = ["--width", "32", "--height", "48", "--frames", "5", "--steps", "4", "--cache", "dicache(threshold=1)"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wan") / "wan"
+    build_wan().save_pretrained(folder)
+    return str(folder)
+
+
+def test_equal_on_every_layout(model, capsys):
+    code = _run(["verify", "--model", model, *SMALL, "--layouts", "2,cfg2,ring2", "--json"])
+    output = capsys.readouterr()
+    summary = json.loads(output.out.splitlines()[-1])
+    assert code == 0, output.err
+    assert summary["ok"]
+    assert [(clip["layout"], clip["ranks"]) for clip in summary["clips"]] == [
+        ("ulysses2", 2),
+        ("cfg2", 2),
+        ("ring2", 2),
+    ]
+    for clip in summary["clips"][:2]:
+        assert (clip["max_error"], clip["psnr_db"], clip["max_gamma_error"]) == (0, None, 0)
+    for clip in summary["clips"]:
+        assert clip["decisions_equal"]
+        assert clip["skipped_steps"] > 0
+    assert "NOT THE SAME" not in output.err
+
+
+def test_another_clip_is_told_and_exits_with_1(model, capsys, monkeypatch):
+    monkeypatch.setattr(verify, "MIN_PSNR_DB", math.inf)  # a ring changes the last bits of latents
+    monkeypatch.setattr(verify, "psnr_db", lambda frames, reference: 49.0)
+    assert _run(["verify", "--model", model, *SMALL, "--layouts", "ring2"]) == 1
+    assert "NOT THE SAME" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("layouts", "said"),
+    [
+        ("ulysses3", "ulysses must divide the model's 4 attention heads"),
+        ("gangs2xulysses2", "leave gangs2 out"),
+        ("two", "is not of the form"),
+    ],
+)
+def test_layouts_that_cannot_be(model, capsys, layouts, said):
+    assert _run(["verify", "--model", model, *SMALL, "--layouts", layouts]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_what_counts_as_the_same():
+    equal = verify.Verified(
+        id="1",
+        layout="ulysses2",
+        ranks=2,
+        max_error=0.0,
+        psnr_db=math.inf,
+        first_difference=None,
+        max_gamma_error=0.0,
+        skipped_steps=3,
+        must_be_equal=True,
+        decoded_by_rows=False,
+        denoise_s=1.0,
+    )
+    assert equal.ok
+    for change in ({"max_error": 1e-9}, {"first_difference": "step 3 branch cond"}, {"max_gamma_error": 1e-9}):
+        assert not replace(equal, **change).ok
+    assert not replace(equal, psnr_db=93.0).ok
+    assert replace(equal, psnr_db=93.0, decoded_by_rows=True).ok
+    near = replace(equal, must_be_equal=False, max_error=1e-5, psnr_db=80.0)
+    assert near.ok
+    assert not replace(near, psnr_db=30.0).ok
+    assert not replace(near, first_difference="step 3 branch cond").ok
+
+
+def test_decisions_are_compared_entry_by_entry():
+    entry = TraceEntry(
+        step=3, branch="cond", sample=0, compute=True, cost=1.0, reason="empty", statistic=None, gamma=None
+    )
+    assert verify._deed(entry) == verify._deed(replace(entry, reason="warmup"))
+    assert verify._deed(entry) != verify._deed(replace(entry, compute=False))

@@ -1,0 +1,112 @@
+"""Real transformer classes at toy size with four heads and random weights, and calls of them; the same everywhere."""
+
+import torch
+
+WAN = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 32,
+    "freq_dim": 32,
+    "ffn_dim": 256,
+    "num_layers": 3,
+}
+
+
+def _random(model):
+    """Every weight random, of a size that keeps the signal: small ones would let all queries attend alike.
+
+    Fresh models zero or shrink some weights, which would hide errors.
+    """
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() > 1:
+            parameter.data = values * parameter[0].numel() ** -0.5
+        else:
+            parameter.data = values * 0.1 + (1 if "norm" in name and name.endswith("weight") else 0)
+    return model.eval()
+
+
+def wan(**changes):
+    from diffusers import WanTransformer3DModel
+
+    return _random(WanTransformer3DModel(**(WAN | changes)))
+
+
+def wan_i2v():
+    return wan(in_channels=12, image_dim=48, added_kv_proj_dim=128)
+
+
+def hunyuan(**changes):
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    return _random(
+        HunyuanVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=4,
+            attention_head_dim=32,
+            num_layers=2,
+            num_single_layers=2,
+            num_refiner_layers=1,
+            text_embed_dim=32,
+            pooled_projection_dim=16,
+            rope_axes_dim=(8, 12, 12),
+            **changes,
+        )
+    )
+
+
+def hunyuan_token_replace():
+    return hunyuan(image_condition_type="token_replace")
+
+
+def flux():
+    from diffusers import FluxTransformer2DModel
+
+    return _random(
+        FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=32,
+            num_attention_heads=4,
+            joint_attention_dim=32,
+            pooled_projection_dim=16,
+            guidance_embeds=True,
+            axes_dims_rope=(8, 12, 12),
+        )
+    )
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def call(model, frames=5, height=16, width=16, valid_text=(8,), num_text=8, seed=0):
+    """Output for a batch of len(valid_text): `valid_text` of `num_text` text tokens count, where there is a mask."""
+    batch, channels = len(valid_text), model.config.in_channels
+    kwargs = {"timestep": torch.full((batch,), 500.0), "return_dict": False}
+    kwargs["encoder_hidden_states"] = draw(batch, num_text, 32, seed=seed)
+    kind = type(model).__name__
+    if kind == "WanTransformer3DModel":
+        kwargs["encoder_hidden_states"] = draw(batch, 512, 32, seed=seed)
+        if model.config.image_dim is not None:
+            kwargs["encoder_hidden_states_image"] = draw(batch, 257, 48, seed=seed)
+    else:
+        kwargs |= {"pooled_projections": draw(batch, 16, seed=seed), "guidance": torch.full((batch,), 3.0)}
+    if kind == "HunyuanVideoTransformer3DModel":
+        kwargs["encoder_attention_mask"] = torch.arange(num_text) < torch.tensor(valid_text)[:, None]
+    if kind == "FluxTransformer2DModel":
+        grid = torch.cartesian_prod(*(torch.arange(float(n)) for n in (1, height, width)))
+        kwargs |= {"img_ids": grid, "txt_ids": torch.zeros(num_text, 3), "timestep": kwargs["timestep"] / 1000}
+        hidden_states = draw(batch, len(grid), channels, seed=seed)
+    else:
+        hidden_states = draw(batch, channels, frames, height, width, seed=seed)
+    dtype = next(model.parameters()).dtype
+    floats = {k: v.to(dtype) if k in ("encoder_hidden_states_image", "guidance") else v for k, v in kwargs.items()}
+    floats |= {k: kwargs[k].to(dtype) for k in ("encoder_hidden_states", "pooled_projections") if k in kwargs}
+    with torch.no_grad():
+        return model(hidden_states=hidden_states.to(dtype), **floats)[0]

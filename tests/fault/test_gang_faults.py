@@ -1,0 +1,166 @@
+"""Batches on a real Ray whose ranks, drivers and disks fail. What may be lost: some steps of the clips in the works."""
+
+import json
+import shutil
+import signal
+import threading
+
+import pytest
+import ray
+from gang_runs import Harm, events, pixels, render, sidecar, start_driver, steps_on_disk, wait_for, write_manifest
+
+STEPS = 600  # of a millisecond or ten: long enough that a second driver has started before the first one is done
+GOOD = ["a", "b", "c"]
+OFTEN = ("--checkpoint-every", 0)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """The address of a Ray with room for two gangs of two ranks and a finisher."""
+    context = ray.init(
+        address="local",
+        num_cpus=5,
+        include_dashboard=False,
+        object_store_memory=80 * 2**20,  # not someone else's Ray
+    )
+    yield context.address_info["gcs_address"]
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(checkpoint_folder, tmp_path_factory):
+    """The pixels of the clips as one process renders them."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    manifest = write_manifest(folder / "m.jsonl", GOOD, STEPS)
+    driver = start_driver(manifest, folder / "out", checkpoint_folder("wan"))
+    _, stderr = driver.communicate(timeout=120)
+    assert driver.returncode == 0, stderr
+    return pixels(folder / "out")
+
+
+@pytest.fixture
+def batch(cluster, checkpoint_folder, tmp_path):
+    """(manifest, output folder, model): what a run is called with."""
+    return write_manifest(tmp_path / "m.jsonl", GOOD, STEPS), tmp_path / "out", checkpoint_folder("wan")
+
+
+def test_two_gangs_render_the_pixels_of_one_process_and_encode_a_prompt_once(batch, undisturbed, capsys):
+    code, summary, _ = render(capsys, *batch, "--gangs", 2)
+    assert code == 0
+    assert {clip["status"] for clip in summary["clips"]} == {"done"}
+    assert 0 < summary["gangs_busy"] <= 1
+    _, out, _ = batch
+    assert pixels(out) == undisturbed
+    assert json.loads((out / "run.json").read_text())["gangs_busy"] == summary["gangs_busy"]
+    assert {e["gang"] for e in events(out) if e["event"] == "running"} == {"gang-0", "gang-1"}
+    assert not (out / ".state").exists()
+    assert not (out / ".tmp").exists()
+
+
+def test_ranks_that_die_and_hang_cost_some_steps_of_one_clip(batch, undisturbed, capsys):
+    """Two ranks per clip: the pixels stay, and the sidecar says where the clip went on."""
+    _, out, _ = batch
+    dies, hangs = Harm(out, "a", signal.SIGKILL, rank=1), Harm(out, "b", signal.SIGSTOP, rank=1)
+    code, summary, stderr = render(capsys, *batch, "--sp", 2, "--hang-timeout", 5, *OFTEN)
+    assert (dies.end(), hangs.end()) == (1, 1)
+    assert code == 0, stderr
+    assert pixels(out) == undisturbed
+    for clip in summary["clips"]:
+        assert clip["status"] == "done"
+        if clip["id"] in ("a", "b"):
+            (step,) = clip["resumed_at"]
+            assert 0 < step < STEPS
+            assert sidecar(out, clip["id"])["resumed_at"] == [step]
+    assert sidecar(out, "c")["layout"]["ulysses"] == 2
+    reasons = [e["reason"] for e in events(out) if e["event"] == "retrying"]
+    assert len(reasons) == 2
+    assert "rank 1 died" in reasons[0]
+    assert "no sign of progress for 5 s" in reasons[1]
+
+
+def test_a_clip_that_kills_its_rank_each_time_is_quarantined_and_the_others_are_rendered(batch, undisturbed, capsys):
+    _, out, _ = batch
+    poison = Harm(out, "b", signal.SIGKILL, times=99)
+    code, summary, _ = render(capsys, *batch, "--gangs", 2, *OFTEN)
+    assert poison.end() == 3
+    assert code == 1
+    status = {clip["id"]: clip["status"] for clip in summary["clips"]}
+    assert status == {"a": "done", "b": "quarantined", "c": "done"}
+    (error,) = (clip["error"] for clip in summary["clips"] if "error" in clip)
+    assert "3 attempts were lost; the last: gang-" in error
+    assert pixels(out) == {clip: undisturbed[clip] for clip in "ac"}
+    trouble = json.loads(next((out / ".state" / "trouble").iterdir()).read_text())
+    assert (trouble["id"], trouble["status"], len(trouble["reasons"])) == ("b", "quarantined", 3)
+
+    code, summary, _ = render(capsys, *batch, "--address", "auto")  # asked again, it is tried again
+    assert code == 0
+    assert sorted(clip["status"] for clip in summary["clips"]) == ["done", "existing", "existing"]
+    assert pixels(out) == undisturbed
+    assert not (out / ".state").exists()
+
+
+def test_drivers_that_are_two_or_killed_or_told_to_stop(cluster, batch, undisturbed):
+    """One of two drivers renders; what it had done when it was killed or stopped is not done again."""
+    _, out, _ = batch
+    run = (*batch, "--address", cluster, *OFTEN)
+    first = start_driver(*run)
+    assert wait_for(lambda: steps_on_disk(out, "a"))
+    second = start_driver(*run)
+    _, stderr = second.communicate(timeout=60)
+    assert second.returncode == 75, stderr
+    assert f"is being rendered into by process {first.pid}" in stderr.splitlines()[-1]
+    assert wait_for(lambda: steps_on_disk(out, "b"))
+    first.kill()
+    first.communicate()
+
+    third = start_driver(*run)
+    assert wait_for(
+        lambda: steps_on_disk(out, "c") and any(e["event"] == "running" and e["id"] == "c" for e in events(out))
+    )
+    third.send_signal(signal.SIGTERM)
+    stdout, stderr = third.communicate(timeout=60)
+    assert third.returncode == 143, stderr
+    assert "run the same command again to go on" in stderr
+    clips = {clip["id"]: clip for clip in json.loads(stdout.splitlines()[-1])["clips"]}
+    assert clips["a"]["status"] in ("existing", "done")
+    assert steps_on_disk(out, "c")
+
+    fourth = start_driver(*run, "--sp", 2)  # goes on with another number of ranks
+    stdout, stderr = fourth.communicate(timeout=120)
+    assert fourth.returncode == 0, stderr
+    last = {clip["id"]: clip for clip in json.loads(stdout.splitlines()[-1])["clips"]}
+    assert last["a"]["status"] == "existing"
+    assert last["c"]["status"] == "done"
+    assert last["c"]["resumed_at"]
+    assert pixels(out) == undisturbed
+    assert len([e for e in events(out) if e["event"] == "done"]) == len(GOOD)
+
+
+def test_a_folder_that_disappears_ends_the_run_with_one_line(batch, capsys):
+    _, out, _ = batch
+
+    def vanish() -> None:
+        wait_for(lambda: steps_on_disk(out, "a"))
+        while out.exists():
+            shutil.rmtree(out, ignore_errors=True)
+
+    thread = threading.Thread(target=vanish)
+    thread.start()
+    code, _, stderr = render(capsys, *batch, "--address", "auto", *OFTEN)
+    thread.join()
+    assert code == 2
+    assert "disappear" in stderr.strip().splitlines()[-1]
+    assert "Traceback" not in stderr
+    assert not out.exists()
+
+
+def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(batch, capsys):
+    for options, said in (
+        (("--sp", 3), "ulysses must divide the model's 4 attention heads (1, 2, 4), got 3"),
+        (("--gangs", 0), "--gangs must be 1 or more, got 0"),
+        (("--sp", 2, "--hang-timeout", 0), "--hang-timeout must be above 0, got 0"),
+    ):
+        code, _, stderr = render(capsys, *batch, *options)
+        assert code == 2
+        assert said in stderr
+        assert not batch[1].exists()
