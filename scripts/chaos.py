@@ -53,16 +53,19 @@ class Chaos:
     def __post_init__(self) -> None:
         self.out = self.folder / "out"
         self.manifest = self.folder / "clips.jsonl"
-        rows = [
-            {"id": f"clip{i:03}", "prompt": "a red circle", "seed": i, "steps": self.steps}
-            for i in range(self.num_clips)
-        ]
-        self.manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.write_manifest()
         node = {"num_cpus": self.ranks, "object_store_memory": STORE_BYTES, "include_dashboard": False}
         self.cluster = Cluster(initialize_head=True, head_node_args=node)
         self.node = {name: value for name, value in node.items() if name != "include_dashboard"}
         self.nodes = [self.cluster.add_node(**self.node) for _ in range(2)]
         self.driver = self.start_driver()
+
+    def write_manifest(self) -> None:
+        rows = [
+            {"id": f"clip{i:03}", "prompt": "a red circle", "seed": i, "steps": self.steps}
+            for i in range(self.num_clips)
+        ]
+        self.manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def command(self, out: Path, *more: object) -> list[str]:
         render = ["render", "--manifest", self.manifest, "--out", out, "--model", self.model, *SIZE, *more]
@@ -93,13 +96,20 @@ class Chaos:
         return {gang: pids for gang, pids in up.items() if all(Path(f"/proc/{pid}").exists() for pid in pids)}
 
     def run(self, planned: list[str]) -> None:
-        """Until a driver has ended with all done; raises if one ends with something else."""
+        """Until a driver has ended with all done; raises if one ends with something else.
+
+        On a machine that has rendered all before all harm is done, the manifest grows by clips: every incident happens.
+        """
         planned = list(planned)
         share = self.num_clips / (len(planned) + 1)
         while True:
             self.wait(lambda: self.is_over() or bool(self.gangs()), START_S)
             if self.is_over() and self.end_of_driver() == 0:
-                return
+                if not planned:
+                    return
+                self.num_clips += 2
+                self.write_manifest()
+                self.driver = self.start_driver()
             if planned and self.gangs():
                 # all over the batch, and somewhere in a clip: they take about a second each
                 due = int(len(self.incidents) * share)
@@ -108,13 +118,16 @@ class Chaos:
                 if not self.is_over() and self.gangs():
                     kind = planned.pop(0)
                     print(f"{len(self.incidents) + 1}: {kind}, {self.num_committed()} clips done", flush=True)
-                    self.incidents.append(kind)
-                    self.harm(kind)
+                    if self.harm(kind):
+                        self.incidents.append(kind)
+                    else:
+                        planned.insert(0, kind)
                     self.wait(lambda: self.is_over() or not self.gangs(), 1.0)
             elif not planned:
                 self.wait(self.is_over, 600)
 
-    def harm(self, kind: str) -> None:
+    def harm(self, kind: str) -> bool:
+        """False if it came too late: a driver had done all before it could be frozen."""
         if kind in ("kill rank", "freeze rank"):
             pids = self.random.choice(sorted(self.gangs().items()))[1]
             os.kill(self.random.choice(pids), signal.SIGKILL if kind == "kill rank" else signal.SIGSTOP)
@@ -141,8 +154,11 @@ class Chaos:
             frozen.send_signal(signal.SIGCONT)
             frozen.wait(60)
             self.exits[frozen.returncode] += 1
+            if frozen.returncode == 0:
+                return False
             if frozen.returncode != 75:
                 raise RuntimeError(f"a driver that had lost its lease ended with {frozen.returncode}, not 75")
+        return True
 
     def take_node(self) -> Any:
         """One that has a gang on it, no longer counted among the nodes."""
@@ -219,7 +235,7 @@ def main(clips: int, incidents: int, steps: int, seed: int, model: str) -> None:
         chaos.check()
         resumed = sum("resumed_at" in json.loads(path.read_text()) for path in chaos.out.glob("clip*.json"))
         log = Counter(event["event"] for event in chaos.events())
-        print(f"{clips} clips, each committed once, with the pixels of an undisturbed run")
+        print(f"{chaos.num_clips} clips, each committed once, with the pixels of an undisturbed run")
         print(f"{len(chaos.incidents)} incidents: {dict(Counter(chaos.incidents))}")
         print(f"{chaos.starts} drivers, exit codes {dict(chaos.exits)}; {resumed} clips went on in their middle")
         print(f"events: {dict(log)}; {time.monotonic() - began:.0f} s")

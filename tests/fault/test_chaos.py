@@ -16,9 +16,9 @@ def test_a_batch_survives_lost_nodes_and_a_sleeping_driver(checkpoint_folder, tm
     chaos.check()
     assert chaos.incidents == ["drain node", "kill node", "freeze driver"]
     assert chaos.exits[75] == 1
-    assert chaos.exits[0] == 1
+    assert chaos.exits[0] >= 1
     kinds = [event["event"] for event in chaos.events()]
-    assert kinds.count("done") == 6
+    assert kinds.count("done") == chaos.num_clips >= 6
     assert "lost" in kinds
     yielded = [event for event in chaos.events() if event["event"] == "yielded"]
     assert yielded  # by the drained node's gang, at no strike

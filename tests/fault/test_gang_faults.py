@@ -1,6 +1,7 @@
 """Batches on a real Ray whose ranks, drivers and disks fail. What may be lost: some steps of the clips in the works."""
 
 import json
+import os
 import shutil
 import signal
 import threading
@@ -105,8 +106,11 @@ def test_drivers_that_are_two_or_killed_or_told_to_stop(cluster, batch, undistur
     run = (*batch, "--address", cluster, *OFTEN)
     first = start_driver(*run)
     assert wait_for(lambda: steps_on_disk(out, "a"))
+    (rank,) = next(e["pids"] for e in events(out) if e["event"] == "built")
+    os.kill(rank, signal.SIGSTOP)  # or all might be done before the second one asks
     second = start_driver(*run)
     _, stderr = second.communicate(timeout=60)
+    os.kill(rank, signal.SIGCONT)
     assert second.returncode == 75, stderr
     assert f"is being rendered into by process {first.pid}" in stderr.splitlines()[-1]
     assert wait_for(lambda: steps_on_disk(out, "b"))
