@@ -215,13 +215,12 @@ class CacheController:
         history, rows = self.histories[verdict.context.branch], verdict.compute_rows
         assert history.probe is not None
         probe = history.probe if len(rows) == len(history.num_pairs) else history.probe[rows]
-        aligns = self.forecasting.alignment != "none"
-        needs_probe = aligns or self.forecasting.base == "probe" or self.policy.signal == "probe-residual"
+        keeps_probe = self.forecasting.keeps_probe_residual(self.policy.signal)
         nothing = probe.new_empty(len(rows), 0, probe.shape[2])
-        probe_residual = probe - self._kept(history, entering) if needs_probe else nothing
+        probe_residual = probe - self._kept(history, entering) if keeps_probe else nothing
         history.remember(rows, ResidualPair(probe_residual, leaving - entering))
-        if not aligns:
-            history.older = None  # reuse looks at the newest alone
+        if self.forecasting.num_pairs == 1:
+            history.older = None
         held = sum(h.held_bytes for h in self.histories.values())
         self.trace.held_bytes = max(self.trace.held_bytes, held)
 

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from cineray.caching.observation import AlignmentSums
+from cineray.caching.policy import Signal
 
 Alignment = Literal["none", "l1", "lsq"]
 Branches = Literal["separate", "joint"]
@@ -22,6 +23,15 @@ class Forecasting:
     base: Base = "input"
     branches: Branches = "separate"
     keep_every: int = 1
+
+    def keeps_probe_residual(self, signal: Signal) -> bool:
+        """Whether anything, the policy's signal included, looks at what the probe blocks added at computed steps."""
+        return self.alignment != "none" or self.base == "probe" or signal == "probe-residual"
+
+    @property
+    def num_pairs(self) -> int:
+        """Computed steps whose residuals a forecast looks at."""
+        return 1 if self.alignment == "none" else 2
 
 
 def gamma(sums: AlignmentSums, alignment: Alignment) -> float | None:

@@ -10,12 +10,9 @@ from cineray.pipeline.request import ClipRequest
 
 def held_tensors(plan: CachePlan) -> float:
     """Token tensors [S, D] that a branch of a clip holds at most; TeaCache's timestep embeddings are not counted."""
-    forecasting, part = plan.forecasting, 1 / plan.forecasting.keep_every
-    before = part + (plan.policy.signal == "modulated-input")
-    if forecasting.alignment != "none":
-        return before + 2 * (1 + part)
-    needs_probe = forecasting.base == "probe" or plan.policy.signal == "probe-residual"
-    return before + 1 + part * needs_probe
+    forecasting, signal, part = plan.forecasting, plan.policy.signal, 1 / plan.forecasting.keep_every
+    pair = 1 + part * forecasting.keeps_probe_residual(signal)
+    return part + (signal == "modulated-input") + forecasting.num_pairs * pair
 
 
 def forecast_cache_bytes(
