@@ -1,8 +1,11 @@
 """Real diffusers classes at toy size, with random weights, in ordinary checkpoint folders."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads; more threads than free cores wait by spinning
 
 import pytest
 import torch
