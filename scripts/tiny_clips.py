@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -21,15 +22,20 @@ FIRST_SEED = 700_000_000  # neither training nor the obedience check uses seeds 
 CAPTION_STRIDE = 89  # coprime to the 216 captions: neighbours differ in every word
 
 
+def tiny_clip(number: int) -> dict[str, Any]:
+    """A row of the manifest."""
+    captions = all_captions()
+    prompt = str(captions[number * CAPTION_STRIDE % len(captions)])
+    return {"id": str(number), "prompt": prompt, "seed": FIRST_SEED + number}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num", type=int, default=32, help="clips")
     parser.add_argument("--first", type=int, default=0, help="number of the first clip")
     arguments = parser.parse_args()
-    captions = all_captions()
     for number in range(arguments.first, arguments.first + arguments.num):
-        prompt = str(captions[number * CAPTION_STRIDE % len(captions)])
-        print(json.dumps({"id": str(number), "prompt": prompt, "seed": FIRST_SEED + number}))
+        print(json.dumps(tiny_clip(number)))
 
 
 if __name__ == "__main__":
