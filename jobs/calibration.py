@@ -3,18 +3,18 @@
 import os
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from rich.console import Console
-from rich.progress import Progress
-
 from cineray.caching.profile import DiCacheProfile, MagCacheProfile, TeaCacheFit, TeaCacheProfile
 from cineray.caching.smoothcache import LayerSchedule, dump_schedule
 from cineray.caching.teacache import SIGNALS
+from cineray.jobs.measure_progress import counting
+from cineray.jobs.record import render_options
+from cineray.jobs.trial_log import TrialLog
 from cineray.pipeline.adapters import MODELS
 from cineray.pipeline.calibrate import measure_layer_errors, smooth_schedule
 from cineray.pipeline.calibrate_steps import StepChanges, fit_polynomial, magnitude_ratios, measure_steps
@@ -22,7 +22,7 @@ from cineray.pipeline.calibrate_weights import CURVE, MIN_STEPS, SPEEDUPS, Curve
 from cineray.pipeline.checkpoint import Checkpoint
 from cineray.pipeline.loading import LoadedModel, LoadOptions, load_model
 from cineray.pipeline.render import render_clip
-from cineray.pipeline.request import ClipRequest, InputError
+from cineray.pipeline.request import ClipRequest, InputError, fingerprint
 
 
 def calibrate_smoothcache(
@@ -41,10 +41,10 @@ def calibrate_smoothcache(
     num_steps = _number_of_steps(requests)
     if not 1 <= max_lag < num_steps:
         raise InputError(f"calibrate: max-lag must be 1 to {num_steps - 1} for {num_steps} steps, got {max_lag}")
-    with _replacing(out) as temporary, _calibrating(len(requests)) as bars:
+    with _replacing(out) as temporary, counting("clips", len(requests)) as on_done:
         model = load_model(checkpoint, options)
         clips = [partial(render_clip, model, request, lambda done, total: None) for request in requests]
-        errors = measure_layer_errors(model.pipe, clips, num_steps, max_lag, lambda done, total: bars(done))
+        errors = measure_layer_errors(model.pipe, clips, num_steps, max_lag, lambda done, total: on_done(done))
         schedule = smooth_schedule(errors, alpha)
         temporary.write_text(dump_schedule(schedule))
     return schedule
@@ -135,6 +135,8 @@ def calibrate_dicache(
     Raises:
         InputError: no trials, clips of different lengths, too few steps, a floor that nothing reaches, or `out` not
             writable.
+
+    What was measured stands in OUT.trials until the profile is written; the same call goes on from there.
     """
     if num_trials < 0:
         raise InputError(f"calibrate: trials must be 0 or more, got {num_trials}")
@@ -142,11 +144,21 @@ def calibrate_dicache(
         raise InputError(f"calibrate: dicache needs clips of {MIN_STEPS} or more steps")
     with _replacing(out) as temporary, TemporaryDirectory() as folder:
         model = load_model(checkpoint, options)
-        search = WeightSearch(model, requests, Path(folder))
-        with _calibrating(num_trials + 1) as bars:
+        known = TrialLog(out.with_name(f"{out.name}.trials"), _mark(model, requests))
+        if known:
+            print(f"going on from {len(known)} points of an earlier run", file=sys.stderr)
+        search = WeightSearch(model, requests, Path(folder), known)
+        with counting("trials", num_trials + 1) as on_done:
             start = search.first_guess(_family(checkpoint), _identity(checkpoint), _source(model, requests, "dicache"))
-            found = search.run(start, SPEEDUPS, num_trials, lambda done, best: bars(done))
-        points = [search.point(found, search.threshold_for(found, speedup)) for speedup in CURVE]
+            found = search.run(
+                start, SPEEDUPS, num_trials, lambda done, best: on_done(done + 1, f"best so far {best:.1f} dB")
+            )
+        points = []
+        with counting("thresholds", len(CURVE)) as on_done:
+            for speedup in CURVE:
+                points.append(search.point(found, search.threshold_for(found, speedup)))
+                on_done(len(points))
+        known.delete()
         good = [p for p in points if floor_db is not None and p.worst_psnr_db >= floor_db]
         if floor_db is not None and not good:
             best = max(p.worst_psnr_db for p in points)
@@ -165,8 +177,8 @@ def _measure_steps(
     if _number_of_steps(requests) < 2:
         raise InputError("calibrate: clips must have 2 or more steps")
     model = load_model(checkpoint, options)
-    with _calibrating(len(requests)) as bars:
-        return model, measure_steps(model, requests, SIGNALS[_family(checkpoint)], bars)
+    with counting("clips", len(requests)) as on_done:
+        return model, measure_steps(model, requests, SIGNALS[_family(checkpoint)], on_done)
 
 
 def _family(checkpoint: Checkpoint) -> str:
@@ -192,6 +204,12 @@ def _source(model: LoadedModel, requests: list[ClipRequest], policy: str) -> str
     return f"cineray calibrate {policy}: {clips}; weights {model.digest}"
 
 
+def _mark(model: LoadedModel, requests: list[ClipRequest]) -> str:
+    """What frames depend on beside the policy."""
+    options = render_options(model.options, lossless=False)
+    return " ".join([model.options.device, *(fingerprint(r, "none", model.digest, options) for r in requests)])
+
+
 def _number_of_steps(requests: list[ClipRequest]) -> int:
     steps = {request.num_inference_steps for request in requests}
     if len(steps) != 1:
@@ -212,11 +230,3 @@ def _replacing(out: Path) -> Iterator[Path]:
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _calibrating(num_clips: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr; yields the callback that takes the number of clips done."""
-    with Progress(console=Console(file=sys.stderr), transient=True) as bars:
-        bar = bars.add_task("calibrating", total=num_clips)
-        yield lambda done: bars.update(bar, completed=done)

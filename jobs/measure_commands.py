@@ -115,7 +115,8 @@ def dicache_weights(asked: Asked, trials: int, floor: float | None, out: Path, a
     """Searches where over the steps the computed ones do most for the frames, and writes a profile.
 
     A trial renders every clip three times, at about 2x, 2.5x and 3x; four to eight clips are enough. Use the profile
-    with --cache "dicache(profile=FILE.json)"; it serves other numbers of steps, too.
+    with --cache "dicache(profile=FILE.json)"; it serves other numbers of steps, too. Stopped, the same command goes on
+    where it was (FILE.json.trials).
 
     \b
     Example:

@@ -3,20 +3,16 @@
 import hashlib
 import json
 import os
-import sys
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cineray.jobs.equal_cost import Sweep, find_value, parse_sweep
-from cineray.jobs.quality import ClipDone, QualityMeter, QualityRow, policy_text
+from cineray.jobs.measure_progress import counting
+from cineray.jobs.quality import QualityMeter, QualityRow, policy_text
 from cineray.jobs.record import render_options, software_versions
 from cineray.pipeline.loading import LoadedModel
 from cineray.pipeline.request import ClipRequest, InputError, fingerprint
@@ -56,15 +52,19 @@ def bench_quality(
     file = None if out is None else _BenchFile(out, _identity(model, requests))
     known = {} if file is None else file.rows(model)
     done: list[BenchRow] = []
-    with _progress(len(asked)) as (on_row, on_clip):
-        meter = QualityMeter(model, requests, on_clip)
+    with counting("rows", len(asked)) as on_done:
+        meter = QualityMeter(
+            model,
+            requests,
+            lambda policy, clips, total: on_done(len(done), f"{policy}, clip {clips} of {total}"),
+        )
         for policy, sweep, target in asked:
             row = known.get((policy, target)) or _measure(meter, policy, sweep, target)
             known[(policy, target)] = row
             done.append(row)
             if file is not None:
                 file.write(list(known.values()))
-            on_row(len(done))
+            on_done(len(done))
     return done
 
 
@@ -165,17 +165,3 @@ def _means_the_same(row: BenchRow, model: LoadedModel) -> bool:
         return row.row is not None and policy_text(row.row.policy, model) == row.row.text
     except InputError:
         return False
-
-
-@contextmanager
-def _progress(num_rows: int) -> Iterator[tuple[Callable[[int], None], ClipDone]]:
-    """A bar over rows and a bar over the clips of the policy at work, on stderr."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bars:
-        rows = bars.add_task("rows", total=num_rows)
-        clips = bars.add_task("clips", total=None)
-
-        def on_clip(policy: str, done: int, total: int) -> None:
-            bars.update(clips, description=policy, completed=done, total=total)
-
-        yield lambda done: bars.update(rows, completed=done), on_clip

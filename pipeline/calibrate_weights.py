@@ -7,7 +7,7 @@ of the weights at a few places, which keeps what raises the mean PSNR.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,12 +49,16 @@ class WeightSearch:
     Args:
         requests: all with the same number of steps.
         folder: for the profiles that are tried.
+        known: points that need not be measured; new ones are put there.
     """
 
-    def __init__(self, model: LoadedModel, requests: Sequence[ClipRequest], folder: Path) -> None:
+    def __init__(
+        self, model: LoadedModel, requests: Sequence[ClipRequest], folder: Path, known: MutableMapping[str, CurvePoint]
+    ) -> None:
         self._model = model
         self._requests = list(requests)
         self._trial = folder / "trial.json"
+        self._known = known
         self._num_steps = requests[0].num_inference_steps
         self._reference = [self._render(request, "none").frames for request in self._requests]
 
@@ -114,6 +118,12 @@ class WeightSearch:
 
     def point(self, profile: DiCacheProfile, threshold: float, adaptivity: float = 1.0) -> CurvePoint:
         """Quality and speed of the clips with this profile."""
+        key = f"{profile.digest} {threshold!r} {adaptivity!r}"
+        if key not in self._known:
+            self._known[key] = self._measure(profile, threshold, adaptivity)
+        return self._known[key]
+
+    def _measure(self, profile: DiCacheProfile, threshold: float, adaptivity: float) -> CurvePoint:
         policy = self._policy(profile, threshold, adaptivity)
         psnr, costs = [], []
         for request, reference in zip(self._requests, self._reference, strict=True):

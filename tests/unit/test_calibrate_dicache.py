@@ -28,6 +28,42 @@ def test_a_calibrated_profile_is_used_and_comes_out_the_same_again(run, tmp_path
     assert sorted(p.name for p in tmp_path.glob("*.json")) == ["a.json", "b.json"]
 
 
+def test_a_search_that_is_stopped_goes_on_where_it_was(run, tmp_path, monkeypatch):  # noqa: F811
+    measure, measured = WeightSearch._measure, []
+
+    def stop_after(num_points: int):
+        def counted(self, *arguments):
+            if len(measured) == num_points:
+                raise KeyboardInterrupt
+            measured.append(arguments)
+            return measure(self, *arguments)
+
+        measured.clear()
+        monkeypatch.setattr(WeightSearch, "_measure", counted)
+
+    def calibrate(out: Path) -> tuple[int, str]:
+        code, _, err = run("calibrate", "dicache", "--trials", "1", "--out", str(out), steps=12)
+        return code, err
+
+    stop_after(99)
+    assert calibrate(tmp_path / "whole.json")[0] == 0
+    num_points = len(measured)
+    stop_after(4)
+    code, _ = calibrate(tmp_path / "a.json")
+    assert code == 130
+    assert not (tmp_path / "a.json").exists()
+    trials = tmp_path / "a.json.trials"
+    trials.write_text(trials.read_text() + '\n{"search": "tor')
+    stop_after(99)
+    code, err = calibrate(tmp_path / "a.json")
+    assert code == 0
+    assert "going on from 4 points of an earlier run" in err
+    assert "trials, best so far" in err
+    assert len(measured) == num_points - 4
+    assert (tmp_path / "a.json").read_text() == (tmp_path / "whole.json").read_text()
+    assert not list(tmp_path.glob("*.trials"))
+
+
 def test_a_floor_is_kept_on_every_clip_or_refused(run, tmp_path):  # noqa: F811
     out = tmp_path / "a.json"
     code, said, _ = run("calibrate", "dicache", "--trials", "0", "--floor", "20", "--out", str(out), "--json", steps=12)
