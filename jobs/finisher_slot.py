@@ -8,7 +8,7 @@ import ray
 
 from cineray.jobs.gang_slot import Resources, forget, outcome
 from cineray.jobs.retry import MemberEnd
-from cineray.jobs.stages import FinisherActor, RunSpec, Task
+from cineray.jobs.stages import RunSpec, Task
 from cineray.pipeline.request import InputError
 
 
@@ -26,6 +26,7 @@ class FinisherSlot:
     number: int
     spec: RunSpec
     resources: Resources
+    actor: Any = field(repr=False)  # of `Actors`
     stage: Literal["gone", "loading", "ready"] = "gone"
     finishing: Task | None = None
     began_s: float = 0.0
@@ -47,7 +48,7 @@ class FinisherSlot:
         return [ref for ref in (self._load, self._life, self._finish, *self.encoding) if ref is not None]
 
     def build(self) -> None:
-        self._actor = FinisherActor.options(
+        self._actor = self.actor.options(
             num_cpus=self.resources.num_cpus,
             num_gpus=self.resources.num_gpus,
             max_restarts=0,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import ray
 
 from cineray.jobs.clip_queue import Clip, ClipQueue
-from cineray.jobs.cluster import Fleet, draining_nodes
+from cineray.jobs.cluster import draining_nodes
 from cineray.jobs.finisher_slot import FinisherSlot
 from cineray.jobs.gang_progress import GangProgress
 from cineray.jobs.gang_slot import GangSlot
@@ -23,6 +23,7 @@ from cineray.jobs.metrics import RunMetrics
 from cineray.jobs.output_folder import OutputFolder
 from cineray.jobs.results import ClipResult, ResultLog, Status
 from cineray.jobs.retry import MemberEnd, is_given_up, is_hung, judge
+from cineray.jobs.slots import Slots
 from cineray.jobs.stages import ClipFault, PutDown, RunSpec
 from cineray.pipeline.request import InputError
 
@@ -38,7 +39,7 @@ class RayBatch:
     """One run. `stopped_by` is the signal that ended it early, `given_up` says why there was no going on."""
 
     spec: RunSpec
-    fleet: Fleet
+    slots: Slots
     folder: OutputFolder
     lease: Lease
     queue: ClipQueue
@@ -46,8 +47,6 @@ class RayBatch:
     progress: GangProgress
     metrics: RunMetrics
     hang_s: float
-    gangs: list[GangSlot] = field(default_factory=list)
-    finishers: list[FinisherSlot] = field(default_factory=list)
     denoising: dict[str, Clip] = field(default_factory=dict)
     denoised: deque[Clip] = field(default_factory=deque)
     finishing: dict[str, Clip] = field(default_factory=dict)
@@ -59,6 +58,14 @@ class RayBatch:
     _next_poll_s: float = 0.0
     _next_status_s: float = 0.0
     _tick_s: float = 0.0
+
+    @property
+    def gangs(self) -> list[GangSlot]:
+        return self.slots.gangs
+
+    @property
+    def finishers(self) -> list[FinisherSlot]:
+        return self.slots.finishers
 
     @property
     def gangs_busy(self) -> float | None:
@@ -73,22 +80,16 @@ class RayBatch:
             InputError: an actor cannot load the model; or, as OutputError, the folder is full or gone.
             LeasedError: another driver has taken it over.
         """
-        fleet = self.fleet
         # Ray's own handler, set by ray.init, kills a driver that still cleans up after 3 s
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            self.gangs = [GangSlot(number=i, spec=self.spec, resources=fleet.rank) for i in range(fleet.num_gangs)]
-            self.finishers = [
-                FinisherSlot(number=i, spec=self.spec, resources=fleet.finisher) for i in range(fleet.num_finishers)
-            ]
             self._tick_s = time.monotonic()
             while not self._is_over():
                 self._turn()
             if self.stopped_by:
                 self._drain()
         finally:
-            for slot in (*self.gangs, *self.finishers):
-                slot.destroy()
+            self.slots.destroy()
             if self.lease.is_ours():
                 self.queue.close()
             for number, handler in before.items():
@@ -111,9 +112,7 @@ class RayBatch:
         self._account()
 
     def _build(self) -> None:
-        for slot in (*self.finishers, *self.gangs):
-            if slot.stage == "gone" and not slot.is_given_up:
-                slot.build()
+        self.slots.build()
         for kind, slots in (("gang", self.gangs), ("finisher", self.finishers)):
             if all(slot.is_given_up for slot in slots):
                 self.given_up = f"every {kind} was lost several times in a row, at last: {self._last_loss}"
