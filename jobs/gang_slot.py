@@ -61,7 +61,6 @@ class GangSlot:
     num_built: int = 0
     is_asked_to_stop: bool = False
     is_given_up: bool = False
-    busy_s: float = 0.0
     nodes: frozenset[str] = frozenset()
     pids: list[int] = field(default_factory=list)
     _group: PlacementGroup | None = None

@@ -109,7 +109,7 @@ class OutputFolder:
 
     def trouble_path(self, clip_id: str, fingerprint: str) -> Path:
         """Where the strikes of a clip are written down."""
-        return self._in_state("trouble", f"{clip_id}.{fingerprint}.json")
+        return self.state / "trouble" / f"{clip_id}.{fingerprint}.json"  # `write_json` makes the folder
 
     def _in_state(self, kind: str, name: str) -> Path:
         with self.explained(f"making {self.state / kind}"):
