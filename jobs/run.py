@@ -76,6 +76,12 @@ class RunReport:
     stopped_by: int | None = None
     given_up: str | None = None
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all that was asked for is there."""
+        counts = self.results.counts
+        return self.stopped_by is None and self.given_up is None and not (counts["failed"] or counts["quarantined"])
+
     def content(self) -> dict[str, Any]:
         """All but the clips."""
         per_hour = self.results.counts["done"] / self.wall_s * 3600 if self.wall_s else 0.0
@@ -147,6 +153,8 @@ def render_run(
             lease.check()
             folder.write_json("run.json", run | report.content() | {"counts": report.results.counts})
             (folder.state / "running.json").unlink(missing_ok=True)
+            if report.is_complete:
+                folder.forget_clips()
             return report
 
 
