@@ -12,19 +12,12 @@ import torch
 from cineray.caching.consensus import Alone, Consensus
 from cineray.caching.forecast import Forecasting, align_residual, gamma, run_gamma
 from cineray.caching.history import BranchHistory, ResidualPair
-from cineray.caching.observation import (
-    AlignmentSums,
-    ModulatedInput,
-    Observation,
-    alignment_sums,
-    change_sums,
-    rounded,
-)
+from cineray.caching.observation import BRANCH_ORDER, AlignmentSums, Observation
 from cineray.caching.policy import Decision, Policy
+from cineray.caching.token_sums import ModulatedInput, alignment_sums, change_sums, rounded
 from cineray.caching.trace import Trace, TraceEntry
 from cineray.caching.verdict import NUMBERS_PER_ROW, digest, pack, unpack
 
-BRANCH_ORDER = ("cond", "uncond")
 GUARD_INTERVAL = 8  # steps between two comparisons of what the ranks did
 
 

@@ -1,13 +1,16 @@
 """The seam of *how*: the residual of a skipped step from the residuals of computed ones."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from cineray.caching.observation import AlignmentSums
 from cineray.caching.policy import Signal
+
+if TYPE_CHECKING:  # a driver on Ray reads policies, and does without torch
+    import torch
 
 Alignment = Literal["none", "l1", "lsq"]
 Branches = Literal["separate", "joint"]
@@ -60,5 +63,5 @@ def run_gamma(first: float, step: int, clip: tuple[float, float]) -> float:
 
 def align_residual(newest: torch.Tensor, older: torch.Tensor, gammas: list[float]) -> torch.Tensor:
     """older + gamma (newest - older) for each sample [B, S, D]; DiCache, equation 9."""
-    weight = torch.tensor(gammas, dtype=newest.dtype, device=newest.device).view(-1, 1, 1)
+    weight = newest.new_tensor(gammas).view(-1, 1, 1)
     return older + weight * (newest - older)

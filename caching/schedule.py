@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from cineray.caching.controller import BRANCH_ORDER
 from cineray.caching.forecast import Alignment, Forecasting
-from cineray.caching.observation import Observation
+from cineray.caching.observation import BRANCH_ORDER, Observation
 from cineray.caching.policy import Decision, Signal
 from cineray.caching.trace import Trace
 

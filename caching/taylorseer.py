@@ -5,10 +5,14 @@ differences over the computed steps in place of derivatives. Rules as in github.
 TaylorSeer-Wan2.1/wan/taylorseer, TaylorSeer-HunyuanVideo/hyvideo/modules, TaylorSeer-FLUX/src/flux.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # a driver on Ray reads policies, and does without torch
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,8 +8,11 @@ from cineray.jobs.clip_options import Asked
 if TYPE_CHECKING:  # torch and diffusers take seconds to import; `--help` should not wait for them
     from cineray.jobs.manifest import RunDefaults
     from cineray.pipeline.checkpoint import Checkpoint
-    from cineray.pipeline.loading import LoadOptions
+    from cineray.pipeline.load_options import LoadOptions
     from cineray.pipeline.request import ClipRequest
+
+
+LONG_BYTES = 4_000_000  # 40,000 lines of 100 bytes: a fifth of a second
 
 
 def run_defaults(asked: Asked, checkpoint: "Checkpoint", cache: str, fps: int | None) -> "RunDefaults":
@@ -33,7 +36,8 @@ def run_defaults(asked: Asked, checkpoint: "Checkpoint", cache: str, fps: int | 
 
 def load_options(asked: Asked) -> "LoadOptions":
     """How the weights are to be loaded."""
-    from cineray.pipeline.loading import LoadOptions, default_device
+    from cineray.pipeline.device import default_device
+    from cineray.pipeline.load_options import LoadOptions
 
     return LoadOptions(
         device=asked.device or default_device(),
@@ -45,6 +49,14 @@ def load_options(asked: Asked) -> "LoadOptions":
 
 def _given(value: Any, default: Any) -> Any:
     return default if value is None else value
+
+
+def takes_long_to_check(asked: Asked) -> bool:
+    """Whether there are so many lines that something should be done meanwhile."""
+    try:
+        return asked.manifest is not None and asked.manifest.stat().st_size >= LONG_BYTES
+    except OSError:
+        return False  # the check says what is wrong
 
 
 def requests_of(asked: Asked, defaults: "RunDefaults", checkpoint: "Checkpoint") -> tuple[int, Iterable["ClipRequest"]]:

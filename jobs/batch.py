@@ -72,7 +72,7 @@ def _render_or_find(batch: Batch, request: ClipRequest, options: dict[str, objec
         status, id=request.id, fingerprint=mark, wall_s=round(wall_s, 3), **({"error": error} if error else {})
     )
     note = f": {record['warning']}" if "warning" in record else ""
-    batch.progress.end_clip(
+    batch.progress.count_clip(
         f"{request.id}: {status} in {wall_s:.1f} s" + (f": {error}" if error else f" -> {video}{note}")
     )
     return ClipResult.of(request, status, wall_s, None if error else str(video), record, error)

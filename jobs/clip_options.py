@@ -106,7 +106,7 @@ _RUN_OPTIONS = [
     click.option(
         "--gangs", "num_gangs", type=int, default=1, show_default=True, metavar="N", help="Clips rendered at a time."
     ),
-    click.option("--address", metavar="auto|HOST:PORT", help="Ray cluster to render on.  [default: this machine]"),
+    click.option("--address", metavar="local|auto|HOST:PORT", help="Ray to render on.  [default: local if need be]"),
     click.option(
         "--finishers", "num_finishers", type=int, metavar="N", help="Actors that decode.  [default: 1 per 4 gangs]"
     ),

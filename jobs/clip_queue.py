@@ -14,9 +14,8 @@ from cineray.jobs.results import ClipResult
 from cineray.jobs.retry import is_quarantined
 from cineray.jobs.stages import RunSpec, Task
 from cineray.pipeline.checkpoint import Checkpoint
-from cineray.pipeline.encoded_prompts import prompt_key
-from cineray.pipeline.loading import Identity
-from cineray.pipeline.request import ClipRequest, fingerprint
+from cineray.pipeline.request import ClipRequest, fingerprint, prompt_key
+from cineray.pipeline.weights import Identity
 
 MAX_SCANNED = 200  # lines looked up at once: the driver has other things to do
 MAX_PROMPTS = 256  # encoded prompts kept on disk, 4 MB each for the largest text encoders
@@ -143,7 +142,7 @@ class ClipQueue:
     def _task(self, request: ClipRequest) -> Task:
         policy, digest = policy_text(request, self._checkpoint), self._identity.digest
         mark = fingerprint(request, policy, digest, self._options)
-        key = prompt_key(self._checkpoint.adapter, request, digest, self._spec.options.dtype_name)
+        key = prompt_key(self._checkpoint.adapter.prompt_inputs(request), digest, self._spec.options.dtype_name)
         return Task(request=request, mark=mark, prompt_key=key)
 
     def _earlier_strikes(self, task: Task) -> list[str]:

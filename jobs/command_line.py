@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from cineray.jobs.asked_clips import load_options, requests_of, run_defaults
+from cineray.jobs.asked_clips import load_options, requests_of, run_defaults, takes_long_to_check
 from cineray.jobs.batch_commands import status, submit
 from cineray.jobs.clip_options import Asked, RunAsked, clip_options, json_option, run_options
 from cineray.jobs.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED_CLIPS, EXIT_INTERRUPTED, EXIT_LEASED
@@ -47,17 +47,16 @@ def render(
       cineray render --manifest m.jsonl --model wan2.1-t2v-14b --address auto --sp 4 --gangs 2 --out /nfs/m
     """
     from cineray.jobs.lease import LeasedError
-    from cineray.jobs.run import RunOptions, render_run
+    from cineray.jobs.run import AskedRun, RunOptions, render_run
     from cineray.pipeline.checkpoint import open_checkpoint
 
     options = RunOptions(**asdict(run_asked))
     checkpoint = open_checkpoint(asked.model)
     defaults = run_defaults(asked, checkpoint, cache, fps)
-    loading = load_options(asked)
-    num_clips, requests = requests_of(asked, defaults, checkpoint)
+    run = AskedRun(checkpoint=checkpoint, load_options=load_options(asked), options=options, out=out, lossless=lossless)
     about = {"defaults": asdict(defaults)}
     try:
-        report = render_run(checkpoint, loading, num_clips, requests, options, out, lossless, about)
+        report = render_run(run, lambda: requests_of(asked, defaults, checkpoint), takes_long_to_check(asked), about)
     except LeasedError as error:
         print(f"cineray: {error}; wait until it has ended, or give another --out", file=sys.stderr)
         return EXIT_LEASED

@@ -3,17 +3,19 @@
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cineray.jobs.output_folder import OutputFolder
 from cineray.jobs.record import clip_timings
-from cineray.pipeline.render import RenderedClip
 from cineray.pipeline.request import ClipRequest
 from cineray.pipeline.video import VideoError, read_metadata, write_video
 
+if TYPE_CHECKING:  # a driver on Ray reads records, and does without torch
+    from cineray.pipeline.render import RenderedClip
+
 
 def commit_clip(
-    folder: OutputFolder, request: ClipRequest, mark: str, clip: RenderedClip, record: dict[str, Any], lossless: bool
+    folder: OutputFolder, request: ClipRequest, mark: str, clip: "RenderedClip", record: dict[str, Any], lossless: bool
 ) -> Path:
     """Returns the committed video: this one, or the one that another process had committed before.
 

@@ -8,7 +8,7 @@ import ray
 
 from cineray.jobs.gang_slot import Resources, forget, outcome
 from cineray.jobs.retry import MemberEnd
-from cineray.jobs.stages import FinisherActor, RunSpec, Task
+from cineray.jobs.stages import RunSpec, Task
 from cineray.pipeline.request import InputError
 
 
@@ -17,7 +17,8 @@ class FinisherSlot:
     """The state of one finisher; the driver's loop moves it on.
 
     Attributes:
-        finishing: the clip that is being decoded, if any.
+        finishing: the clip that is being decoded, then those that wait behind it in the actor.
+        began_s: monotonic time of the last sign of progress.
         encoding: prompt keys that are being encoded.
         lost: why the actor is no more, until the driver has dealt with it.
         answers: what calls returned, until the driver has dealt with them.
@@ -26,8 +27,9 @@ class FinisherSlot:
     number: int
     spec: RunSpec
     resources: Resources
+    actor: Any = field(repr=False)  # of `Actors`
     stage: Literal["gone", "loading", "ready"] = "gone"
-    finishing: Task | None = None
+    finishing: dict[Any, Task] = field(default_factory=dict)
     began_s: float = 0.0
     encoding: dict[Any, Task] = field(default_factory=dict)
     answers: list[tuple[Literal["encoded", "finished"], Task, Any]] = field(default_factory=list)
@@ -37,17 +39,16 @@ class FinisherSlot:
     _actor: Any = None
     _load: Any = None
     _life: Any = None
-    _finish: Any = None
 
     @property
     def name(self) -> str:
         return f"finisher-{self.number}"
 
     def refs(self) -> list[Any]:
-        return [ref for ref in (self._load, self._life, self._finish, *self.encoding) if ref is not None]
+        return [ref for ref in (self._load, self._life, *self.finishing, *self.encoding) if ref is not None]
 
     def build(self) -> None:
-        self._actor = FinisherActor.options(
+        self._actor = self.actor.options(
             num_cpus=self.resources.num_cpus,
             num_gpus=self.resources.num_gpus,
             max_restarts=0,
@@ -61,8 +62,9 @@ class FinisherSlot:
         self.encoding[self._actor.encode.remote(task)] = task
 
     def finish(self, task: Task) -> None:
-        self.finishing, self.began_s = task, time.monotonic()
-        self._finish = self._actor.finish.remote(task)
+        if not self.finishing:
+            self.began_s = time.monotonic()
+        self.finishing[self._actor.finish.remote(task)] = task
 
     def take(self, ref: Any) -> None:
         """Takes in one of `refs` that is ready."""
@@ -80,12 +82,10 @@ class FinisherSlot:
                 raise answer
             else:
                 self.stage = "ready"
-        elif ref == self._finish:
-            self._finish = None
+        elif ref in self.finishing:
             if not died:
-                assert self.finishing is not None
-                self.answers.append(("finished", self.finishing, answer))
-                self.finishing = None
+                self.began_s = time.monotonic()
+                self.answers.append(("finished", self.finishing.pop(ref), answer))
         elif not died:
             self.answers.append(("encoded", self.encoding.pop(ref), answer))
         else:
@@ -95,5 +95,5 @@ class FinisherSlot:
         if self._actor is not None:
             ray.kill(self._actor, no_restart=True)
         forget(self.refs())
-        self._actor = self._load = self._life = self._finish = None
-        self.encoding, self.finishing, self.stage = {}, None, "gone"
+        self._actor = self._load = self._life = None
+        self.encoding, self.finishing, self.stage = {}, {}, "gone"

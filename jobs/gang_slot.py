@@ -11,7 +11,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cineray.jobs.retry import MemberEnd
-from cineray.jobs.stages import ClipFault, GangRankActor, Place, Pulse, RunSpec, Task
+from cineray.jobs.stages import ClipFault, Place, Pulse, RunSpec, Task
 from cineray.pipeline.request import InputError
 
 # the last three are no subclasses of RayActorError
@@ -50,6 +50,7 @@ class GangSlot:
     number: int
     spec: RunSpec
     resources: Resources
+    actor: Any = field(repr=False)  # of `Actors`
     stage: Stage = "gone"
     task: Task | None = None
     ends: dict[int, Any] = field(default_factory=dict)
@@ -60,7 +61,6 @@ class GangSlot:
     num_built: int = 0
     is_asked_to_stop: bool = False
     is_given_up: bool = False
-    busy_s: float = 0.0
     nodes: frozenset[str] = frozenset()
     pids: list[int] = field(default_factory=list)
     _group: PlacementGroup | None = None
@@ -87,7 +87,7 @@ class GangSlot:
         self.num_built += 1
         self._group = placement_group([self.resources.bundle] * self.num_ranks, strategy="STRICT_PACK")
         self._ranks = [
-            GangRankActor.options(
+            self.actor.options(
                 name=f"cineray-{self.name}-r{index}-{self.num_built}-{self._group.id.hex()[:6]}",
                 num_cpus=self.resources.num_cpus,
                 num_gpus=self.resources.num_gpus,

@@ -1,18 +1,20 @@
-"""JSON lines to clip requests, checked as a stream: a million lines need no more memory than their ids' digests."""
+"""JSON lines to clip requests, checked as a stream: a million lines need no more memory than 64 bits for each id."""
 
-import hashlib
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError
 
 from cineray.caching.spec import AnyPlan, LayerPlan
 from cineray.pipeline.checkpoint import Checkpoint
-from cineray.pipeline.request import ClipRequest, InputError, problems, shorten
+from cineray.pipeline.request import ClipRequest, InputError, is_plain, problems, shorten
 
 MAX_LINE_BYTES = 1_000_000  # a prompt may have 20,000 characters of up to 12 bytes each when escaped
 MAX_REPORTED = 20  # bad lines shown; the rest is counted
+MAX_REMEMBERED = 1000  # combinations of sizes and the like that were found good
 
 
 class ManifestLine(BaseModel):
@@ -58,7 +60,7 @@ def to_request(line: ManifestLine, number: int, defaults: RunDefaults, folder: P
 
     image = given(line.image, defaults.image)
     return ClipRequest(
-        id=str(given(line.id, number)),
+        id=clip_id(line, number),
         prompt=line.prompt,
         negative_prompt=given(line.negative_prompt, defaults.negative_prompt),
         seed=given(line.seed, defaults.seed),
@@ -105,18 +107,48 @@ class RequestCheck:
         return []
 
 
-class _SeenIds:
-    """Remembers ids by a 64-bit digest: 60 bytes each, a false alarm in 10^7 manifests of a million lines."""
+class LineCheck:
+    """Says what keeps a line from being rendered.
+
+    Lines of a large manifest differ in id, prompt and seed, and are alike in all else: that is checked once.
+    """
+
+    def __init__(self, defaults: RunDefaults, checkpoint: Checkpoint, folder: Path) -> None:
+        self._defaults = defaults
+        self._folder = folder
+        self._check = RequestCheck(checkpoint)
+        self._good: set[tuple[object, ...]] = set()
+
+    def __call__(self, line: ManifestLine, number: int) -> list[str]:
+        rest = (line.negative_prompt, line.width, line.height, line.frames, line.steps, line.guidance, line.fps)
+        rest = (*rest, line.cache)
+        seed = self._defaults.seed if line.seed is None else line.seed
+        if line.image is None and rest in self._good and is_plain(clip_id(line, number), line.prompt, seed):
+            return []
+        found = self._check(to_request(line, number, self._defaults, self._folder))
+        if not found and line.image is None and len(self._good) < MAX_REMEMBERED:
+            self._good.add(rest)
+        return found
+
+
+class _Ids:
+    """Finds ids that are used twice, in 8 bytes for each: first the hashes that repeat, then who has them."""
 
     def __init__(self) -> None:
-        self._seen: set[int] = set()
+        self._hashes = array("q")
 
-    def add(self, clip_id: str) -> bool:
-        """False if the id was there already."""
-        digest = int.from_bytes(hashlib.blake2b(clip_id.encode("utf-8", "replace"), digest_size=8).digest(), "big")
-        before = len(self._seen)
-        self._seen.add(digest)
-        return len(self._seen) > before
+    def add(self, clip_id: str) -> None:
+        self._hashes.append(hash(clip_id))
+
+    def repeated(self) -> set[int]:
+        """Hashes of two ids or more: nearly always of one that stands there twice."""
+        ordered = np.sort(np.frombuffer(self._hashes, dtype=np.int64)) if self._hashes else np.empty(0, np.int64)
+        return set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+
+
+def clip_id(line: ManifestLine, number: int) -> str:
+    """What the line says, else its number."""
+    return str(number if line.id is None else line.id)
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
@@ -175,29 +207,57 @@ def check_manifest(
         InputError: no file, no clips, or bad lines; one line of message per bad line with its number and reason.
     """
     _check_readable(path)
-    check, seen, bad, num_bad, num_clips = RequestCheck(checkpoint), _SeenIds(), [], 0, 0
+    ids = _Ids()
+    bad, num_clips = _check_lines(path, LineCheck(defaults, checkpoint, path.parent), ids.add, on_line)
+    if repeated := ids.repeated():
+        # once more, to say which lines; one that was changed meanwhile is found out when it is rendered
+        bad, num_clips = _check_lines(path, LineCheck(defaults, checkpoint, path.parent), _SeenIds(repeated), on_line)
+    if bad:
+        raise InputError("\n".join(bad))
+    if num_clips == 0:
+        raise InputError(f'{path} has no clips; write one JSON object per line, such as {{"prompt": "..."}}')
+    return num_clips
+
+
+class _SeenIds:
+    """Says which ids were there before; remembers those alone whose hash is known to repeat."""
+
+    def __init__(self, repeated: set[int]) -> None:
+        self._repeated = repeated
+        self._seen: set[str] = set()
+
+    def __call__(self, clip_id: str) -> str | None:
+        if hash(clip_id) not in self._repeated:
+            return None
+        if clip_id in self._seen:
+            return f"id {shorten(clip_id)} is used by an earlier line; ids must be unique"
+        self._seen.add(clip_id)
+        return None
+
+
+def _check_lines(
+    path: Path, check: LineCheck, check_id: Callable[[str], str | None], on_line: Callable[[int], None]
+) -> tuple[list[str], int]:
+    """(a message for each bad line, and at last one for those above MAX_REPORTED; number of clips)."""
+    bad, num_bad, num_clips = [], 0, 0
     for number, line in read_lines(path):
         on_line(number)
+        num_clips += 1
         parsed = _parse(line)
         if isinstance(parsed, list):
             reasons = parsed
         else:
-            request = to_request(parsed, number, defaults, path.parent)
-            reasons = check(request)
-            if not seen.add(request.id):
-                reasons.append(f"id {shorten(request.id)} is used by an earlier line; ids must be unique")
-        num_clips += 1
+            reasons = check(parsed, number)
+            repeats = check_id(clip_id(parsed, number))
+            if repeats is not None:
+                reasons.append(repeats)
         if reasons:
             num_bad += 1
             if num_bad <= MAX_REPORTED:
                 bad.append(f"{path} line {number}: {'; '.join(reasons)}")
     if num_bad > MAX_REPORTED:
         bad.append(f"{path}: {num_bad - MAX_REPORTED} more bad lines")
-    if bad:
-        raise InputError("\n".join(bad))
-    if num_clips == 0:
-        raise InputError(f'{path} has no clips; write one JSON object per line, such as {{"prompt": "..."}}')
-    return num_clips
+    return bad, num_clips
 
 
 def stream_requests(path: Path, defaults: RunDefaults) -> Iterator[ClipRequest]:

@@ -30,13 +30,16 @@ class RunMetrics:
         if result.status == "done":
             self._clip_s.observe(result.wall_s)
 
-    def observe(self, num_waiting: int, gangs: Sequence[GangSlot], passed_s: float) -> None:
-        """Called in each turn of the driver's loop."""
+    def spent(self, busy_s: float, idle_s: float) -> None:
+        """Seconds of all gangs together."""
+        for counter, seconds in ((self._busy_s, busy_s), (self._idle_s, idle_s)):
+            if seconds:
+                counter.inc(seconds)
+
+    def observe(self, num_waiting: int, gangs: Sequence[GangSlot]) -> None:
+        """What is so now."""
         self._queue.set(num_waiting)
         stages = [gang.stage for gang in gangs]
         self._stages.update(stages)
         for stage in self._stages:
             self._gangs.set(stages.count(stage), {"stage": stage})  # type: ignore[arg-type]  # a Stage
-        for counter, stage in ((self._busy_s, "busy"), (self._idle_s, "idle")):
-            if seconds := stages.count(stage) * passed_s:
-                counter.inc(seconds)

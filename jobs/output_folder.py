@@ -12,6 +12,7 @@ needs to go on: the lease, step states, encoded prompts, and the clips that had 
 import errno
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -24,6 +25,7 @@ from cineray.pipeline.request import ClipRequest, InputError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _STATE = ("steps", "prompts", "trouble")
+_OF_CLIP = re.compile(r".+\.[0-9a-f]{12}\.(safetensors|json)")  # ID.FINGERPRINT
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -100,6 +102,17 @@ class OutputFolder:
             with suppress(OSError):
                 leftover.unlink()
 
+    def forget_clips(self) -> None:
+        """Removes what is kept of unfinished clips; for a run that has rendered all that was asked for.
+
+        Then those that are left are of clips that a changed manifest asks for no more.
+        """
+        for kind in ("steps", "trouble"):
+            for path in (self.state / kind).glob("*"):
+                if _OF_CLIP.fullmatch(path.name):
+                    with suppress(OSError):
+                        path.unlink()
+
     def step_path(self, clip_id: str, fingerprint: str) -> Path:
         """Where a clip that is being denoised keeps its latest step state."""
         return self._in_state("steps", f"{clip_id}.{fingerprint}.safetensors")
@@ -109,7 +122,7 @@ class OutputFolder:
 
     def trouble_path(self, clip_id: str, fingerprint: str) -> Path:
         """Where the strikes of a clip are written down."""
-        return self._in_state("trouble", f"{clip_id}.{fingerprint}.json")
+        return self.state / "trouble" / f"{clip_id}.{fingerprint}.json"  # `write_json` makes the folder
 
     def _in_state(self, kind: str, name: str) -> Path:
         with self.explained(f"making {self.state / kind}"):

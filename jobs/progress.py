@@ -4,57 +4,29 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
+
+from cineray.jobs.clip_bars import ClipBars
 
 if TYPE_CHECKING:
     from cineray.jobs.verify import Verified
 
 
-class RenderProgress:
-    """A bar over clips and a bar over the steps of the current clip; a context manager."""
+class RenderProgress(ClipBars):
+    """A bar over clips and a bar over the steps of the current clip."""
 
     def __init__(self, num_clips: int) -> None:
-        self._console = Console(file=sys.stderr)
-        self._num_clips = num_clips
-        self._num_done = 0
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-            transient=True,
-        )
-        self._clips = self._bars.add_task("clips", total=num_clips)
-        self._steps = self._bars.add_task("steps", total=None, visible=False)
-
-    def __enter__(self) -> "RenderProgress":
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bars.stop()
+        super().__init__(num_clips)
+        self._steps = self.bars.add_task("steps", total=None, visible=False)
 
     def begin_clip(self, clip_id: str, num_steps: int) -> None:
-        self._bars.reset(self._steps, total=num_steps, description=f"clip {clip_id}", visible=True)
+        self.bars.reset(self._steps, total=num_steps, description=f"clip {clip_id}", visible=True)
 
     def step(self, done: int, total: int) -> None:
-        self._bars.update(self._steps, completed=done, total=total)
-
-    def end_clip(self, message: str) -> None:
-        self._num_done += 1
-        self._bars.update(self._clips, completed=self._num_done)
-        self._console.print(
-            f"[{self._num_done}/{self._num_clips}] {message}", markup=False, highlight=False, soft_wrap=True
-        )
+        self.bars.update(self._steps, completed=done, total=total)
 
 
 def show_verified(rows: "Iterator[Verified]", num_rows: int) -> "list[Verified]":

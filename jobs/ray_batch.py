@@ -7,6 +7,7 @@ soon as its latents are on disk. Rules of retrying are in `retry`; what a gang o
 import signal
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import ray
 
 from cineray.jobs.clip_queue import Clip, ClipQueue
-from cineray.jobs.cluster import Fleet, draining_nodes
+from cineray.jobs.cluster import draining_nodes
 from cineray.jobs.finisher_slot import FinisherSlot
 from cineray.jobs.gang_progress import GangProgress
 from cineray.jobs.gang_slot import GangSlot
@@ -23,6 +24,7 @@ from cineray.jobs.metrics import RunMetrics
 from cineray.jobs.output_folder import OutputFolder
 from cineray.jobs.results import ClipResult, ResultLog, Status
 from cineray.jobs.retry import MemberEnd, is_given_up, is_hung, judge
+from cineray.jobs.slots import Slots
 from cineray.jobs.stages import ClipFault, PutDown, RunSpec
 from cineray.pipeline.request import InputError
 
@@ -31,6 +33,8 @@ START_S = 1800.0  # a gang that is placed may take so long to load its weights
 DRAIN_S = 30.0  # to finish the step that is running; Ray's own default for a node that goes
 FINISH_STEPS = 4  # a decode may take so many times as long as a step
 STATUS_S = 2.0
+SHOW_S = 0.2  # between two looks at bars and gauges
+IN_FINISHER = 2  # clips handed to a finisher: one is decoded, one need not wait for the driver's next turn
 
 
 @dataclass(slots=True)
@@ -38,7 +42,7 @@ class RayBatch:
     """One run. `stopped_by` is the signal that ended it early, `given_up` says why there was no going on."""
 
     spec: RunSpec
-    fleet: Fleet
+    slots: Slots
     folder: OutputFolder
     lease: Lease
     queue: ClipQueue
@@ -46,25 +50,32 @@ class RayBatch:
     progress: GangProgress
     metrics: RunMetrics
     hang_s: float
-    gangs: list[GangSlot] = field(default_factory=list)
-    finishers: list[FinisherSlot] = field(default_factory=list)
     denoising: dict[str, Clip] = field(default_factory=dict)
     denoised: deque[Clip] = field(default_factory=deque)
     finishing: dict[str, Clip] = field(default_factory=dict)
     stopped_by: int | None = None
     given_up: str | None = None
+    busy_s: float = 0.0
     could_be_busy_s: float = 0.0
     _last_loss: str = ""
     _draining: frozenset[str] = frozenset()
     _next_poll_s: float = 0.0
     _next_status_s: float = 0.0
     _tick_s: float = 0.0
+    _next_show_s: float = 0.0
+
+    @property
+    def gangs(self) -> list[GangSlot]:
+        return self.slots.gangs
+
+    @property
+    def finishers(self) -> list[FinisherSlot]:
+        return self.slots.finishers
 
     @property
     def gangs_busy(self) -> float | None:
         """Share of the time in which gangs were denoising, of all the time in which there were clips for them."""
-        busy = sum(gang.busy_s for gang in self.gangs)
-        return round(busy / self.could_be_busy_s, 4) if self.could_be_busy_s else None
+        return round(self.busy_s / self.could_be_busy_s, 4) if self.could_be_busy_s else None
 
     def run(self) -> None:
         """Renders all that is not there yet.
@@ -73,22 +84,16 @@ class RayBatch:
             InputError: an actor cannot load the model; or, as OutputError, the folder is full or gone.
             LeasedError: another driver has taken it over.
         """
-        fleet = self.fleet
         # Ray's own handler, set by ray.init, kills a driver that still cleans up after 3 s
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            self.gangs = [GangSlot(number=i, spec=self.spec, resources=fleet.rank) for i in range(fleet.num_gangs)]
-            self.finishers = [
-                FinisherSlot(number=i, spec=self.spec, resources=fleet.finisher) for i in range(fleet.num_finishers)
-            ]
             self._tick_s = time.monotonic()
             while not self._is_over():
                 self._turn()
             if self.stopped_by:
                 self._drain()
         finally:
-            for slot in (*self.gangs, *self.finishers):
-                slot.destroy()
+            self.slots.destroy()
             if self.lease.is_ours():
                 self.queue.close()
             for number, handler in before.items():
@@ -106,14 +111,13 @@ class RayBatch:
             return  # all were there: no actor needs to start
         self._build()
         self._hand_out()
+        stages, num_waiting = [gang.stage for gang in self.gangs], len(self.queue.waiting)
         self._listen()
         self._poll()
-        self._account()
+        self._account(stages, num_waiting)
 
     def _build(self) -> None:
-        for slot in (*self.finishers, *self.gangs):
-            if slot.stage == "gone" and not slot.is_given_up:
-                slot.build()
+        self.slots.build()
         for kind, slots in (("gang", self.gangs), ("finisher", self.finishers)):
             if all(slot.is_given_up for slot in slots):
                 self.given_up = f"every {kind} was lost several times in a row, at last: {self._last_loss}"
@@ -126,7 +130,7 @@ class RayBatch:
                 min(ready, key=lambda finisher: len(finisher.encoding)).encode(task)
                 being_encoded.add(task.prompt_key)
         for finisher in ready:
-            if self.denoised and finisher.finishing is None:
+            while self.denoised and len(finisher.finishing) < IN_FINISHER:
                 clip = self.denoised.popleft()
                 self.finishing[clip.task.name] = clip
                 finisher.finish(clip.task)
@@ -215,9 +219,10 @@ class RayBatch:
             finisher.is_given_up = is_given_up(finisher.num_losses_in_a_row)
             self.folder.log_event("lost", actor=finisher.name, reason=finisher.lost)
             self.progress.say(f"{finisher.name} was lost: {finisher.lost}")
-            if finisher.finishing is not None:
-                clip = self.finishing.pop(finisher.finishing.name)
-                self._strike(clip, f"{finisher.name}: {finisher.lost}", queue_to=self.denoised)
+            clips = [self.finishing.pop(task.name) for task in finisher.finishing.values()]
+            self.denoised.extendleft(reversed(clips[1:]))  # had not begun
+            if clips:
+                self._strike(clips[0], f"{finisher.name}: {finisher.lost}", queue_to=self.denoised)
             finisher.destroy()
             finisher.lost = None
 
@@ -292,7 +297,7 @@ class RayBatch:
                     self._strike(clip, f"{gang.name}: {reason}")
                 self._lose(gang, reason)
         for finisher in self.finishers:
-            if finisher.finishing is not None and is_hung(now_s, finisher.began_s, FINISH_STEPS * self.hang_s):
+            if finisher.finishing and is_hung(now_s, finisher.began_s, FINISH_STEPS * self.hang_s):
                 finisher.lost = f"no sign of progress for {FINISH_STEPS * self.hang_s:g} s"
                 self._settle_finisher(finisher)
         if now_s >= self._next_poll_s:
@@ -305,16 +310,22 @@ class RayBatch:
             self._next_status_s = now_s + STATUS_S
             self._write_status()
 
-    def _account(self) -> None:
+    def _account(self, stages: Sequence[str], num_waiting: int) -> None:
+        """Adds up how gangs spent the time since the last call.
+
+        Args:
+            stages: of the gangs, as they were while this process waited: what it heard ended them.
+        """
         now_s = time.monotonic()
         passed_s, self._tick_s = now_s - self._tick_s, now_s
-        for gang in self.gangs:
-            if gang.stage == "busy":
-                gang.busy_s += passed_s
-            if gang.stage == "busy" or (gang.stage == "idle" and self.queue.waiting):
-                self.could_be_busy_s += passed_s
-        self.progress.update(self.gangs)
-        self.metrics.observe(len(self.queue.waiting), self.gangs, passed_s)
+        busy_s, idle_s = (stages.count(stage) * passed_s for stage in ("busy", "idle"))
+        self.busy_s += busy_s
+        self.could_be_busy_s += busy_s + (idle_s if num_waiting else 0.0)
+        self.metrics.spent(busy_s, idle_s)
+        if now_s >= self._next_show_s:
+            self._next_show_s = now_s + SHOW_S
+            self.progress.update(self.gangs)
+            self.metrics.observe(len(self.queue.waiting), self.gangs)
 
     def _write_status(self) -> None:
         """For `cineray status`: what runs now."""

@@ -4,15 +4,18 @@ import importlib.metadata
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cineray
 from cineray.distributed.layout import Layout
 from cineray.pipeline.cache_bytes import forecast_cache_bytes
 from cineray.pipeline.checkpoint import Checkpoint
-from cineray.pipeline.loading import DTYPES, LoadedModel, LoadOptions
-from cineray.pipeline.render import RenderedClip
+from cineray.pipeline.load_options import LoadOptions
 from cineray.pipeline.request import ClipRequest
+
+if TYPE_CHECKING:  # a driver on Ray reads records, and does without torch
+    from cineray.pipeline.loading import LoadedModel
+    from cineray.pipeline.render import RenderedClip
 
 
 def render_options(options: LoadOptions, lossless: bool) -> dict[str, object]:
@@ -29,9 +32,9 @@ def policy_text(request: ClipRequest, checkpoint: Checkpoint) -> str:
 def clip_record(
     request: ClipRequest,
     fingerprint: str,
-    model: LoadedModel,
+    model: "LoadedModel",
     options: dict[str, object],
-    clip: RenderedClip,
+    clip: "RenderedClip",
     layout: Layout | None = None,
     resumed_at: Sequence[int] = (),
 ) -> dict[str, Any]:
@@ -73,13 +76,15 @@ def clip_record(
     return record | ({"warning": warning} if warning else {})
 
 
-def cache_bytes(request: ClipRequest, model: LoadedModel) -> int | None:
+def cache_bytes(request: ClipRequest, model: "LoadedModel") -> int | None:
     """What the clip's cache will hold on one rank; None if it is not known beforehand."""
+    from cineray.pipeline.loading import DTYPES
+
     element_bytes = DTYPES[model.options.dtype_name].itemsize
     return forecast_cache_bytes(model.checkpoint, request, element_bytes)
 
 
-def trace_summary(request: ClipRequest, clip: RenderedClip) -> dict[str, Any]:
+def trace_summary(request: ClipRequest, clip: "RenderedClip") -> dict[str, Any]:
     steps = request.num_inference_steps
     if clip.trace is None:
         return {"policy": "none", "steps": steps, "computed_steps": steps, "skipped_steps": 0, "cost": 1.0}
@@ -93,7 +98,7 @@ def cache_warning(trace: dict[str, Any]) -> str | None:
     return f"the cache never skipped a step in {trace['steps']}; raise its threshold, or leave it out"
 
 
-def clip_timings(clip: RenderedClip, write_s: float) -> dict[str, float]:
+def clip_timings(clip: "RenderedClip", write_s: float) -> dict[str, float]:
     seconds = {
         "encode_s": clip.encode_s,
         "denoise_s": clip.denoise_s,

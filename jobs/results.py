@@ -4,7 +4,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TextIO
 
 from cineray.pipeline.request import ClipRequest
@@ -63,7 +63,8 @@ class ResultLog:
 
     def add(self, result: ClipResult) -> None:
         self.counts[result.status] += 1
-        content = {name: value for name, value in asdict(result).items() if value or name not in _OPTIONAL}
+        values = ((field.name, getattr(result, field.name)) for field in _FIELDS)
+        content = {name: value for name, value in values if value or name not in _OPTIONAL}
         self._file.write(json.dumps(content, ensure_ascii=False) + "\n")
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -83,4 +84,5 @@ class ResultLog:
         self._file.seek(0, 2)
 
 
+_FIELDS = fields(ClipResult)
 _OPTIONAL = ("error", "resumed_at")

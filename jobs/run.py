@@ -3,19 +3,21 @@
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cineray.distributed.layout import Layout, check_layout
 from cineray.jobs.lease import TTL_S, Lease
 from cineray.jobs.output_folder import OutputFolder
 from cineray.jobs.results import ResultLog
 from cineray.pipeline.checkpoint import Checkpoint
-from cineray.pipeline.loading import LoadOptions
+from cineray.pipeline.load_options import LoadOptions
 from cineray.pipeline.request import ClipRequest, InputError
 
 
@@ -25,7 +27,7 @@ class RunOptions:
 
     Args:
         sp: ranks that share the tokens of one clip.
-        address: of a Ray cluster; None for this machine.
+        address: of a Ray cluster; "local" or None for this machine.
         num_finishers: actors that encode prompts and decode; None for one per four gangs.
         hang_s: a gang whose step takes longer is killed.
         checkpoint_s: seconds between two step states of a clip.
@@ -56,6 +58,10 @@ class RunOptions:
         return Layout(cfg=2 if self.cfg_parallel else 1, ulysses=self.sp)
 
     @property
+    def is_local(self) -> bool:
+        return self.address in (None, "local")
+
+    @property
     def uses_ray(self) -> bool:
         return self.address is not None or self.num_gangs > 1 or self.layout.world_size > 1
 
@@ -70,6 +76,12 @@ class RunReport:
     stopped_by: int | None = None
     given_up: str | None = None
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all that was asked for is there."""
+        counts = self.results.counts
+        return self.stopped_by is None and self.given_up is None and not (counts["failed"] or counts["quarantined"])
+
     def content(self) -> dict[str, Any]:
         """All but the clips."""
         per_hour = self.results.counts["done"] / self.wall_s * 3600 if self.wall_s else 0.0
@@ -77,49 +89,110 @@ class RunReport:
         return content | ({} if self.gangs_busy is None else {"gangs_busy": self.gangs_busy})
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AskedRun:
+    """What a run renders with, and where to."""
+
+    checkpoint: Checkpoint
+    load_options: LoadOptions
+    options: RunOptions
+    out: Path
+    lossless: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """The clips of a run whose folder is ours."""
+
+    num_clips: int
+    requests: Iterator[ClipRequest]
+    folder: OutputFolder
+    lease: Lease
+
+
+Renderer = Callable[[Work], RunReport]
+T = TypeVar("T")
+
+
 def render_run(
-    checkpoint: Checkpoint,
-    load_options: LoadOptions,
-    num_clips: int,
-    requests: Iterable[ClipRequest],
-    options: RunOptions,
-    out: Path,
-    lossless: bool,
+    asked: AskedRun,
+    check: Callable[[], tuple[int, Iterable[ClipRequest]]],
+    takes_long: bool,
     about: dict[str, Any],
 ) -> RunReport:
     """Renders what is not in the folder yet.
 
     Args:
+        check: gives the number of clips and a stream of them, all of which have been checked.
+        takes_long: the check does, so that gangs come up meanwhile.
         about: goes into run.json.
 
     Raises:
-        InputError: the model does not fit the layout, or cannot be loaded; no such cluster.
+        InputError: bad clips; the model does not fit the layout, or cannot be loaded; no such cluster.
         OutputError: the folder is full, gone or cannot be written.
         LeasedError: another driver renders into it.
     """
+    options, early = asked.options, None
     if options.uses_ray:
-        _check_fits(checkpoint, options.layout)
+        _check_fits(asked.checkpoint, options.layout)
+    with ExitStack() as stack:
+        # into a folder that is in use, or has all clips already, no gang should start for nothing
+        if options.uses_ray and takes_long and _is_unused(asked.out):
+            checking = _in_thread(check)
+            early = stack.enter_context(_gangs(asked, start_now=True))
+            num_clips, requests = checking.result()
+        else:
+            num_clips, requests = check()
+        with _held_folder(asked.out, options.lease_s) as (folder, lease):
+            run = {"model": asked.checkpoint.name, "options": asdict(asked.load_options), "num_clips": num_clips}
+            run |= {**about, "gangs": options.num_gangs, "layout": asdict(options.layout), "lossless": asked.lossless}
+            ready = _gangs(asked) if options.uses_ray else _model_here(asked)
+            with nullcontext(early) if early else ready as render:
+                folder.write_json("run.json", run)
+                report = render(Work(num_clips=num_clips, requests=iter(requests), folder=folder, lease=lease))
+            lease.check()
+            folder.write_json("run.json", run | report.content() | {"counts": report.results.counts})
+            (folder.state / "running.json").unlink(missing_ok=True)
+            if report.is_complete:
+                folder.forget_clips()
+            return report
+
+
+@contextmanager
+def _held_folder(out: Path, lease_s: float) -> Iterator[tuple[OutputFolder, Lease]]:
+    """The output folder and its lease, swept on entering and tidied on leaving."""
     folder = OutputFolder(out)
-    lease = Lease(folder.state, ttl_s=options.lease_s)
+    lease = Lease(folder.state, ttl_s=lease_s)
     try:
         with lease:
             try:
                 folder.sweep()
-                run = {"model": checkpoint.name, "options": asdict(load_options), "num_clips": num_clips, **about}
-                run |= {"gangs": options.num_gangs, "layout": asdict(options.layout), "lossless": lossless}
-                render = _render_on_gangs if options.uses_ray else _render_here
-                report = render(
-                    checkpoint, load_options, num_clips, iter(requests), options, folder, lease, lossless, run
-                )
-                lease.check()
-                folder.write_json("run.json", run | report.content() | {"counts": report.results.counts})
-                (folder.state / "running.json").unlink(missing_ok=True)
-                return report
+                yield folder, lease
             finally:
                 if lease.is_ours():  # else all that lies there is another driver's
                     folder.tidy()
     finally:
         folder.remove_if_empty()
+
+
+def _is_unused(out: Path) -> bool:
+    try:
+        return next(out.iterdir(), None) is None
+    except OSError:
+        return not out.exists()
+
+
+def _in_thread(call: Callable[[], T]) -> "Future[T]":
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="cineray-check", daemon=True).start()
+    return future
 
 
 def _check_fits(checkpoint: Checkpoint, layout: Layout) -> None:
@@ -130,37 +203,32 @@ def _check_fits(checkpoint: Checkpoint, layout: Layout) -> None:
         raise InputError(f"model {checkpoint.name}: {error}") from None
 
 
-def _render_here(
-    checkpoint: Checkpoint,
-    load_options: LoadOptions,
-    num_clips: int,
-    requests: Iterator[ClipRequest],
-    options: RunOptions,
-    folder: OutputFolder,
-    lease: Lease,
-    lossless: bool,
-    run: dict[str, Any],
-) -> RunReport:
+@contextmanager
+def _model_here(asked: AskedRun) -> Iterator[Renderer]:
+    """Loads the model into this process."""
     from cineray.jobs.batch import Batch, render_batch
     from cineray.jobs.progress import RenderProgress
     from cineray.pipeline.loading import load_model
 
-    model = load_model(checkpoint, load_options)
-    folder.write_json("run.json", run)
-    results, began = ResultLog(), time.monotonic()
-    with _asked_to_stop() as signals, RenderProgress(num_clips) as progress:
-        batch = Batch(
-            model=model,
-            folder=folder,
-            lease=lease,
-            progress=progress,
-            lossless=lossless,
-            checkpoint_s=options.checkpoint_s,
-            is_asked_to_stop=lambda: bool(signals),
-        )
-        render_batch(batch, requests, results)
-    wall_s = time.monotonic() - began
-    return RunReport(results=results, wall_s=wall_s, stopped_by=signals[0] if signals else None)
+    model = load_model(asked.checkpoint, asked.load_options)
+
+    def render(work: Work) -> RunReport:
+        results, began = ResultLog(), time.monotonic()
+        with _asked_to_stop() as signals, RenderProgress(work.num_clips) as progress:
+            batch = Batch(
+                model=model,
+                folder=work.folder,
+                lease=work.lease,
+                progress=progress,
+                lossless=asked.lossless,
+                checkpoint_s=asked.options.checkpoint_s,
+                is_asked_to_stop=lambda: bool(signals),
+            )
+            render_batch(batch, work.requests, results)
+        wall_s = time.monotonic() - began
+        return RunReport(results=results, wall_s=wall_s, stopped_by=signals[0] if signals else None)
+
+    yield render
 
 
 @contextmanager
@@ -181,18 +249,15 @@ def _asked_to_stop() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _render_on_gangs(
-    checkpoint: Checkpoint,
-    load_options: LoadOptions,
-    num_clips: int,
-    requests: Iterator[ClipRequest],
-    options: RunOptions,
-    folder: OutputFolder,
-    lease: Lease,
-    lossless: bool,
-    run: dict[str, Any],
-) -> RunReport:
-    if options.address is None and "ray" not in sys.modules:
+@contextmanager
+def _gangs(asked: AskedRun, start_now: bool = False) -> Iterator[Renderer]:
+    """Connects to Ray; this process imports no torch.
+
+    Args:
+        start_now: the actors too; else they start when the first clip is to be rendered.
+    """
+    options = asked.options
+    if options.is_local and "ray" not in sys.modules:
         # read when ray is imported: it would listen on every interface, whatever address it is given
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     from cineray.jobs.clip_queue import ClipQueue
@@ -200,47 +265,60 @@ def _render_on_gangs(
     from cineray.jobs.gang_progress import GangProgress
     from cineray.jobs.metrics import RunMetrics
     from cineray.jobs.ray_batch import RayBatch
-    from cineray.jobs.stages import RunSpec
-    from cineray.pipeline.loading import check_device, identify
+    from cineray.jobs.slots import Slots
+    from cineray.jobs.stages import RunSpec, actors_of
+    from cineray.pipeline.device import check_device
+    from cineray.pipeline.weights import identify
 
-    if options.address is None:
-        check_device(load_options.device)
-    identity = identify(checkpoint)
-    fleet = plan_fleet(load_options.device, options.num_gangs, options.layout.world_size, options.num_finishers)
+    if options.is_local:
+        check_device(asked.load_options.device)
+    identity = identify(asked.checkpoint)
+    fleet = plan_fleet(asked.load_options.device, options.num_gangs, options.layout.world_size, options.num_finishers)
     spec = RunSpec(
-        model=checkpoint.name,
-        options=load_options,
-        out=folder.path.resolve(),
-        lossless=lossless,
+        model=asked.checkpoint.name,
+        options=asked.load_options,
+        out=asked.out.resolve(),
+        lossless=asked.lossless,
         layout=options.layout,
         checkpoint_s=options.checkpoint_s,
         collective_s=2 * options.hang_s,  # the driver notices first
     )
-    results, began = ResultLog(), time.monotonic()
-    depth = 2 * options.num_gangs + 2
-    with connected(options.address, fleet), GangProgress(num_clips) as progress:
+    began, depth = time.monotonic(), 2 * options.num_gangs + 2
+    with connected(None if options.is_local else options.address, fleet):
         missing = missing_resources(fleet)
-        if missing and options.address is None:
+        if missing and options.is_local:
             raise InputError(missing)
-        if missing:
-            progress.say(f"{missing}; waiting: an autoscaler may bring one")
-        folder.write_json("run.json", run)
-        batch = RayBatch(
-            spec=spec,
-            fleet=fleet,
-            folder=folder,
-            lease=lease,
-            queue=ClipQueue(requests, folder, checkpoint, identity, spec, depth),
-            results=results,
-            progress=progress,
-            metrics=RunMetrics(),
-            hang_s=options.hang_s,
-        )
-        batch.run()
-    return RunReport(
-        results=results,
-        wall_s=time.monotonic() - began,
-        gangs_busy=batch.gangs_busy,
-        stopped_by=batch.stopped_by,
-        given_up=batch.given_up,
-    )
+        slots = Slots.of(spec, fleet, actors_of())
+
+        def render(work: Work) -> RunReport:
+            results = ResultLog()
+            queue = ClipQueue(work.requests, work.folder, asked.checkpoint, identity, spec, depth)
+            with GangProgress(work.num_clips) as progress:
+                if missing:
+                    progress.say(f"{missing}; waiting: an autoscaler may bring one")
+                batch = RayBatch(
+                    spec=spec,
+                    slots=slots,
+                    folder=work.folder,
+                    lease=work.lease,
+                    queue=queue,
+                    results=results,
+                    progress=progress,
+                    metrics=RunMetrics(),
+                    hang_s=options.hang_s,
+                )
+                batch.run()
+            return RunReport(
+                results=results,
+                wall_s=time.monotonic() - began,
+                gangs_busy=batch.gangs_busy,
+                stopped_by=batch.stopped_by,
+                given_up=batch.given_up,
+            )
+
+        try:
+            if start_now:
+                slots.build()
+            yield render
+        finally:
+            slots.destroy()

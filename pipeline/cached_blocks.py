@@ -19,7 +19,7 @@ from torch import nn
 
 from cineray.caching.controller import StepContext, Verdict
 from cineray.caching.history import BranchHistory
-from cineray.caching.observation import ModulatedInput
+from cineray.caching.token_sums import ModulatedInput
 from cineray.pipeline.adapters import BlockLayout
 from cineray.pipeline.modulated_input import SignalReader
 

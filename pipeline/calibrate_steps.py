@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from cineray.caching.controller import BRANCH_ORDER, StepContext, Verdict
+from cineray.caching.controller import StepContext, Verdict
 from cineray.caching.history import BranchHistory
-from cineray.caching.observation import ModulatedInput, change_sums
+from cineray.caching.observation import BRANCH_ORDER
 from cineray.caching.policy import Signal
+from cineray.caching.token_sums import ModulatedInput, change_sums
 from cineray.pipeline.adapters import MODELS
 from cineray.pipeline.cached_blocks import BlockRunner
 from cineray.pipeline.enable_cache import whereabouts_of

@@ -9,7 +9,7 @@ from typing import Any
 from cineray.caching.spec import AnyPlan
 from cineray.pipeline.adapters import FAMILIES, KNOWN_MODELS, Adapter, KnownCheckpoint
 from cineray.pipeline.adapters.protocol import Defaults, ModelConfigs
-from cineray.pipeline.enable_cache import plan_cache
+from cineray.pipeline.cache_plan import plan_cache
 from cineray.pipeline.request import InputError, SizeRule
 
 

@@ -1,6 +1,6 @@
 """`cineray.enable_cache`: a cache on any diffusers pipeline or transformer, ours or anyone's loop around it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -8,9 +8,10 @@ from torch import nn
 from cineray.caching.consensus import Alone, Consensus
 from cineray.caching.controller import CacheController
 from cineray.caching.forecast import Forecasting
-from cineray.caching.spec import AnyPlan, CachePlan, CacheSpec, LayerPlan, ModelFacts, PolicyConfig, parse_spec, resolve
+from cineray.caching.spec import AnyPlan, CachePlan, LayerPlan, PolicyConfig
 from cineray.caching.trace import Trace
 from cineray.pipeline.adapters import MODELS
+from cineray.pipeline.cache_plan import plan_cache
 from cineray.pipeline.cached_blocks import BlockRunner
 from cineray.pipeline.cached_layers import check_blocks_not_compiled, run_schedule
 from cineray.pipeline.forecast_layers import run_series
@@ -134,28 +135,3 @@ def whereabouts_of(
     stacked = model.branches if model.stacked and num_branches != 1 else ()
     calls = 1 if model.stacked else len(model.branches)
     return Whereabouts(transformer, num_branches or calls, scheduler, stacked)
-
-
-def plan_cache(
-    policy: str | PolicyConfig, transformer_class: str, transformer_config: Mapping[str, Any]
-) -> AnyPlan | None:
-    """What a policy means for a transformer of this class and configuration; None for `none`.
-
-    Raises:
-        ValueError: a policy that is unknown, or that does not fit the transformer.
-    """
-    spec = parse_spec(policy) if isinstance(policy, str) else policy
-    if isinstance(spec, CacheSpec) and spec.name == "none":
-        return None
-    if transformer_class not in MODELS:
-        raise ValueError(f"cache: {transformer_class} is not supported; supported: {', '.join(MODELS)}")
-    model = MODELS[transformer_class]
-    first, *others = (transformer_config[name] for name in model.layout.counts)
-    facts = ModelFacts(
-        family=model.family,
-        num_blocks=first + sum(others),
-        num_probeable=first if others else first - 1,  # within the first list, and before the last block
-        layers=model.layout.layers,
-        transformer=transformer_config,
-    )
-    return resolve(spec, facts)

@@ -1,7 +1,5 @@
 """Prompts that another process has encoded: written once, read by every rank that renders them."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +9,6 @@ from safetensors import safe_open
 from cineray.pipeline.loading import LoadedModel
 from cineray.pipeline.request import ClipRequest
 from cineray.pipeline.tensor_file import write_tensors
-
-
-def prompt_key(adapter: Any, request: ClipRequest, model_digest: str, dtype: str) -> str:
-    """Equal for requests whose prompts are encoded alike."""
-    text = json.dumps([adapter.prompt_inputs(request), model_digest, dtype], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @torch.no_grad()

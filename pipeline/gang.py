@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from cineray.caching.controller import BRANCH_ORDER
+from cineray.caching.observation import BRANCH_ORDER
 from cineray.caching.trace import Trace, TraceEntry
 from cineray.distributed.attention import NativeAttention, SequenceAttention
 from cineray.distributed.consensus import GangConsensus, Mode

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from cineray.caching.observation import ModulatedInput
 from cineray.caching.policy import Signal
+from cineray.caching.token_sums import ModulatedInput
 
 
 class SignalReader(Protocol):

@@ -12,6 +12,7 @@ MAX_SIDE_PX = 8192
 MAX_FRAMES = 4097
 MAX_STEPS = 1000  # the schedulers' num_train_timesteps
 MAX_SEED = 2**63 - 1
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")  # less tab and line ends; lone surrogates
 CLIP_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -72,7 +73,7 @@ def problems(request: ClipRequest, rule: SizeRule) -> list[str]:
     for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
         if len(text) > MAX_PROMPT_CHARS:
             found.append(f"{name} must have at most {MAX_PROMPT_CHARS} characters, got {len(text)}")
-        elif any((ord(c) < 32 and c not in "\t\n\r") or 0xD800 <= ord(c) <= 0xDFFF for c in text):
+        elif _CONTROL.search(text):
             found.append(f"{name} must have no control characters, got {shorten(text)}")
     if not request.prompt.strip():
         found.append("prompt must not be empty")
@@ -97,6 +98,18 @@ def problems(request: ClipRequest, rule: SizeRule) -> list[str]:
     if not rule.takes_negative_prompt and request.negative_prompt is not None:
         found.append("negative_prompt cannot be used: this model's guidance is embedded, there is no negative branch")
     return found
+
+
+def is_plain(clip_id: str, prompt: str, seed: int) -> bool:
+    """Whether `problems` finds nothing in what differs from clip to clip; for many clips that are alike in all else."""
+    return (
+        CLIP_ID.fullmatch(clip_id) is not None
+        and len(prompt) <= MAX_PROMPT_CHARS
+        and _CONTROL.search(prompt) is None
+        and not prompt.isspace()
+        and prompt != ""
+        and 0 <= seed <= MAX_SEED
+    )
 
 
 def shorten(text: str, limit: int = 60) -> str:
@@ -131,3 +144,13 @@ def fingerprint(request: ClipRequest, policy: str, model_digest: str, render_opt
     }
     text = json.dumps(covered, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def prompt_key(inputs: dict[str, object], model_digest: str, dtype: str) -> str:
+    """Equal for requests whose prompts are encoded alike.
+
+    Args:
+        inputs: of the text encoders, as `Adapter.prompt_inputs` says.
+    """
+    text = json.dumps([inputs, model_digest, dtype], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -25,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from cineray.caching.controller import CacheController, StepContext
 from cineray.caching.dicache import DiCacheConfig
 from cineray.caching.trace import Trace
-from cineray.pipeline.enable_cache import attach_cache, plan_cache
+from cineray.pipeline.cache_plan import plan_cache
+from cineray.pipeline.enable_cache import attach_cache
 
 # Configurations of the published checkpoints; HunyuanVideo's are diffusers' defaults.
 WAN = {"attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256, "in_channels": 16, "out_channels": 16}

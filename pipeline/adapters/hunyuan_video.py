@@ -4,14 +4,18 @@ Follows diffusers 0.42 pipelines/hunyuan_video/pipeline_hunyuan_video.py step by
 gives the same bits.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from cineray.pipeline.adapters.model import SHIPPED, TINY_CLIP, BlockLayout, KnownCheckpoint, Model, ShardedArguments
-from cineray.pipeline.adapters.protocol import Branch, Conditions, Defaults, ModelConfigs, draw_noise
+from cineray.pipeline.adapters.protocol import Branch, Conditions, Defaults, ModelConfigs, draw_noise, without_gradients
 from cineray.pipeline.request import ClipRequest, SizeRule
+
+if TYPE_CHECKING:
+    import torch
 
 
 class HunyuanVideo:
@@ -39,8 +43,10 @@ class HunyuanVideo:
     def prompt_inputs(self, request: ClipRequest) -> dict[str, Any]:
         return {"prompt": request.prompt}
 
-    @torch.no_grad()
+    @without_gradients
     def prepare(self, pipe: Any, request: ClipRequest, generator: torch.Generator) -> tuple[torch.Tensor, Conditions]:
+        import torch
+
         device, dtype = pipe._execution_device, pipe.transformer.dtype
         embeds, pooled, mask = pipe.encode_prompt(**self.prompt_inputs(request), device=device)
         latents = draw_noise(pipe, request, generator)
@@ -58,7 +64,7 @@ class HunyuanVideo:
         scheduler.set_timesteps(sigmas=sigmas, device=device)
         return scheduler.timesteps
 
-    @torch.no_grad()
+    @without_gradients
     def decode(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
         latents = latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
         return pipe.vae.decode(latents, return_dict=False)[0]

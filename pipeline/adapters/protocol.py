@@ -3,14 +3,21 @@
 Letters: B batch (1), C latent channels, F latent frames, H W latent height and width.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from __future__ import annotations
 
-import torch
-from diffusers import DiffusionPipeline
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 from cineray.pipeline.request import ClipRequest, SizeRule
+
+if TYPE_CHECKING:  # they take seconds to import; a driver on Ray reads what a model can do, and does without them
+    import torch
+    from diffusers import DiffusionPipeline
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,8 +104,23 @@ class Adapter(Protocol):
         ...
 
 
+def without_gradients(function: Callable[P, R]) -> Callable[P, R]:
+    """As the decorator `torch.no_grad()`, but torch is imported in the call."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        import torch
+
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return call
+
+
 def draw_noise(pipe: Any, request: ClipRequest, generator: torch.Generator) -> torch.Tensor:
     """Noise [1, C, F, H, W] float32 on the pipeline's device, for models whose latents are all that they denoise."""
+    import torch
+
     return pipe.prepare_latents(
         1,
         pipe.transformer.config.in_channels,

@@ -4,14 +4,18 @@ Follows diffusers 0.42 pipelines/wan/pipeline_wan.py and pipeline_wan_i2v.py ste
 gives the same bits.
 """
 
-from typing import Any
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Any
+
 from PIL import Image
 
 from cineray.pipeline.adapters.model import SHIPPED, TINY_CLIP, BlockLayout, KnownCheckpoint, Model, ShardedArguments
-from cineray.pipeline.adapters.protocol import Branch, Conditions, Defaults, ModelConfigs, draw_noise
+from cineray.pipeline.adapters.protocol import Branch, Conditions, Defaults, ModelConfigs, draw_noise, without_gradients
 from cineray.pipeline.request import ClipRequest, SizeRule
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_SEQUENCE_LENGTH = 512  # text tokens; WanPipeline.__call__'s default
 
@@ -46,8 +50,10 @@ def _set_timesteps(scheduler: Any, num_inference_steps: int, device: torch.devic
     return scheduler.timesteps
 
 
-@torch.no_grad()
+@without_gradients
 def _decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    import torch
+
     vae = pipe.vae
     latents = latents.to(vae.dtype)
     shape = (1, vae.config.z_dim, 1, 1, 1)
@@ -87,7 +93,7 @@ class WanTextToVideo:
     def size_rule(self, configs: ModelConfigs) -> SizeRule:
         return _size_rule(configs, takes_image=False)
 
-    @torch.no_grad()
+    @without_gradients
     def prepare(self, pipe: Any, request: ClipRequest, generator: torch.Generator) -> tuple[torch.Tensor, Conditions]:
         embeds = _prompt_embeds(pipe, request)
         latents = draw_noise(pipe, request, generator)
@@ -111,8 +117,10 @@ class WanImageToVideo:
     def size_rule(self, configs: ModelConfigs) -> SizeRule:
         return _size_rule(configs, takes_image=True)
 
-    @torch.no_grad()
+    @without_gradients
     def prepare(self, pipe: Any, request: ClipRequest, generator: torch.Generator) -> tuple[torch.Tensor, Conditions]:
+        import torch
+
         device, dtype = pipe._execution_device, pipe.transformer.dtype
         with Image.open(request.image) as opened:  # type: ignore[arg-type]  # size_rule made the image required
             image = opened.convert("RGB")

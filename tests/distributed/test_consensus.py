@@ -18,7 +18,8 @@ from cineray.distributed.consensus import GangConsensus
 from cineray.distributed.layout import parse_layout
 from cineray.distributed.mesh import new_mesh
 from cineray.jobs.local_ranks import RankFailed, run_on_local_ranks
-from cineray.pipeline.enable_cache import attach_cache, plan_cache
+from cineray.pipeline.cache_plan import plan_cache
+from cineray.pipeline.enable_cache import attach_cache
 from cineray.pipeline.sharding import ShardedTransformer
 
 GANG_TIMEOUT_S, TIMEOUT_S = 10.0, 60.0

@@ -10,6 +10,8 @@ import pytest
 import ray
 from gang_runs import Harm, events, pixels, render, sidecar, start_driver, steps_on_disk, wait_for, write_manifest
 
+from cineray.jobs import asked_clips, command_line
+
 STEPS = 600  # of a millisecond or ten: long enough that a second driver has started before the first one is done
 GOOD = ["a", "b", "c"]
 OFTEN = ("--checkpoint-every", 0)
@@ -45,7 +47,31 @@ def batch(cluster, checkpoint_folder, tmp_path):
     return write_manifest(tmp_path / "m.jsonl", GOOD, STEPS), tmp_path / "out", checkpoint_folder("wan")
 
 
-def test_two_gangs_render_the_pixels_of_one_process_and_encode_a_prompt_once(batch, undisturbed, capsys):
+@pytest.fixture
+def slow_check(monkeypatch):
+    """The check of a manifest takes until gangs are there, as that of a long one may."""
+    monkeypatch.setattr(asked_clips, "LONG_BYTES", 0)
+    check = command_line.requests_of
+
+    def after_gangs(*arguments):
+        assert wait_for(ray.util.list_named_actors)
+        return check(*arguments)
+
+    monkeypatch.setattr(command_line, "requests_of", after_gangs)
+
+
+def test_gangs_that_come_up_while_a_manifest_is_checked_go_if_it_is_bad(batch, slow_check, capsys):
+    manifest, out, _ = batch
+    with manifest.open("a") as file:
+        file.write('{"prompt": ""}\n')
+    code, _, stderr = render(capsys, *batch, "--address", "auto")
+    assert code == 2
+    assert stderr.strip().splitlines()[-1].endswith("line 4: prompt must not be empty")
+    assert not out.exists()
+    assert wait_for(lambda: not ray.util.list_named_actors())
+
+
+def test_two_gangs_render_the_pixels_of_one_process_and_encode_a_prompt_once(batch, slow_check, undisturbed, capsys):
     code, summary, _ = render(capsys, *batch, "--gangs", 2)
     assert code == 0
     assert {clip["status"] for clip in summary["clips"]} == {"done"}

@@ -9,7 +9,7 @@ from cineray.caching.dicache import PAPER, DiCacheConfig, DiCachePolicy
 from cineray.caching.forecast import gamma, run_gamma
 from cineray.caching.observation import AlignmentSums, Observation
 from cineray.caching.spec import parse_spec
-from cineray.pipeline.enable_cache import plan_cache
+from cineray.pipeline.cache_plan import plan_cache
 
 SEEN = Observation(
     step_index=20,

@@ -12,7 +12,7 @@ import cineray
 from cineray.caching.magcache import MagCachePolicy, nearest_step
 from cineray.caching.observation import Observation
 from cineray.caching.spec import CachePlan
-from cineray.pipeline.enable_cache import plan_cache
+from cineray.pipeline.cache_plan import plan_cache
 
 SEEN = Observation(
     step_index=2,

@@ -115,6 +115,24 @@ def test_ids_must_be_unique_also_against_line_numbers(write, defaults, checkpoin
         check_manifest(write(GOOD | {"id": 2}, GOOD), defaults, checkpoint)
 
 
+def test_ids_are_told_apart_though_their_hashes_be_equal(write, defaults, checkpoint, monkeypatch):
+    monkeypatch.setattr("builtins.hash", lambda _: 1)
+    assert check_manifest(write(*(GOOD | {"id": name} for name in "abc")), defaults, checkpoint) == 3
+    with pytest.raises(InputError) as caught:
+        check_manifest(write(*(GOOD | {"id": name} for name in "abca")), defaults, checkpoint)
+    assert str(caught.value).endswith("line 4: id 'a' is used by an earlier line; ids must be unique")
+
+
+@pytest.mark.parametrize(
+    "bad", [{"prompt": " "}, {"prompt": "a\x00"}, {"id": "/"}, {"seed": -1}, {"seed": 2**63}, {"prompt": "a" * 20_001}]
+)
+def test_a_line_that_is_like_a_good_one_but_for_its_prompt_id_or_seed(write, defaults, checkpoint, bad):
+    """What lines have in common is checked once, what differs in every line."""
+    with pytest.raises(InputError, match="line 2") as caught:
+        check_manifest(write(GOOD, GOOD | bad, GOOD), defaults, checkpoint)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_an_endless_line_is_reported_and_the_next_is_read(write, defaults, checkpoint):
     path = write(GOOD | {"prompt": "x" * 10_000_000}, GOOD | {"steps": 0})
     with pytest.raises(InputError) as caught:

@@ -6,7 +6,7 @@ from conftest import build_flux, build_hunyuan, build_wan
 
 import cineray
 from cineray.caching.taylorseer import TAYLORSEER, TaylorSeerConfig, derivatives, extrapolate
-from cineray.pipeline.enable_cache import plan_cache
+from cineray.pipeline.cache_plan import plan_cache
 
 
 def call(pipe, steps=12, **kwargs):

@@ -11,10 +11,11 @@ import cineray
 from cineray.caching.consensus import Alone
 from cineray.caching.controller import CacheController, StepContext
 from cineray.caching.forecast import Forecasting
-from cineray.caching.observation import ModulatedInput, Observation
+from cineray.caching.observation import Observation
 from cineray.caching.teacache import TeaCacheConfig, TeaCachePolicy, polynomial
+from cineray.caching.token_sums import ModulatedInput
 from cineray.caching.trace import Trace
-from cineray.pipeline.enable_cache import plan_cache
+from cineray.pipeline.cache_plan import plan_cache
 
 SEEN = Observation(
     step_index=5,

@@ -1,0 +1,49 @@
+"""The bar over a batch's clips, on a terminal; plain lines where there is none. Always on stderr."""
+
+import sys
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class ClipBars:
+    """A context manager; whoever renders adds bars of its own to `bars`."""
+
+    def __init__(self, num_clips: int) -> None:
+        self.num_clips = num_clips
+        self.num_done = 0
+        self._console = Console(file=sys.stderr)
+        self.is_terminal = self._console.is_terminal
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self.is_terminal,
+            transient=True,
+        )
+        self._clips = self.bars.add_task("clips", total=num_clips)
+
+    def __enter__(self) -> Self:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def say(self, message: str) -> None:
+        """A line above the bars."""
+        if self.is_terminal:
+            self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+        else:  # rich would take 0.3 ms
+            print(message, file=sys.stderr, flush=True)
+
+    def count_clip(self, message: str | None) -> None:
+        """One clip more is over; says so unless there is nothing to say."""
+        self.num_done += 1
+        self.bars.update(self._clips, completed=self.num_done)
+        if message is not None:
+            self.say(f"[{self.num_done}/{self.num_clips}] {message}")

@@ -1,0 +1,117 @@
+"""What a rank of a gang does: meets the others, loads the weights, denoises clip after clip."""
+
+import os
+import socket
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from cineray.jobs.output_folder import OutputError, OutputFolder
+from cineray.jobs.stages import ClipFault, Denoised, Pulse, PutDown, RunSpec, Task
+from cineray.jobs.step_keeper import StepKeeper, Yielded
+from cineray.pipeline.checkpoint import open_checkpoint
+from cineray.pipeline.encoded_prompts import EncodedPipe
+from cineray.pipeline.gang import Gang
+from cineray.pipeline.loading import TEXT_ENCODERS, LoadedModel, load_model
+from cineray.pipeline.render import denoise_clip
+
+# what a clip's own input can raise; all else a rank raises is held against the gang
+CLIP_ERRORS = (ValueError, OSError, torch.OutOfMemoryError)
+LOCALHOST = "127.0.0.1"  # a node's address in a Ray that listens there alone
+JOIN_TIMEOUT_S = 600.0  # ranks load their weights before they meet; a 28 GB checkpoint from a slow disk
+
+
+class RankWork:
+    """One rank's part.
+
+    Attributes:
+        pulse: how far it is; read from another thread.
+        asked_to_stop: set from another thread, it puts the gang's clip down after the current step.
+    """
+
+    def __init__(self, spec: RunSpec) -> None:
+        self.pulse = Pulse(mark="", step=0, num_steps=0)
+        self.asked_to_stop = threading.Event()
+        self._spec = spec
+        self._store: Any = None
+        self._gang: Gang | None = None
+        self._model: LoadedModel | None = None
+
+    def open_meeting(self, host: str) -> tuple[str, int]:
+        """Binds a free port of `host`, this node's address, and keeps it: the gang meets there."""
+        listening = socket.create_server((host, 0))
+        port = listening.getsockname()[1]
+        self._store = torch.distributed.TCPStore(
+            host,
+            port,
+            self._spec.layout.world_size,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=_join_timeout(),
+            master_listen_fd=listening.detach(),
+        )
+        return host, port
+
+    def join(self, rank: int, host: str, port: int) -> None:
+        """Loads the weights and meets the other ranks."""
+        torch.set_num_threads(1)  # ranks share the machine's cores; and more threads give other last bits
+        options = self._spec.options
+        if host == LOCALHOST:
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+        if self._store is None:
+            self._store = torch.distributed.TCPStore(host, port, is_master=False, timeout=_join_timeout())
+        # loading comes first: it takes ranks unequally long, and a collective would not wait for it
+        self._model = load_model(open_checkpoint(self._spec.model), options, without=TEXT_ENCODERS)
+        self._gang = Gang.join(
+            self._spec.layout,
+            rank,
+            self._spec.layout.world_size,
+            device="cuda:0" if options.device == "cuda" else "cpu",
+            store=self._store,
+            timeout_s=self._spec.collective_s,
+        )
+
+    def denoise(self, task: Task) -> Denoised | PutDown | ClipFault:
+        """Denoises a clip with the other ranks; the first rank leaves the latents on disk."""
+        assert self._gang is not None
+        assert self._model is not None
+        began = time.monotonic()
+        steps = task.request.num_inference_steps
+        self.pulse = Pulse(mark=task.mark, step=0, num_steps=steps)
+        folder = OutputFolder.existing(self._spec.out)
+        keeper = StepKeeper(
+            folder.step_path(task.request.id, task.mark),
+            self._gang,
+            self._spec.checkpoint_s,
+            self.asked_to_stop.is_set,
+        )
+
+        def on_step(done: int, total: int) -> None:
+            self.pulse = Pulse(mark=task.mark, step=done, num_steps=total)
+
+        try:
+            pipe = EncodedPipe(self._model.pipe, folder.prompt_path(task.prompt_key))
+            clip = denoise_clip(self._model, task.request, on_step, gang=self._gang, keeper=keeper, pipe=pipe)
+            if self._gang.mesh.leads:
+                with folder.explained(f"keeping the latents of clip {task.request.id}"):
+                    keeper.save_finished(clip, steps)
+        except Yielded as put_down:
+            busy_s = time.monotonic() - began
+            return PutDown(step=put_down.step, kept=put_down.kept, busy_s=busy_s)
+        except OutputError:
+            raise
+        except CLIP_ERRORS as reason:
+            return ClipFault(reason=explain(reason))
+        return Denoised(busy_s=time.monotonic() - began)
+
+
+def explain(reason: BaseException) -> str:
+    return f"{type(reason).__name__}: {' '.join(str(reason).split())[:300]}"
+
+
+def _join_timeout() -> timedelta:
+    return timedelta(seconds=JOIN_TIMEOUT_S)

@@ -1,0 +1,39 @@
+"""The gangs and finishers of a run, from before its clips are known until it ends."""
+
+from dataclasses import dataclass
+
+from cineray.jobs.cluster import Fleet
+from cineray.jobs.finisher_slot import FinisherSlot
+from cineray.jobs.gang_slot import GangSlot
+from cineray.jobs.stages import Actors, RunSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """All of them; an actor that is lost is built again in its slot."""
+
+    gangs: list[GangSlot]
+    finishers: list[FinisherSlot]
+
+    @classmethod
+    def of(cls, spec: RunSpec, fleet: Fleet, actors: Actors) -> "Slots":
+        gangs = [
+            GangSlot(number=number, spec=spec, resources=fleet.rank, actor=actors.rank)
+            for number in range(fleet.num_gangs)
+        ]
+        finishers = [
+            FinisherSlot(number=number, spec=spec, resources=fleet.finisher, actor=actors.finisher)
+            for number in range(fleet.num_finishers)
+        ]
+        return cls(gangs, finishers)
+
+    def build(self) -> None:
+        """Starts what is not there, less the slots that were given up."""
+        for slot in (*self.finishers, *self.gangs):
+            if slot.stage == "gone" and not slot.is_given_up:
+                slot.build()
+
+    def destroy(self) -> None:
+        """Kills every actor."""
+        for slot in (*self.gangs, *self.finishers):
+            slot.destroy()

@@ -1,0 +1,35 @@
+"""The driver of a batch on Ray: what it must not import, because it costs seconds and hundreds of megabytes."""
+
+import os
+import subprocess
+import sys
+
+from cineray.pipeline.device import sees_cuda
+
+DRIVER = """
+import sys
+from pathlib import Path
+from cineray.jobs import clip_queue, command_line, gang_progress, metrics, ray_batch, run, slots
+from cineray.jobs.manifest import RequestCheck
+from cineray.pipeline.checkpoint import open_checkpoint
+from cineray.pipeline.device import default_device
+from cineray.pipeline.weights import identify
+checkpoint = open_checkpoint("tiny-wan")
+assert checkpoint.plan_cache("dicache")
+identify(checkpoint)
+print(*(name for name in ("torch", "diffusers", "transformers") if name in sys.modules))
+print(default_device())
+"""
+
+
+def test_it_reads_models_and_policies_without_torch():
+    run = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONSAFEPATH": "1"},
+        check=True,
+    )
+    heavy, device = run.stdout.split("\n")[:2]
+    assert heavy == ""
+    assert device == ("cuda" if sees_cuda() else "cpu")
