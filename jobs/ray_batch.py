@@ -34,6 +34,7 @@ DRAIN_S = 30.0  # to finish the step that is running; Ray's own default for a no
 FINISH_STEPS = 4  # a decode may take so many times as long as a step
 STATUS_S = 2.0
 SHOW_S = 0.2  # between two looks at bars and gauges
+PER_FINISHER = 3  # latents on disk: one that is decoded, two that wait; then gangs wait
 IN_FINISHER = 2  # clips handed to a finisher: one is decoded, one need not wait for the driver's next turn
 
 
@@ -135,8 +136,8 @@ class RayBatch:
                 self.finishing[clip.task.name] = clip
                 finisher.finish(clip.task)
         for gang in self.gangs:
-            # credits: latents may wait for every finisher twice, then gangs wait
-            if gang.stage != "idle" or len(self.denoised) >= 2 * len(self.finishers):
+            num_latents = len(self.denoised) + len(self.finishing)
+            if gang.stage != "idle" or num_latents >= PER_FINISHER * len(self.finishers):
                 continue
             if gang.nodes & self._draining:
                 gang.destroy()
