@@ -32,7 +32,7 @@ from cineray.pipeline.video import read_metadata, read_video
 SIZE = ["--width", "32", "--height", "32", "--frames", "5", "--fps", "8", "--lossless"]
 KINDS = ("kill rank", "freeze rank", "kill node", "drain node", "kill driver", "freeze driver")
 STORE_BYTES = 80 * 2**20
-START_S = 90.0  # for gangs to come up between two incidents, on a busy machine
+START_S = 90.0  # for gangs to come up between two incidents, or to feel one, on a busy machine
 
 
 @dataclass
@@ -85,6 +85,9 @@ class Chaos:
             return []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
+    def count(self, name: str) -> int:
+        return sum(event["event"] == name for event in self.events())
+
     def gangs(self) -> dict[str, list[int]]:
         """Pids of the ranks of each gang that is up now."""
         up: dict[str, list[int]] = {}
@@ -127,7 +130,9 @@ class Chaos:
                 self.wait(self.is_over, 600)
 
     def harm(self, kind: str) -> bool:
-        """False if it came too late: a driver had done all before it could be frozen."""
+        """False if it came too late, because a driver had done all before it felt anything."""
+        felt = {"kill node": "lost", "drain node": "yielded"}.get(kind, "")
+        num_felt = self.count(felt)
         if kind in ("kill rank", "freeze rank"):
             pids = self.random.choice(sorted(self.gangs().items()))[1]
             os.kill(self.random.choice(pids), signal.SIGKILL if kind == "kill rank" else signal.SIGSTOP)
@@ -158,7 +163,9 @@ class Chaos:
                 return False
             if frozen.returncode != 75:
                 raise RuntimeError(f"a driver that had lost its lease ended with {frozen.returncode}, not 75")
-        return True
+        if felt:  # before the next incident: a driver that is killed in between would never tell
+            self.wait(lambda: self.is_over() or self.count(felt) > num_felt, START_S)
+        return not felt or self.count(felt) > num_felt
 
     def take_node(self) -> Any:
         """One that has a gang on it, no longer counted among the nodes."""

@@ -98,16 +98,18 @@ def in_tmpfs(folder: Path, size_kib: int, script: str) -> subprocess.CompletedPr
 
 @pytest.mark.parametrize("on_ray", [(), ("--gangs", 2)])
 def test_a_full_disk_ends_the_run_with_one_line_and_no_half_clip(checkpoint_folder, tmp_path, on_ray):
-    out = tmp_path / "out"
+    out, num_clips = tmp_path / "out", 12 if on_ray else 5
     out.mkdir()
     render = " ".join(
         command(
-            *["'a red circle'"] * 5,
+            *["'a red circle'"] * num_clips,
             *("--out", out, "--model", checkpoint_folder("wan"), "--steps", 2, "--lossless", *on_ray),
         )
     )
-    prompt_kib = 512 * 64 * 4 * 2 // 1024  # of two branches, float32: gangs read it from there
-    done = in_tmpfs(out, 48 + prompt_kib if on_ray else 48, f"{render}; echo code $?; ls -A {out}; rm -f {out}/*.mp4")
+    # On Ray the prompt of two branches in float32 lies there too, and the latents of clips that are under way: up to
+    # ten pages of 4 KiB, where a clip takes about four. Enough for some clips, not for all.
+    size_kib = 512 * 64 * 4 * 2 // 1024 + 96 if on_ray else 48
+    done = in_tmpfs(out, size_kib, f"{render}; echo code $?; ls -A {out}; rm -f {out}/*.mp4")
     if done is None:
         pytest.skip("this system does not let the test mount a tmpfs")
     code, *left = done.stdout.splitlines()
@@ -118,4 +120,4 @@ def test_a_full_disk_ends_the_run_with_one_line_and_no_half_clip(checkpoint_fold
     assert "Traceback" not in done.stderr
     assert ".tmp" not in left
     assert any(name.endswith(".mp4") for name in left)  # the clips before it stay
-    assert len([name for name in left if name.endswith(".mp4")]) < 5
+    assert len([name for name in left if name.endswith(".mp4")]) < num_clips
