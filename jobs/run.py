@@ -170,6 +170,7 @@ def _held_folder(out: Path, lease_s: float) -> Iterator[tuple[OutputFolder, Leas
                 yield folder, lease
             finally:
                 if lease.is_ours():  # else all that lies there is another driver's
+                    folder.sweep()  # after actors that were killed as they wrote
                     folder.tidy()
     finally:
         folder.remove_if_empty()
@@ -307,7 +308,10 @@ def _gangs(asked: AskedRun, start_now: bool = False) -> Iterator[Renderer]:
                     metrics=RunMetrics(),
                     hang_s=options.hang_s,
                 )
-                batch.run()
+                try:
+                    batch.run()
+                finally:
+                    slots.destroy()  # while the folder is still held
             return RunReport(
                 results=results,
                 wall_s=time.monotonic() - began,
