@@ -88,15 +88,19 @@ class Chaos:
     def count(self, name: str) -> int:
         return sum(event["event"] == name for event in self.events())
 
-    def gangs(self) -> dict[str, list[int]]:
-        """Pids of the ranks of each gang that is up now."""
-        up: dict[str, list[int]] = {}
+    def built(self) -> dict[str, dict[str, Any]]:
+        """What was said of each gang that is up now as it was built: the pids of its ranks, its nodes."""
+        up: dict[str, dict[str, Any]] = {}
         for event in self.events():
             if event["event"] == "built":
-                up[event["actor"]] = event["pids"]
+                up[event["actor"]] = event
             elif event["event"] == "lost":
                 up.pop(event["actor"], None)
-        return {gang: pids for gang, pids in up.items() if all(Path(f"/proc/{pid}").exists() for pid in pids)}
+        return {gang: said for gang, said in up.items() if all(Path(f"/proc/{pid}").exists() for pid in said["pids"])}
+
+    def gangs(self) -> dict[str, list[int]]:
+        """Pids of the ranks of each gang that is up now."""
+        return {gang: said["pids"] for gang, said in self.built().items()}
 
     def run(self, planned: list[str]) -> None:
         """Until a driver has ended with all done; raises if one ends with something else.
@@ -169,7 +173,7 @@ class Chaos:
 
     def take_node(self) -> Any:
         """One that has a gang on it, no longer counted among the nodes."""
-        busy = {node for event in self.events() if event["event"] == "built" for node in event["nodes"]}
+        busy = {node for said in self.built().values() for node in said["nodes"]}
         node = self.random.choice([node for node in self.nodes if node.node_id in busy] or self.nodes)
         self.nodes.remove(node)
         return node
