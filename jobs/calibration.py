@@ -1,5 +1,6 @@
 """Calibration runs: render a few clips, measure, write one file."""
 
+import json
 import os
 import sys
 import uuid
@@ -13,7 +14,7 @@ from cineray.caching.profile import DiCacheProfile, MagCacheProfile, TeaCacheFit
 from cineray.caching.smoothcache import LayerSchedule, dump_schedule
 from cineray.caching.teacache import SIGNALS
 from cineray.jobs.measure_progress import counting
-from cineray.jobs.record import render_options
+from cineray.jobs.quality_bench import measured_on
 from cineray.jobs.trial_log import TrialLog
 from cineray.pipeline.adapters import MODELS
 from cineray.pipeline.calibrate import measure_layer_errors, smooth_schedule
@@ -22,7 +23,7 @@ from cineray.pipeline.calibrate_weights import CURVE, MIN_STEPS, SPEEDUPS, Curve
 from cineray.pipeline.checkpoint import Checkpoint
 from cineray.pipeline.loading import LoadedModel, LoadOptions, load_model
 from cineray.pipeline.render import render_clip
-from cineray.pipeline.request import ClipRequest, InputError, fingerprint
+from cineray.pipeline.request import ClipRequest, InputError
 
 
 def calibrate_smoothcache(
@@ -144,7 +145,7 @@ def calibrate_dicache(
         raise InputError(f"calibrate: dicache needs clips of {MIN_STEPS} or more steps")
     with _replacing(out) as temporary, TemporaryDirectory() as folder:
         model = load_model(checkpoint, options)
-        known = TrialLog(out.with_name(f"{out.name}.trials"), _mark(model, requests))
+        known = TrialLog(out.with_name(f"{out.name}.trials"), json.dumps(measured_on(model, requests)))
         if known:
             print(f"going on from {len(known)} points of an earlier run", file=sys.stderr)
         search = WeightSearch(model, requests, Path(folder), known)
@@ -202,12 +203,6 @@ def _source(model: LoadedModel, requests: list[ClipRequest], policy: str) -> str
     size = f"{first.width}x{first.height}, {first.num_frames} frames, {first.num_inference_steps} steps"
     clips = f"{len(requests)} clips of {size}, guidance {first.guidance_scale}"
     return f"cineray calibrate {policy}: {clips}; weights {model.digest}"
-
-
-def _mark(model: LoadedModel, requests: list[ClipRequest]) -> str:
-    """What frames depend on beside the policy."""
-    options = render_options(model.options, lossless=False)
-    return " ".join([model.options.device, *(fingerprint(r, "none", model.digest, options) for r in requests)])
 
 
 def _number_of_steps(requests: list[ClipRequest]) -> int:

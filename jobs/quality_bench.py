@@ -49,7 +49,7 @@ def bench_quality(
         InputError: a bad policy or target, or `out` holds a bench of other clips, or cannot be written.
     """
     asked = _asked(model, policies, targets, {request.num_inference_steps for request in requests})
-    file = None if out is None else _BenchFile(out, _identity(model, requests))
+    file = None if out is None else _BenchFile(out, measured_on(model, requests))
     known = {} if file is None else file.rows(model)
     done: list[BenchRow] = []
     with counting("rows", len(asked)) as on_done:
@@ -104,7 +104,7 @@ def _measure(meter: QualityMeter, policy: str, sweep: Sweep | None, target: floa
     return BenchRow(asked=policy, at=target, row=meter.measure(found))
 
 
-def _identity(model: LoadedModel, requests: list[ClipRequest]) -> dict[str, Any]:
+def measured_on(model: LoadedModel, requests: list[ClipRequest]) -> dict[str, Any]:
     """What the numbers depend on beside the policies."""
     options = render_options(model.options, lossless=False)
     clips = [fingerprint(request, "none", model.digest, options) for request in requests]

@@ -308,10 +308,7 @@ def _gangs(asked: AskedRun, start_now: bool = False) -> Iterator[Renderer]:
                     metrics=RunMetrics(),
                     hang_s=options.hang_s,
                 )
-                try:
-                    batch.run()
-                finally:
-                    slots.destroy()  # while the folder is still held
+                batch.run()
             return RunReport(
                 results=results,
                 wall_s=time.monotonic() - began,
