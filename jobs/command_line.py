@@ -12,6 +12,7 @@ from cineray.jobs.batch_commands import status, submit
 from cineray.jobs.clip_options import Asked, RunAsked, clip_options, json_option, run_options
 from cineray.jobs.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED_CLIPS, EXIT_INTERRUPTED, EXIT_LEASED
 from cineray.jobs.measure_commands import bench, calibrate, verify
+from cineray.jobs.terminal import tell
 
 _INTERRUPTED = "cineray: interrupted; finished clips are kept, run the same command again to go on"
 
@@ -150,5 +151,5 @@ def _run(arguments: list[str]) -> int:
 
         if not isinstance(error, InputError):
             raise
-        print("\n".join(f"cineray: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        tell(*(f"cineray: {line}" for line in error.lines))
         return EXIT_BAD_INPUT

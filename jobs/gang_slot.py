@@ -222,7 +222,7 @@ def outcome(ref: Any) -> Any:
         return MemberEnd(kind="died", reason=_first_line(death))
     except exceptions.RayTaskError as error:
         if isinstance(error.cause, InputError):
-            return InputError(str(error.cause))
+            return InputError(*error.cause.lines)
         return MemberEnd(kind="raised", reason=f"{type(error.cause).__name__}: {_first_line(error.cause)}")
     except exceptions.RayError as error:
         return MemberEnd(kind="raised", reason=f"{type(error).__name__}: {_first_line(error)}")

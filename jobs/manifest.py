@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, Valid
 
 from cineray.caching.spec import AnyPlan, LayerPlan
 from cineray.pipeline.checkpoint import Checkpoint
-from cineray.pipeline.request import ClipRequest, InputError, is_plain, problems, shorten
+from cineray.pipeline.request import ClipRequest, InputError, is_plain, problems
+from cineray.text import shorten
 
 MAX_LINE_BYTES = 1_000_000  # a prompt may have 20,000 characters of up to 12 bytes each when escaped
 MAX_REPORTED = 20  # bad lines shown; the rest is counted
@@ -213,7 +214,7 @@ def check_manifest(
         # once more, to say which lines; one that was changed meanwhile is found out when it is rendered
         bad, num_clips = _check_lines(path, LineCheck(defaults, checkpoint, path.parent), _SeenIds(repeated), on_line)
     if bad:
-        raise InputError("\n".join(bad))
+        raise InputError(*bad)
     if num_clips == 0:
         raise InputError(f'{path} has no clips; write one JSON object per line, such as {{"prompt": "..."}}')
     return num_clips
@@ -287,7 +288,7 @@ def check_prompts(prompts: list[str], defaults: RunDefaults, checkpoint: Checkpo
     check = RequestCheck(checkpoint)
     bad = [f"prompt {request.id}: {'; '.join(reasons)}" for request in requests if (reasons := check(request))]
     if bad:
-        raise InputError("\n".join(bad[:MAX_REPORTED]))
+        raise InputError(*bad[:MAX_REPORTED])
     return requests
 
 

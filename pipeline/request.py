@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from cineray.text import shorten
+
 # Sixteen times the 512 tokens that Wan reads at about 4 characters each would be 32k; nobody types that.
 MAX_PROMPT_CHARS = 20_000
 MAX_SIDE_PX = 8192
@@ -17,7 +19,21 @@ CLIP_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class InputError(ValueError):
-    """Something that the user gave cannot be used; the message says what, where, allowed, got, what to do."""
+    """Something that the user gave cannot be used; each line says what, where, allowed, got, what to do.
+
+    Args:
+        lines: one message each; a line end within one is the user's own, and is escaped where it is shown.
+    """
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__(*lines)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        return self.args
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,12 +126,6 @@ def is_plain(clip_id: str, prompt: str, seed: int) -> bool:
         and prompt != ""
         and 0 <= seed <= MAX_SEED
     )
-
-
-def shorten(text: str, limit: int = 60) -> str:
-    """`repr` of a text, cut in the middle of long ones, safe to print in one line."""
-    shown = text if len(text) <= limit else f"{text[: limit // 2]}...{text[-limit // 2 :]}"
-    return ascii(shown)
 
 
 def fingerprint(request: ClipRequest, policy: str, model_digest: str, render_options: dict[str, object]) -> str:

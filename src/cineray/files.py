@@ -1,0 +1,60 @@
+"""Reads files that others may have put there: regular ones alone, never without end, never a traceback for JSON."""
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+MAX_JSON_BYTES = 64 * 2**20  # a trace of 1,000 steps with two branches has half a megabyte
+
+
+def read_regular(path: Path, max_bytes: int = MAX_JSON_BYTES, follow_links: bool = True) -> bytes:
+    """The content of a regular file.
+
+    A FIFO or a device, which could be read for ever, is refused before it is read.
+
+    Args:
+        follow_links: False refuses a symbolic link as the last part of the path.
+
+    Raises:
+        OSError: it is not there, not regular, a link, longer than `max_bytes`, or cannot be read; `strerror` says so.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP and not follow_links:
+            raise OSError(errno.ELOOP, "is a symbolic link", str(path)) from None
+        raise
+    with os.fdopen(descriptor, "rb") as file:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(errno.EFBIG, f"has more than {max_bytes} bytes", str(path))
+    return content
+
+
+def parse_json(text: bytes | str) -> Any:
+    """JSON in UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: it is not JSON, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, follow_links: bool = True) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: as `read_regular`.
+        ValueError: as `parse_json`.
+    """
+    return parse_json(read_regular(path, max_bytes, follow_links))
