@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from cineray.jobs.commit import commit_clip, read_or_rebuild_record
+from cineray.jobs.commit import Doubt, commit_clip, find_clip
 from cineray.jobs.lease import Lease, LeasedError
 from cineray.jobs.output_folder import OutputError, OutputFolder
 from cineray.jobs.progress import RenderProgress
@@ -14,7 +15,7 @@ from cineray.jobs.results import ClipResult, ResultLog, Status
 from cineray.jobs.step_keeper import StepKeeper, Yielded
 from cineray.pipeline.loading import LoadedModel
 from cineray.pipeline.render import render_clip
-from cineray.pipeline.request import ClipRequest, fingerprint
+from cineray.pipeline.request import ClipRequest, InputError, fingerprint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,16 +58,22 @@ def _render_or_find(batch: Batch, request: ClipRequest, options: dict[str, objec
     video = batch.folder.video_path(request, mark)
     status: Status = "existing"
     error, record = None, {}
-    if video.exists():
-        record = read_or_rebuild_record(batch.folder, video)
-    else:
-        batch.progress.begin_clip(request.id, request.num_inference_steps)
-        try:
+    try:
+        stands = find_clip(batch.folder, request, mark)
+        if isinstance(stands, dict):
+            record = stands
+        else:
+            if isinstance(stands, Doubt):
+                batch.progress.say(f"{request.id}: {video} is rendered again: {stands.reason}")
+            batch.folder.check(f"clip {request.id} was to be rendered")
+            batch.progress.begin_clip(request.id, request.num_inference_steps)
             record, status = _render(batch, request, mark, options), "done"
-        except (OutputError, LeasedError):
-            raise
-        except (RuntimeError, ValueError, OSError) as reason:  # out of memory, a bad image, ffmpeg
-            error, status = f"{type(reason).__name__}: {' '.join(str(reason).split())[:300]}", "failed"
+    except (OutputError, LeasedError):
+        raise
+    except InputError as reason:
+        error, status = str(reason), "failed"
+    except (RuntimeError, ValueError, OSError) as reason:  # out of memory, a bad image, ffmpeg
+        error, status = f"{type(reason).__name__}: {' '.join(str(reason).split())[:300]}", "failed"
     wall_s = time.monotonic() - began
     batch.folder.log_event(
         status, id=request.id, fingerprint=mark, wall_s=round(wall_s, 3), **({"error": error} if error else {})
@@ -86,5 +93,6 @@ def _render(batch: Batch, request: ClipRequest, mark: str, options: dict[str, ob
     record = clip_record(request, mark, batch.model, options, clip, resumed_at=keeper.resumed_at)
     batch.lease.check()
     commit_clip(batch.folder, request, mark, clip, record, batch.lossless)
-    state.unlink(missing_ok=True)
+    with suppress(OSError):  # the clip is committed, whatever lies there
+        state.unlink(missing_ok=True)
     return record

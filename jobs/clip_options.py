@@ -32,6 +32,20 @@ class Asked:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
 _PATH = click.Path(path_type=Path)
+
+
+class FolderPath(click.Path):
+    """A folder that the user names; an empty name, as of a variable that is not set, is not the folder one is in."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("must not be empty; give a folder.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 _PROMPTS = click.argument("prompts", nargs=-1, metavar="PROMPT...")
 _OPTIONS = [
     click.option(

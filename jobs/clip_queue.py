@@ -4,10 +4,9 @@ import json
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 
-from cineray.jobs.commit import read_or_rebuild_record
+from cineray.jobs.commit import Doubt, EntryError, find_clip
 from cineray.jobs.output_folder import OutputFolder
 from cineray.jobs.record import policy_text, render_options
 from cineray.jobs.results import ClipResult
@@ -18,6 +17,7 @@ from cineray.pipeline.request import ClipRequest, fingerprint, prompt_key
 from cineray.pipeline.weights import Identity
 
 MAX_SCANNED = 200  # lines looked up at once: the driver has other things to do
+MAX_LOOK_S = 1.0  # and for so long: a video that no sidecar knows takes a tenth of a second
 MAX_PROMPTS = 256  # encoded prompts kept on disk, 4 MB each for the largest text encoders
 
 
@@ -61,12 +61,14 @@ class ClipQueue:
         self._encoded: OrderedDict[str, None] = OrderedDict()
         self.waiting: deque[Clip] = deque()
         self.is_exhausted = False
+        self.doubted: list[str] = []  # lines about videos that are rendered again, until they are told
 
     def fill(self) -> list[ClipResult]:
-        """Reads ahead; returns clips that an earlier run has committed."""
-        existing = []
+        """Reads ahead; returns clips that an earlier run has committed, and those that cannot be written."""
+        known, began_s = [], time.monotonic()
         for _ in range(MAX_SCANNED):
-            if self.is_exhausted or len(self.waiting) >= self._depth:
+            full = len(self.waiting) >= self._depth
+            if self.is_exhausted or full or time.monotonic() - began_s > MAX_LOOK_S:
                 break
             request = next(self._requests, None)
             if request is None:
@@ -74,14 +76,21 @@ class ClipQueue:
                 break
             task = self._task(request)
             video = self._folder.video_path(request, task.mark)
-            if video.exists():
-                record = read_or_rebuild_record(self._folder, video)
-                existing.append(ClipResult.of(request, "existing", 0.0, str(video), record))
-            else:
-                key = task.prompt_key
-                self._in_use[key] = self._in_use.get(key, 0) + 1
-                self.waiting.append(Clip(task=task, strikes=self._earlier_strikes(task)))
-        return existing
+            try:
+                stands = find_clip(self._folder, request, task.mark)
+            except EntryError as reason:
+                self.write_trouble(Clip(task=task, strikes=[str(reason)]), "failed")
+                known.append(ClipResult.of(request, "failed", 0.0, error=str(reason)))
+                continue
+            if isinstance(stands, dict):
+                known.append(ClipResult.of(request, "existing", 0.0, str(video), stands))
+                continue
+            if isinstance(stands, Doubt):
+                self.doubted.append(f"{request.id}: {video} is rendered again: {stands.reason}")
+            key = task.prompt_key
+            self._in_use[key] = self._in_use.get(key, 0) + 1
+            self.waiting.append(Clip(task=task, strikes=self._earlier_strikes(task)))
+        return known
 
     def prompts_wanted(self) -> list[Task]:
         """Clips in hand whose prompt is not encoded yet, one for each prompt."""
@@ -97,7 +106,7 @@ class ClipQueue:
                 break
             if not self._in_use.get(old):
                 del self._encoded[old]
-                self._folder.prompt_path(old).unlink(missing_ok=True)
+                self._folder.forget_prompt(old)
 
     def take_ready(self) -> Clip | None:
         """The first clip whose prompt is encoded."""
@@ -130,14 +139,12 @@ class ClipQueue:
         if not self._in_use[key]:
             del self._in_use[key]
         if is_done:
-            with suppress(OSError):
-                self._folder.trouble_path(clip.id, clip.task.mark).unlink(missing_ok=True)
+            self._folder.forget(self._folder.trouble_path(clip.id, clip.task.mark))
 
     def close(self) -> None:
         """Removes the encoded prompts."""
         for key in self._encoded:
-            with suppress(OSError):
-                self._folder.prompt_path(key).unlink(missing_ok=True)
+            self._folder.forget_prompt(key)
 
     def _task(self, request: ClipRequest) -> Task:
         policy, digest = policy_text(request, self._checkpoint), self._identity.digest

@@ -9,7 +9,7 @@ import click
 
 from cineray.jobs.asked_clips import load_options, requests_of, run_defaults, takes_long_to_check
 from cineray.jobs.batch_commands import status, submit
-from cineray.jobs.clip_options import Asked, RunAsked, clip_options, json_option, run_options
+from cineray.jobs.clip_options import Asked, FolderPath, RunAsked, clip_options, json_option, run_options
 from cineray.jobs.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED_CLIPS, EXIT_INTERRUPTED, EXIT_LEASED
 from cineray.jobs.measure_commands import bench, calibrate, verify
 from cineray.jobs.terminal import tell
@@ -25,7 +25,7 @@ def cineray() -> None:
 
 @cineray.command()
 @clip_options
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", required=True, help="Folder for the clips.")
+@click.option("--out", type=FolderPath(), metavar="DIR", required=True, help="Folder for the clips.")
 @click.option("--cache", default="none", show_default=True, metavar="SPEC", help="Cache policy; see docs/caching.md.")
 @click.option("--fps", type=int, metavar="N", help="Frames per second of the MP4.  [default: the model's]")
 @click.option("--lossless", is_flag=True, help="MP4s whose decoded RGB frames are exactly the rendered ones.")

@@ -1,17 +1,83 @@
-"""Writes a rendered clip and commits it: the video first, which counts, then what can be made anew from it."""
+"""When a clip is there: a rendered one is written and committed, one that stands there already is looked at.
 
-import json
+The video counts. Its trace and its sidecar are written before it gets its final name, so that a disk that fills up
+between them leaves a clip that is not there rather than one without a trace. The sidecar remembers the video: size,
+time and SHA-256. A video that is not the one that was written (empty, cut, changed, of something else) is doubted:
+its clip is rendered again, and replaces it in one step.
+"""
+
+import hashlib
+import os
+import stat
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cineray.files import read_json
 from cineray.jobs.output_folder import OutputFolder
+from cineray.jobs.own_files import kind_of
 from cineray.jobs.record import clip_timings
-from cineray.pipeline.request import ClipRequest
-from cineray.pipeline.video import VideoError, read_metadata, write_video
+from cineray.pipeline.request import ClipRequest, InputError
+from cineray.pipeline.video import VideoError, count_frames, read_metadata, write_video
 
 if TYPE_CHECKING:  # a driver on Ray reads records, and does without torch
     from cineray.pipeline.render import RenderedClip
+
+
+class EntryError(InputError):
+    """Something that cineray did not make stands under a clip's name: that clip cannot be written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """Why a file under a clip's final name is not its whole video."""
+
+    reason: str
+
+
+def find_clip(folder: OutputFolder, request: ClipRequest, mark: str) -> dict[str, Any] | Doubt | None:
+    """What stands under a clip's final name.
+
+    Cheap where the sidecar knows the file by its size and time; otherwise the file is read once, and remembered.
+
+    Returns:
+        The record of a clip that is there, None of one that is not.
+
+    Raises:
+        EntryError: a link, a folder or the like stands under a name of the clip, or its video cannot be read.
+        OutputError: the folder is gone or cannot be written.
+    """
+    video = folder.video_path(request, mark)
+    with folder.explained(f"looking for clip {request.id}"):
+        _refuse_entries(video)
+        try:
+            about = os.lstat(video)
+        except FileNotFoundError:
+            return None
+    if about.st_size == 0:
+        return Doubt("it is empty")
+    sidecar = video.with_suffix(".json")
+    record = _read_sidecar(sidecar, mark)
+    proof = {} if record is None else _proof_in(record)
+    if proof:
+        if proof["bytes"] != about.st_size:
+            return Doubt(f"it has {about.st_size} bytes, {proof['bytes']} were written")
+        if record is not None and proof["mtime_ns"] == about.st_mtime_ns:
+            return record
+    found = _proof_of(video)
+    if proof and found["sha256"] != proof["sha256"]:
+        return Doubt("its bytes are not those that were written")
+    if not proof:
+        tag = read_metadata(video)
+        fault = _fault(video, tag, request, mark)
+        if fault is not None:
+            return Doubt(fault)
+        record = record or tag
+    record = (record or {}) | {"video": found}
+    folder.write_json(sidecar.name, record)
+    return record
 
 
 def commit_clip(
@@ -20,34 +86,133 @@ def commit_clip(
     """Returns the committed video: this one, or the one that another process had committed before.
 
     Raises:
+        EntryError: something that is not cineray's has appeared under the clip's name.
         OutputError: the disk is full, or the folder cannot be written any more.
         VideoError: ffmpeg failed for another reason.
     """
+    doing, is_first = f"writing clip {request.id}", True
+    while True:
+        try:
+            return _write_and_commit(folder, request, mark, clip, record, lossless)
+        except (VideoError, OSError):
+            has_vanished = not os.path.lexists(folder.path / ".tmp")
+            folder.check(doing)  # a fault of the folder is not the clip's
+            if folder.is_full_for(clip.frames.nbytes):
+                raise folder.full(doing) from None
+            if not (has_vanished and is_first):
+                raise
+            is_first = False
+
+
+def _write_and_commit(
+    folder: OutputFolder, request: ClipRequest, mark: str, clip: "RenderedClip", record: dict[str, Any], lossless: bool
+) -> Path:
     video = folder.video_path(request, mark)
+    stands = find_clip(folder, request, mark)
+    if isinstance(stands, dict):
+        return video  # another process was faster
     rendered = time.monotonic()
-    try:
-        with folder.new_video(request, video) as temporary:
-            write_video(clip.frames, temporary, request.fps, record, lossless)
-    except (VideoError, OSError):
-        if not folder.path.is_dir():
-            raise folder.gone(f"writing clip {request.id}") from None
-        if folder.is_full_for(clip.frames.nbytes):
-            raise folder.full(f"writing clip {request.id}") from None
-        raise
-    if clip.trace is not None:
-        folder.write_json(video.with_suffix(".trace.json").name, clip.trace.content(), indent=None)
-    timings = clip_timings(clip, time.monotonic() - rendered)
-    folder.write_json(video.with_suffix(".json").name, record | {"timings": timings})
+    sidecar, trace = video.with_suffix(".json"), video.with_suffix(".trace.json")
+    is_committed = False
+    with folder.new_video(request) as temporary:
+        write_video(clip.frames, temporary, request.fps, record, lossless)
+        proof = _proof_of(temporary, is_flushed=True)
+        try:
+            if clip.trace is not None:
+                folder.write_json(trace.name, clip.trace.content(), indent=None)
+            timings = clip_timings(clip, time.monotonic() - rendered)
+            folder.write_json(sidecar.name, record | {"timings": timings, "video": proof})
+            is_committed = folder.commit(temporary, video, replace=isinstance(stands, Doubt))
+            if not is_committed:  # one has appeared in the meantime, and the sidecar is of ours
+                folder.forget(sidecar)
+                if not isinstance(find_clip(folder, request, mark), dict):
+                    folder.write_json(sidecar.name, record | {"timings": timings, "video": proof})
+                    folder.commit(temporary, video, replace=True)
+                is_committed = True
+        finally:
+            if not is_committed and stands is None:
+                folder.forget(trace)
+                folder.forget(sidecar)
     return video
 
 
-def read_or_rebuild_record(folder: OutputFolder, video: Path) -> dict[str, Any]:
-    """The record of a committed clip; a sidecar that is gone or broken is written again from the video's own tag."""
-    sidecar = video.with_suffix(".json")
+def _refuse_entries(video: Path) -> None:
+    for path, is_replaced in (
+        (video, False),
+        (video.with_suffix(".json"), True),
+        (video.with_suffix(".trace.json"), True),
+    ):
+        kind = kind_of(path)
+        if kind not in (None, "a file") and not (is_replaced and kind != "a folder"):
+            raise EntryError(f"{path} is {kind}, which cineray does not make; remove it and run the same command again")
+
+
+def _read_sidecar(path: Path, mark: str) -> dict[str, Any] | None:
+    """What a sidecar says, if it is the clip's and has the form that is read from it."""
     try:
-        return json.loads(sidecar.read_text(encoding="utf-8"))
+        record = read_json(path, follow_links=False)
     except (OSError, ValueError):
-        record = read_metadata(video)
-        if record:
-            folder.write_json(sidecar.name, record)
-        return record
+        return None
+    return record if isinstance(record, dict) and _is_record(record, mark) else None
+
+
+def _is_record(record: dict[str, Any], mark: str) -> bool:
+    trace, resumed_at = record.get("trace"), record.get("resumed_at", [])
+    return (
+        record.get("fingerprint") == mark
+        and isinstance(trace, dict)
+        and all(_is_number(trace.get(name)) for name in ("computed_steps", "skipped_steps", "cost"))
+        and isinstance(resumed_at, Sequence)
+        and all(_is_number(step) for step in resumed_at)
+        and isinstance(record.get("warning", ""), str)
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _proof_in(record: dict[str, Any]) -> dict[str, Any]:
+    """What a sidecar remembers of its video; empty if it does not, as those of earlier versions."""
+    proof = record.get("video")
+    if not isinstance(proof, dict) or not all(_is_number(proof.get(name)) for name in ("bytes", "mtime_ns")):
+        return {}
+    return proof if isinstance(proof.get("sha256"), str) else {}
+
+
+def _proof_of(video: Path, is_flushed: bool = False) -> dict[str, Any]:
+    """Size in bytes, time of the last change in nanoseconds, and SHA-256 of a regular file.
+
+    Args:
+        is_flushed: to the disk, before its time is read: some file systems set it then.
+
+    Raises:
+        EntryError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        descriptor = os.open(video, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            if is_flushed:
+                os.fsync(descriptor)
+            about = os.fstat(descriptor)
+            if not stat.S_ISREG(about.st_mode):
+                raise EntryError(f"{video} is not a file any more")
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    except OSError as error:
+        if is_flushed:
+            raise
+        raise EntryError(f"{video} cannot be read: {error.strerror}; change its rights, or remove it") from None
+    return {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns, "sha256": digest.hexdigest()}
+
+
+def _fault(video: Path, tag: dict[str, Any], request: ClipRequest, mark: str) -> str | None:
+    """Why a video is not the clip's whole one, going by what it shows and what its comment tag says."""
+    if not _is_record(tag, mark):
+        return "it does not say that it is this clip"
+    try:
+        num_frames = count_frames(video)
+    except VideoError as error:
+        return f"it cannot be decoded: {error}"
+    return None if num_frames == request.num_frames else f"it has {num_frames} of {request.num_frames} frames"

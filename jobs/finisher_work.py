@@ -1,5 +1,6 @@
 """What is done to a clip before and after the gangs: text encoding; decoding, writing and committing."""
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from cineray.caching.trace import trace_from
 from cineray.jobs.commit import commit_clip
 from cineray.jobs.output_folder import OutputError, OutputFolder
+from cineray.jobs.own_files import kind_of
 from cineray.jobs.rank_work import CLIP_ERRORS, explain
 from cineray.jobs.record import clip_record, render_options
 from cineray.jobs.stages import ClipFault, RunSpec, Task
@@ -35,12 +37,13 @@ class FinisherWork:
         folder = OutputFolder.existing(self._spec.out)
         path = folder.prompt_path(task.prompt_key)
         try:
-            if not path.exists():
+            if kind_of(path) != "a file":
                 with folder.explained(f"keeping the prompt of clip {task.request.id}"):
                     encode_prompt(self._model, task.request, path)
         except OutputError:
             raise
         except CLIP_ERRORS as reason:
+            folder.check(f"the prompt of clip {task.request.id} was encoded")  # a fault of the folder is not the clip's
             return ClipFault(reason=explain(reason))
         return None
 
@@ -76,6 +79,8 @@ class FinisherWork:
         except OutputError:
             raise
         except (*CLIP_ERRORS, VideoError) as reason:
+            folder.check(f"clip {request.id} was written")
             return ClipFault(reason=explain(reason))
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # the clip is committed, whatever lies there
+            path.unlink(missing_ok=True)
         return record

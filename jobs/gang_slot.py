@@ -136,7 +136,7 @@ class GangSlot:
         known = self.ends.get(index)
         if not (isinstance(known, MemberEnd) and known.kind == "died"):
             self.ends[index] = answer
-        if isinstance(answer, MemberEnd | ClipFault) and self.first_end_s is None:
+        if isinstance(answer, MemberEnd | ClipFault | InputError) and self.first_end_s is None:
             self.first_end_s = now_s
 
     def is_settled(self, now_s: float) -> bool:

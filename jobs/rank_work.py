@@ -18,6 +18,7 @@ from cineray.pipeline.encoded_prompts import EncodedPipe
 from cineray.pipeline.gang import Gang
 from cineray.pipeline.loading import TEXT_ENCODERS, LoadedModel, load_model
 from cineray.pipeline.render import denoise_clip
+from cineray.pipeline.request import InputError
 
 # what a clip's own input can raise; all else a rank raises is held against the gang
 CLIP_ERRORS = (ValueError, OSError, torch.OutOfMemoryError)
@@ -94,7 +95,8 @@ class RankWork:
             self.pulse = Pulse(mark=task.mark, step=done, num_steps=total)
 
         try:
-            pipe = EncodedPipe(self._model.pipe, folder.prompt_path(task.prompt_key))
+            with folder.explained(f"reading the encoded prompt of clip {task.request.id}"):
+                pipe = EncodedPipe(self._model.pipe, folder.prompt_path(task.prompt_key))
             clip = denoise_clip(self._model, task.request, on_step, gang=self._gang, keeper=keeper, pipe=pipe)
             if self._gang.mesh.leads:
                 with folder.explained(f"keeping the latents of clip {task.request.id}"):
@@ -105,12 +107,15 @@ class RankWork:
         except OutputError:
             raise
         except CLIP_ERRORS as reason:
+            folder.check(f"clip {task.request.id} was denoised")  # a fault of the folder is not the clip's
             return ClipFault(reason=explain(reason))
         return Denoised(busy_s=time.monotonic() - began)
 
 
 def explain(reason: BaseException) -> str:
-    return f"{type(reason).__name__}: {' '.join(str(reason).split())[:300]}"
+    """One line: what went wrong, and its type where the message is not one of ours."""
+    said = " ".join(str(reason).split())[:300]
+    return said if isinstance(reason, InputError) else f"{type(reason).__name__}: {said}"
 
 
 def _join_timeout() -> timedelta:

@@ -108,6 +108,8 @@ class RayBatch:
         self.lease.check()
         for result in self.queue.fill():
             self._tell(result)
+        while self.queue.doubted:
+            self.progress.say(self.queue.doubted.pop(0))
         if self._is_over():
             return  # all were there: no actor needs to start
         self._build()
@@ -144,6 +146,7 @@ class RayBatch:
                 continue
             clip = self.queue.take_ready()
             if clip is not None:
+                self.folder.check(f"clip {clip.id} was to be rendered")
                 self.denoising[clip.task.name] = clip
                 self.folder.log_event("running", id=clip.id, fingerprint=clip.task.mark, gang=gang.name)
                 gang.assign(clip.task)

@@ -65,7 +65,7 @@ class ResultLog:
         self.counts[result.status] += 1
         values = ((field.name, getattr(result, field.name)) for field in _FIELDS)
         content = {name: value for name, value in values if value or name not in _OPTIONAL}
-        self._file.write(json.dumps(content, ensure_ascii=False) + "\n")
+        self._file.write(json.dumps(content) + "\n")  # in ASCII: a path may have what no encoding has
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._file.seek(0)
@@ -79,7 +79,7 @@ class ResultLog:
         to.write('{"clips": [')
         for number, line in enumerate(self._file):
             to.write((", " if number else "") + line.rstrip("\n"))
-        to.write("], " + json.dumps(rest, ensure_ascii=False)[1:] + "\n")
+        to.write("], " + json.dumps(rest)[1:] + "\n")
         to.flush()
         self._file.seek(0, 2)
 

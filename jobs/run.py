@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cineray.distributed.layout import Layout, check_layout
-from cineray.jobs.lease import TTL_S, Lease
-from cineray.jobs.output_folder import OutputFolder
+from cineray.jobs.lease import MIN_TTL_S, TTL_S, Lease
+from cineray.jobs.output_folder import OutputFolder, refuse_early
 from cineray.jobs.results import ResultLog
 from cineray.pipeline.checkpoint import Checkpoint
 from cineray.pipeline.load_options import LoadOptions
@@ -46,9 +46,13 @@ class RunOptions:
         for name, value in (("sp", self.sp), ("gangs", self.num_gangs), ("finishers", self.num_finishers or 1)):
             if value < 1:
                 raise InputError(f"--{name} must be 1 or more, got {value}")
-        for name, value in (("hang-timeout", self.hang_s), ("lease-timeout", self.lease_s)):
-            if not value > 0:
-                raise InputError(f"--{name} must be above 0, got {value:g}")
+        if not self.hang_s > 0:
+            raise InputError(f"--hang-timeout must be above 0, got {self.hang_s:g}")
+        if not self.lease_s >= MIN_TTL_S:
+            raise InputError(
+                f"--lease-timeout must be {MIN_TTL_S:g} or more, got {self.lease_s:g}: a living driver would be taken "
+                "for dead"
+            )
         if not self.checkpoint_s >= 0:
             raise InputError(f"--checkpoint-every must be 0 or more, got {self.checkpoint_s:g}")
 
@@ -133,6 +137,7 @@ def render_run(
         LeasedError: another driver renders into it.
     """
     options, early = asked.options, None
+    refuse_early(asked.out)
     if options.uses_ray:
         _check_fits(asked.checkpoint, options.layout)
     with ExitStack() as stack:
@@ -152,7 +157,7 @@ def render_run(
                 report = render(Work(num_clips=num_clips, requests=iter(requests), folder=folder, lease=lease))
             lease.check()
             folder.write_json("run.json", run | report.content() | {"counts": report.results.counts})
-            (folder.state / "running.json").unlink(missing_ok=True)
+            folder.forget(folder.state / "running.json")
             if report.is_complete:
                 folder.forget_clips()
             return report
@@ -167,6 +172,7 @@ def _held_folder(out: Path, lease_s: float) -> Iterator[tuple[OutputFolder, Leas
         with lease:
             try:
                 folder.sweep()
+                folder.own_log()
                 yield folder, lease
             finally:
                 if lease.is_ours():  # else all that lies there is another driver's
@@ -180,7 +186,7 @@ def _is_unused(out: Path) -> bool:
     try:
         return next(out.iterdir(), None) is None
     except OSError:
-        return not out.exists()
+        return not os.path.lexists(out)
 
 
 def _in_thread(call: Callable[[], T]) -> "Future[T]":

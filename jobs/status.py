@@ -1,12 +1,14 @@
 """What an output folder says about its batch: from the files alone, while a driver runs or after."""
 
 import json
+import os
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cineray.jobs.lease import BEAT_S, current_lease, is_stale
+from cineray.jobs.lease import MIN_TTL_S, current_lease, is_stale
+from cineray.jobs.output_folder import is_video
 from cineray.pipeline.request import InputError
 
 MAX_LISTED = 20  # clips with trouble that are shown to a person; --json has all
@@ -64,10 +66,17 @@ def read_status(folder: Path) -> FolderStatus:
     Raises:
         InputError: it is not an output folder of cineray's.
     """
+    try:
+        with os.scandir(folder):
+            pass
+    except PermissionError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror}; change its rights") from None
+    except OSError:
+        pass  # no folder: told below
     run = _read(folder / "run.json")
     state = folder / ".state"
-    videos = {path.name.rsplit(".", 1)[0] for path in folder.glob("*.mp4")}
-    if not isinstance(run, dict) and not videos and not state.is_dir():
+    videos = {path.name.rsplit(".", 1)[0] for path in folder.glob("*.mp4") if is_video(path)}
+    if not isinstance(run, dict) and not videos and not os.path.isdir(state):
         raise InputError(f"{folder} is not an output folder: it has no run.json and no videos; give a render's --out")
     driver = _driver(state)
     running = _read(state / "running.json") if driver else None
@@ -108,7 +117,7 @@ def lines(status: FolderStatus) -> list[str]:
 def _driver(state: Path) -> str | None:
     """Who holds the lease; a few beats are waited for, so that a dead driver is not shown as alive."""
     number, holder = current_lease(state)
-    if holder is None or is_stale(state / f"lease.{number}.json", holder, ttl_s=5 * BEAT_S):
+    if holder is None or is_stale(state / f"lease.{number}.json", holder, ttl_s=MIN_TTL_S):
         return None
     return holder.text
 

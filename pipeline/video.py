@@ -71,12 +71,21 @@ def write_video(frames: np.ndarray, path: Path, fps: int, metadata: Mapping[str,
 
 def _check_written(path: Path, num_frames: int) -> None:
     """imageio-ffmpeg does not say whether ffmpeg ended well: a full disk shows only here."""
-    try:
-        found, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
-    except (RuntimeError, OSError) as error:
-        raise VideoError(f"ffmpeg wrote no readable {path.name}: {_last_lines(str(error))}") from None
+    found = count_frames(path)
     if found != num_frames:
         raise VideoError(f"ffmpeg wrote {found} of {num_frames} frames of {path.name}; is the disk full?")
+
+
+def count_frames(path: Path) -> int:
+    """Decodes a video and counts its frames.
+
+    Raises:
+        VideoError: it cannot be read.
+    """
+    try:
+        return imageio_ffmpeg.count_frames_and_secs(str(path))[0] or 0
+    except (RuntimeError, OSError) as error:
+        raise VideoError(f"{path.name} is not readable: {_last_lines(str(error))}") from None
 
 
 def read_video(path: Path) -> np.ndarray:

@@ -1,13 +1,20 @@
 """The lease of an output folder: one holder at a time, whatever dies or stands still."""
 
+import errno
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 
-from cineray.jobs.lease import Lease, LeasedError, current_lease, is_stale, read_holder
+from cineray.jobs import lease as lease_module
+from cineray.jobs.command_line import _run
+from cineray.jobs.lease import Lease, LeasedError, _boot_id, current_lease, is_stale, read_holder
 from cineray.jobs.output_folder import OutputError
 
 HOLD = """
@@ -110,10 +117,232 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         pass
 
 
+def earlier_lease(path, **changes):
+    """As versions without `ticks` wrote it: of this process, which lives."""
+    process = psutil.Process()
+    who = {"token": "t", "host": socket.gethostname(), "boot": _boot_id(), "pid": process.pid}
+    who |= {"started": process.create_time()} | changes
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(json.dumps(who).encode() + b"\n" + b"0".rjust(16))
+
+
+def as_an_earlier_version_reads(path):
+    who, _, beat = path.read_bytes().partition(b"\n")
+    return json.loads(who), beat.decode()
+
+
+def test_a_clock_that_steps_kills_nobody(holder, tmp_path, monkeypatch):
+    """A process's start in seconds moves with the clock; in ticks it does not."""
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: 0.0)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    seen = read_holder(tmp_path / "state" / "lease.1.json")
+    assert seen is not None
+    assert not seen.is_surely_dead()
+    with pytest.raises(LeasedError, match="is being rendered into by"), Lease(tmp_path / "state", **SHORT):
+        pass
+
+
+@pytest.mark.parametrize("started", [0.0, 2.0**33])
+def test_a_lease_of_an_earlier_version_holds_while_its_process_lives(tmp_path, started):
+    path = tmp_path / "state" / "lease.1.json"
+    earlier_lease(path, started=started)
+    seen = read_holder(path)
+    assert seen is not None
+    assert seen.ticks is None
+    assert not seen.is_surely_dead()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    earlier_lease(path, pid=dead.pid)
+    with Lease(tmp_path / "state", ttl_s=3600, beat_s=0.05):
+        assert current_lease(tmp_path / "state")[0] == 2
+
+
+def test_an_earlier_version_reads_our_lease_and_sees_it_beat(tmp_path):
+    with Lease(tmp_path / "state", **SHORT):
+        path = tmp_path / "state" / "lease.1.json"
+        who, first = as_an_earlier_version_reads(path)
+        assert who.keys() == {"token", "host", "boot", "pid", "started"}  # it takes any other for no lease
+        assert who["started"] == psutil.Process().create_time()
+        deadline = time.monotonic() + 60
+        while as_an_earlier_version_reads(path)[1] == first:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_a_process_that_has_the_number_of_a_dead_one_is_another(holder, tmp_path):
+    path = tmp_path / "state" / "lease.1.json"
+    ticks = read_holder(path).ticks
+    assert isinstance(ticks, int)
+    path.write_text(path.read_text().replace(f'"ticks": {ticks}', f'"ticks": {ticks - 1}'))
+    assert read_holder(path).is_surely_dead()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_read_that_fails_for_a_while_costs_nothing(tmp_path, monkeypatch, number):
+    with Lease(tmp_path / "state", ttl_s=60, beat_s=0.02) as lease:
+        failed, read = [], lease_module._read
+
+        def failing(path):
+            failed.append(path)
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(lease_module, "_read", failing)
+        deadline = time.monotonic() + 60
+        while len(failed) < 5 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        lease.check()
+        assert not lease.is_ours()  # it is not seen to be: nothing is tidied up
+        monkeypatch.setattr(lease_module, "_read", read)
+        assert lease.is_ours()
+        lease.check()
+
+
+def test_a_read_that_fails_for_longer_costs_the_folder(tmp_path, monkeypatch):
+    with Lease(tmp_path / "state", **SHORT) as lease:
+
+        def failing(_):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(lease_module, "_read", failing)
+        assert lease._ended.wait(0) is False
+        deadline = time.monotonic() + 60
+        while lease._lost is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        with pytest.raises(LeasedError, match="its lease cannot be read: Input/output error"):
+            lease.check()
+
+
+def test_a_lease_that_cannot_be_read_is_not_taken_for_stale(tmp_path, monkeypatch):
+    earlier_lease(tmp_path / "state" / "lease.1.json", host="elsewhere")
+
+    def failing(_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(lease_module, "_read", failing)
+    with (
+        pytest.raises(OutputError, match=r"its lease lease\.1\.json cannot be read: Input/output error"),
+        Lease(tmp_path / "state", ttl_s=0.2, beat_s=0.05),
+    ):
+        pass
+
+
+def test_a_lease_that_was_unreadable_at_first_is_watched_from_then_on(tmp_path, monkeypatch):
+    path, read, clock = tmp_path / "state" / "lease.1.json", lease_module._read, iter(range(1000))
+    earlier_lease(path, host="elsewhere")
+    watched = []
+
+    def failing_at_first(path):
+        if len(watched) < 3:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if len(watched) == 8:
+            earlier_lease(path, host="elsewhere", token="beats")
+        return read(path)
+
+    monkeypatch.setattr(lease_module, "_read", failing_at_first)
+    assert not is_stale(path, None, ttl_s=10, now=lambda: next(clock), sleep=watched.append)
+
+
+HOSTILE = [
+    "", "{", "[]", "[1]", "7", "null", "[" * 50_000, "\xff", '{"pid": 1}', "\n" * 100,
+    '{"token": 1, "host": "h", "boot": "b", "pid": 1, "started": 1}',
+    *(f'{{"token": "t", "host": "h", "boot": "b", "pid": {n}, "started": 0}}' for n in (-1, 0, '"x"', 1e400, 2**70)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", HOSTILE, ids=range(len(HOSTILE)))
+def test_what_is_no_lease_is_none_for_ever(tmp_path, content):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "lease.1.json").write_bytes(content.encode("latin-1"))
+    with Lease(tmp_path / "state", ttl_s=0.2, beat_s=0.05):
+        assert current_lease(tmp_path / "state")[0] == 2
+    assert list((tmp_path / "state").iterdir()) == []
+
+
+def test_what_is_not_understood_but_changes_is_alive(tmp_path):
+    """As of a later version."""
+    path = tmp_path / "lease.1.json"
+    path.write_text("new form 1")
+    watched = []
+
+    def sleep(_):
+        watched.append(path.write_text(f"new form {len(watched)}"))
+
+    assert not is_stale(path, None, ttl_s=3600, sleep=sleep)
+
+
+def test_a_large_number_takes_no_longer_than_a_small_one(tmp_path):
+    for number in (99_999_999_999, 3):
+        earlier_lease(tmp_path / "state" / f"lease.{number}.json", host="elsewhere")
+    with Lease(tmp_path / "state", ttl_s=0.2, beat_s=0.05):
+        assert [path.name for path in (tmp_path / "state").iterdir()] == ["lease.100000000000.json"]
+
+
+def test_numbers_that_no_lease_has(tmp_path):
+    state = tmp_path / "out" / ".state"
+    state.mkdir(parents=True)
+    for name in ("lease.0.json", "lease.007.json", "lease.\u0663.json", f"lease.{'9' * 200}.json", "lease.-1.json"):
+        (state / name).write_text("mine")
+    with Lease(state, **SHORT):
+        assert current_lease(state)[0] == 1
+    (state / f"lease.{10**15 - 1}.json").write_text("mine")
+    with pytest.raises(OutputError, match=r"\.state/lease\.9+\.json has a number that no lease"), Lease(state, **SHORT):
+        pass
+    assert len(list(state.iterdir())) == 6
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "FIFO", "folder"])
+def test_a_lease_that_is_no_file_is_named(tmp_path, kind):
+    state, other = tmp_path / "out" / ".state", tmp_path / "other"
+    state.mkdir(parents=True)
+    other.write_text("mine")
+    entry = state / "lease.1.json"
+    {
+        "link": lambda: entry.symlink_to(other),
+        "dangling link": lambda: entry.symlink_to(tmp_path / "nowhere"),
+        "FIFO": lambda: os.mkfifo(entry),
+        "folder": entry.mkdir,
+    }[kind]()
+    with (
+        pytest.raises(OutputError, match=r"out: \.state/lease\.1\.json is .+ where cineray keeps a file; remove it"),
+        Lease(state, ttl_s=3600),
+    ):
+        pass
+    assert current_lease(state) == (1, None)
+    assert other.read_text() == "mine"
+
+
+def test_a_state_folder_that_is_a_link_is_named(tmp_path):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".state").symlink_to(tmp_path / "victim")
+    with pytest.raises(OutputError, match=r"out: \.state is a symbolic link"), Lease(tmp_path / "out" / ".state"):
+        pass
+    assert list((tmp_path / "victim").iterdir()) == []
+
+
+def test_a_full_disk_leaves_no_lease(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="its lease cannot be written: No space left"), Lease(tmp_path / "state"):
+        pass
+    assert list((tmp_path / "state").iterdir()) == []
+
+
+@pytest.mark.parametrize("seconds", ["0.5", "4.9", "0", "-1", "nan"])
+def test_a_patience_of_fewer_than_five_beats_is_refused(tmp_path, capsys, seconds):
+    """It would take a living driver's folder."""
+    assert _run(["render", "a", "--out", str(tmp_path / "out"), "--lease-timeout", seconds]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("cineray: --lease-timeout must be 5 or more, got ")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_driver_that_lost_its_folder_does_not_tidy_it_up(checkpoint_folder, tmp_path):
     """The next one has files in the works there; found by scripts/chaos.py."""
     out = tmp_path / "out"
-    arguments = ["a red circle", "--out", str(out), "--model", str(checkpoint_folder("wan")), "--lease-timeout", "1"]
+    arguments = ["a red circle", "--out", str(out), "--model", str(checkpoint_folder("wan")), "--lease-timeout", "5"]
     small = ["--width", "32", "--height", "32", "--frames", "5", "--steps", "300"]
     driver = subprocess.Popen(
         [sys.executable, "-m", "cineray", "render", *arguments, *small, "--checkpoint-every", "0"],

@@ -19,7 +19,7 @@ def folder(tmp_path):
         (state / kind).mkdir(parents=True)
     (tmp_path / "run.json").write_text(json.dumps({"num_clips": 5}))
     for clip in ("a", "b"):
-        (tmp_path / f"{clip}.0123456789ab.mp4").write_bytes(b"")
+        (tmp_path / f"{clip}.0123456789ab.mp4").write_bytes(b"x")
     for clip, status in (("b", "retrying"), ("c", "retrying"), ("d", "quarantined")):
         trouble = {"id": clip, "fingerprint": "0123456789ab", "status": status, "reasons": ["gang-0: rank 1 died"]}
         (state / "trouble" / f"{clip}.0123456789ab.json").write_text(json.dumps(trouble))
