@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,10 +82,11 @@ def _render_or_find(batch: Batch, request: ClipRequest, options: dict[str, objec
 def _render(batch: Batch, request: ClipRequest, mark: str, options: dict[str, object]) -> dict[str, Any]:
     """Renders, writes and commits one clip; returns its record."""
     state = batch.folder.step_path(request.id, mark)
-    keeper = StepKeeper(state, None, batch.checkpoint_s, batch.is_asked_to_stop)
+    keeper = StepKeeper(state, mark, None, batch.checkpoint_s, batch.is_asked_to_stop)
     clip = render_clip(batch.model, request, batch.progress.step, keeper)
     record = clip_record(request, mark, batch.model, options, clip, resumed_at=keeper.resumed_at)
     batch.lease.check()
     commit_clip(batch.folder, request, mark, clip, record, batch.lossless)
-    state.unlink(missing_ok=True)
+    with suppress(OSError):  # the clip is committed, whatever lies there
+        state.unlink(missing_ok=True)
     return record

@@ -1,12 +1,12 @@
 """Writes a rendered clip and commits it: the video first, which counts, then what can be made anew from it."""
 
-import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cineray.jobs.output_folder import OutputFolder
-from cineray.jobs.record import clip_timings
+from cineray.jobs.record import checked_record, clip_timings, read_record
 from cineray.pipeline.request import ClipRequest
 from cineray.pipeline.video import VideoError, read_metadata, write_video
 
@@ -42,12 +42,17 @@ def commit_clip(
 
 
 def read_or_rebuild_record(folder: OutputFolder, video: Path) -> dict[str, Any]:
-    """The record of a committed clip; a sidecar that is gone or broken is written again from the video's own tag."""
+    """The record of a committed clip; a sidecar that is gone or broken is written again from the video's own tag.
+
+    One that is of another clip counts as broken. Empty where the tag is no record of this clip's either.
+    """
     sidecar = video.with_suffix(".json")
+    with suppress(OSError, ValueError):
+        return read_record(sidecar)
     try:
-        return json.loads(sidecar.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        record = read_metadata(video)
-        if record:
-            folder.write_json(sidecar.name, record)
-        return record
+        record = checked_record(read_metadata(video), sidecar)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not sidecar.is_dir():  # nothing can take a folder's place
+        folder.write_json(sidecar.name, record)
+    return record
