@@ -12,7 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_KEY = re.compile(r"(?P<layer>[A-Za-z_][A-Za-z0-9_.]*)(?:-(?P<block>\d+))?")
+from cineray.files import parse_json, read_regular
+from cineray.text import shorten
+
+MAX_SCHEDULE_BYTES = 8 * 2**20  # a row of 1,000 steps for each layer of 100 blocks has one
+_KEY = re.compile(r"(?P<layer>[A-Za-z_][A-Za-z0-9_.]*)(?:-(?P<block>[0-9]{1,6}))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +71,29 @@ def load_schedule(path: Path, layers: Sequence[str], num_blocks: int) -> LayerSc
     Raises:
         ValueError: no such file, not a schedule, rows of different lengths, or layers that the model does not have.
     """
+    return parse_schedule(read_schedule(path), path, layers, num_blocks)
+
+
+def read_schedule(path: Path) -> bytes:
+    """The bytes of a schedule's file.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_regular(path, MAX_SCHEDULE_BYTES)
     except OSError as error:
         raise ValueError(f"schedule {path} cannot be read: {error.strerror}") from None
+
+
+def parse_schedule(raw: bytes, path: Path, layers: Sequence[str], num_blocks: int) -> LayerSchedule:
+    """The schedule that a file's bytes stand for.
+
+    Raises:
+        ValueError: as `load_schedule`.
+    """
+    try:
+        content = parse_json(raw)
     except ValueError as error:
         raise ValueError(f"schedule {path} is not JSON: {error}") from None
     if not isinstance(content, dict) or not content:
@@ -81,13 +104,13 @@ def load_schedule(path: Path, layers: Sequence[str], num_blocks: int) -> LayerSc
         known = match is not None and match["layer"] in layers and int(match["block"] or 0) < num_blocks
         if not known:
             raise ValueError(
-                f"schedule {path}: layer {key!r} is not in this model; it has {', '.join(layers)} in {num_blocks} "
-                "blocks, numbered from 0"
+                f"schedule {path}: layer {shorten(key)} is not in this model; it has {', '.join(layers)} in "
+                f"{num_blocks} blocks, numbered from 0"
             )
         if not isinstance(row, list) or not row or any(v not in (0, 1) for v in row):
-            raise ValueError(f"schedule {path}: row {key!r} must be a list of 0 and 1")
+            raise ValueError(f"schedule {path}: row {shorten(key)} must be a list of 0 and 1")
         if row[0] != 1:
-            raise ValueError(f"schedule {path}: row {key!r} must begin with 1: there is nothing to reuse yet")
+            raise ValueError(f"schedule {path}: row {shorten(key)} must begin with 1: there is nothing to reuse yet")
         rows[key] = tuple(bool(v) for v in row)
     lengths = {len(row) for row in rows.values()}
     if len(lengths) != 1:

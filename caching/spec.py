@@ -15,10 +15,10 @@ from cineray.caching.forecast import Forecasting
 from cineray.caching.magcache import MAGCACHE, MagCacheConfig
 from cineray.caching.policy import Policy
 from cineray.caching.schedule import IntervalConfig, ReplayPolicy
-from cineray.caching.smoothcache import LayerSchedule, load_schedule
+from cineray.caching.smoothcache import LayerSchedule, parse_schedule, read_schedule
 from cineray.caching.taylorseer import TAYLORSEER, TaylorSeerConfig
 from cineray.caching.teacache import TeaCacheConfig
-from cineray.caching.trace import load_trace
+from cineray.caching.trace import parse_trace, read_trace
 
 FAMILIES: tuple[str, ...] = ("wan", "hunyuan-video", "flux", "dit", "stable-audio", "open-sora")
 # Ours (docs/caching.md): one decision for both guidance branches; one look, at the start of a run of skips; steps weigh
@@ -149,8 +149,9 @@ def resolve(spec: CacheSpec | PolicyConfig, model: ModelFacts) -> AnyPlan:
         return _replay(Path(spec.file or ""), model)
     if spec.name == "smoothcache":
         path = Path(spec.file or "")
-        schedule = load_schedule(path, model.layers, model.num_blocks)
-        return LayerPlan(text=f"smoothcache({_digest(path)})", schedule=schedule, num_blocks=model.num_blocks)
+        content = read_schedule(path)
+        schedule = parse_schedule(content, path, model.layers, model.num_blocks)
+        return LayerPlan(text=f"smoothcache({_digest(content)})", schedule=schedule, num_blocks=model.num_blocks)
     presets = CONFIGS[spec.name]
     if model.family not in presets:
         raise ValueError(f"cache: {spec.name} has no preset for {model.family}; it has: {', '.join(presets)}")
@@ -159,8 +160,8 @@ def resolve(spec: CacheSpec | PolicyConfig, model: ModelFacts) -> AnyPlan:
     return _plan(spec.name, replace(config, **values), model)
 
 
-def _digest(path: Path) -> str:
-    return f"sha256={hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+def _digest(content: bytes) -> str:
+    return f"sha256={hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def _value(policy: str, config: type, name: str, text: str) -> Any:
@@ -212,7 +213,8 @@ def _plan(name: str, config: PolicyConfig, model: ModelFacts) -> CachePlan | Ser
 
 
 def _replay(path: Path, model: ModelFacts) -> CachePlan:
-    trace = load_trace(path)
+    content = read_trace(path)
+    trace = parse_trace(content, path)
     if trace.num_blocks != model.num_blocks:
         raise ValueError(
             f"cache: trace {path} is of a model with {trace.num_blocks} blocks; this one has {model.num_blocks}"
@@ -221,7 +223,7 @@ def _replay(path: Path, model: ModelFacts) -> CachePlan:
         raise ValueError(f"cache: trace {path} is of {trace.policy}, whose schedule file can be used again instead")
     _check_depth(trace.probe_depth, model)
     return CachePlan(
-        text=f"replay({_digest(path)})",
+        text=f"replay({_digest(content)})",
         policy=ReplayPolicy(trace),
         forecasting=replace(trace.forecasting, branches="separate"),  # the trace says what each branch does
         probe_depth=trace.probe_depth,

@@ -1,13 +1,18 @@
 """What a cache did to a clip, step by step: kept to be told, replayed, and compared between ranks."""
 
-import json
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from cineray.caching.forecast import Forecasting
+from cineray.caching.observation import BRANCH_ORDER
+from cineray.files import parse_json, read_regular, shaped
+
+MAX_COUNT = 10**6  # of steps, blocks, samples: far above any model's
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,21 +89,36 @@ class Trace:
         }
 
 
-def trace_from(content: dict[str, Any]) -> Trace:
+def trace_from(content: Any) -> Trace:
     """The inverse of `Trace.content`.
 
     Raises:
-        KeyError, TypeError, ValueError: it is not such a content.
+        ValueError: it is not such a content; says where, in one line.
     """
-    return Trace(
-        policy=content["policy"],
-        forecasting=Forecasting(**content["forecasting"]),
-        num_blocks=content["num_blocks"],
-        probe_depth=content["probe_depth"],
-        entries=[TraceEntry(**entry) for entry in content["entries"]],
-        held_bytes=content.get("held_bytes", 0),
-        by_layer=content["by_layer"],
-    )
+    trace = shaped(content, _TRACE)
+    low, high = trace.forecasting.gamma_clip
+    for name, good in (
+        ("num_blocks", 1 <= trace.num_blocks <= MAX_COUNT),
+        ("probe_depth", 0 <= trace.probe_depth <= trace.num_blocks),
+        ("held_bytes", 0 <= trace.held_bytes < 2**63),
+        ("forecasting.gamma_clip", -math.inf < low <= high < math.inf),
+        ("forecasting.keep_every", 1 <= trace.forecasting.keep_every <= MAX_COUNT),
+    ):
+        if not good:
+            raise ValueError(f"{name}: out of range")
+    _check_entries(trace.entries)
+    return trace
+
+
+def entries_from(content: Any) -> list[TraceEntry]:
+    """The `entries` of a `Trace.content`.
+
+    Raises:
+        ValueError: as `trace_from`.
+    """
+    entries = shaped(content, _ENTRIES)
+    _check_entries(entries)
+    return entries
 
 
 def load_trace(path: Path) -> Trace:
@@ -107,9 +127,44 @@ def load_trace(path: Path) -> Trace:
     Raises:
         ValueError: no such file, or not a trace.
     """
+    return parse_trace(read_trace(path), path)
+
+
+def read_trace(path: Path) -> bytes:
+    """The bytes of a trace's file.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     try:
-        return trace_from(json.loads(path.read_text()))
+        return read_regular(path)
     except OSError as error:
         raise ValueError(f"trace {path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+
+
+def parse_trace(content: bytes, path: Path) -> Trace:
+    """The trace that a file's bytes stand for.
+
+    Raises:
+        ValueError: they are not a trace's.
+    """
+    try:
+        return trace_from(parse_json(content))
+    except ValueError as error:
         raise ValueError(f"{path} is not a cineray trace: {error}") from None
+
+
+def _check_entries(entries: list[TraceEntry]) -> None:
+    for number, entry in enumerate(entries):
+        good = (
+            0 <= entry.step < MAX_COUNT
+            and entry.branch in BRANCH_ORDER
+            and 0 <= entry.sample < MAX_COUNT
+            and 0 <= entry.cost < math.inf
+            and (entry.gamma is None or math.isfinite(entry.gamma))  # a statistic may be NaN: then the step computes
+        )
+        if not good:
+            raise ValueError(f"entries.{number}: out of range")
+
+
+_TRACE, _ENTRIES = TypeAdapter(Trace), TypeAdapter(list[TraceEntry])

@@ -99,7 +99,12 @@ def new_mesh(
             f"layout {layout.text}: torch.distributed is up with rank {dist.get_rank()} of {dist.get_world_size()}, "
             f"this was to be rank {rank} of {layout.world_size}"
         )
-    groups = _new_groups(layout, rank, timeout, backend)
+    try:
+        groups = _new_groups(layout, rank, timeout, backend)
+    except BaseException:
+        if owns_world:
+            dist.destroy_process_group()
+        raise
 
     def axis(name: str) -> Axis:
         ranks = _ranks_along(layout, place, _AXES[name])

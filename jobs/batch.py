@@ -88,7 +88,7 @@ def _render_or_find(batch: Batch, request: ClipRequest, options: dict[str, objec
 def _render(batch: Batch, request: ClipRequest, mark: str, options: dict[str, object]) -> dict[str, Any]:
     """Renders, writes and commits one clip; returns its record."""
     state = batch.folder.step_path(request.id, mark)
-    keeper = StepKeeper(state, None, batch.checkpoint_s, batch.is_asked_to_stop)
+    keeper = StepKeeper(state, mark, None, batch.checkpoint_s, batch.is_asked_to_stop)
     clip = render_clip(batch.model, request, batch.progress.step, keeper)
     record = clip_record(request, mark, batch.model, options, clip, resumed_at=keeper.resumed_at)
     batch.lease.check()

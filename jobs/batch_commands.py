@@ -1,12 +1,13 @@
 """The commands about batches that run, or will run, somewhere else: `status` and `submit`."""
 
-import json
 import os
+import sys
 from pathlib import Path
 
 import click
 
 from cineray.jobs.clip_options import json_option
+from cineray.jobs.terminal import print_json, print_lines
 
 
 @click.command()
@@ -26,9 +27,9 @@ def status(folder: Path, as_json: bool) -> int:
 
     found = read_status(folder)
     if as_json:
-        print(json.dumps(found.content(), ensure_ascii=False))
+        print_json(found.content())
     else:
-        print("\n".join(lines(found)))
+        print_lines(sys.stdout, *lines(found))
     return 0
 
 

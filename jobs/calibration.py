@@ -1,26 +1,29 @@
 """Calibration runs: render a few clips, measure, write one file."""
 
 import json
-import os
-import sys
-import uuid
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from pydantic import ValidationError
+
 from cineray.caching.profile import DiCacheProfile, MagCacheProfile, TeaCacheFit, TeaCacheProfile
 from cineray.caching.smoothcache import LayerSchedule, dump_schedule
 from cineray.caching.teacache import SIGNALS
 from cineray.jobs.measure_progress import counting
+from cineray.jobs.out_file import check_out, ended_by_sigterm, replace_text
 from cineray.jobs.quality_bench import measured_on
+from cineray.jobs.terminal import tell
 from cineray.jobs.trial_log import TrialLog
 from cineray.pipeline.adapters import MODELS
 from cineray.pipeline.calibrate import measure_layer_errors, smooth_schedule
 from cineray.pipeline.calibrate_steps import StepChanges, fit_polynomial, magnitude_ratios, measure_steps
 from cineray.pipeline.calibrate_weights import CURVE, MIN_STEPS, SPEEDUPS, CurvePoint, WeightSearch
 from cineray.pipeline.checkpoint import Checkpoint
+from cineray.pipeline.compare import EQUAL_CLIPS_DB
 from cineray.pipeline.loading import LoadedModel, LoadOptions, load_model
 from cineray.pipeline.render import render_clip
 from cineray.pipeline.request import ClipRequest, InputError
@@ -42,12 +45,12 @@ def calibrate_smoothcache(
     num_steps = _number_of_steps(requests)
     if not 1 <= max_lag < num_steps:
         raise InputError(f"calibrate: max-lag must be 1 to {num_steps - 1} for {num_steps} steps, got {max_lag}")
-    with _replacing(out) as temporary, counting("clips", len(requests)) as on_done:
+    with _measuring(out), counting("clips", len(requests)) as on_done:
         model = load_model(checkpoint, options)
         clips = [partial(render_clip, model, request, lambda done, total: None) for request in requests]
         errors = measure_layer_errors(model.pipe, clips, num_steps, max_lag, lambda done, total: on_done(done))
         schedule = smooth_schedule(errors, alpha)
-        temporary.write_text(dump_schedule(schedule))
+        replace_text(out, dump_schedule(schedule), "calibrate")
     return schedule
 
 
@@ -67,7 +70,7 @@ def calibrate_teacache(
             writable.
     """
     family = _family(checkpoint)
-    with _replacing(out) as temporary:
+    with _measuring(out):
         model, changes = _measure_steps(checkpoint, options, requests, threshold)
         try:
             fits = {signal: fit_polynomial(changes, signal) for signal in SIGNALS[family]}
@@ -79,7 +82,7 @@ def calibrate_teacache(
             source=_source(model, requests, "teacache"),
             signals={s: TeaCacheFit(coefficients=c, threshold=threshold) for s, (c, _) in fits.items()},  # type: ignore[misc]
         )
-        temporary.write_text(profile.model_dump_json(indent=1) + "\n")
+        replace_text(out, profile.model_dump_json(indent=1) + "\n", "calibrate")
     return profile, {str(signal): explained for signal, (_, explained) in fits.items()}
 
 
@@ -101,7 +104,7 @@ def calibrate_magcache(
     """
     if max_skips < 0:
         raise InputError(f"calibrate: max-skips must be 0 or more, got {max_skips}")
-    with _replacing(out) as temporary:
+    with _measuring(out):
         model, changes = _measure_steps(checkpoint, options, requests, threshold)
         profile = MagCacheProfile(
             family=_family(checkpoint),
@@ -111,7 +114,7 @@ def calibrate_magcache(
             threshold=threshold,
             max_skips=max_skips,
         )
-        temporary.write_text(profile.model_dump_json(indent=1) + "\n")
+        replace_text(out, profile.model_dump_json(indent=1) + "\n", "calibrate")
     return profile
 
 
@@ -141,13 +144,20 @@ def calibrate_dicache(
     """
     if num_trials < 0:
         raise InputError(f"calibrate: trials must be 0 or more, got {num_trials}")
+    if floor_db is not None and not 0 < floor_db < math.inf:
+        raise InputError(f"calibrate: --floor must be a number of dB above 0, got {floor_db}")
+    if floor_db is not None and floor_db > EQUAL_CLIPS_DB:
+        raise InputError(
+            f"calibrate: no threshold keeps {floor_db} dB on every clip; the best keeps {EQUAL_CLIPS_DB:g} dB, which "
+            "stands for equal frames"
+        )
     if _number_of_steps(requests) < MIN_STEPS:
         raise InputError(f"calibrate: dicache needs clips of {MIN_STEPS} or more steps")
-    with _replacing(out) as temporary, TemporaryDirectory() as folder:
+    with _measuring(out), TemporaryDirectory(prefix="cineray-calibrate-") as folder:
         model = load_model(checkpoint, options)
         known = TrialLog(out.with_name(f"{out.name}.trials"), json.dumps(measured_on(model, requests)))
         if known:
-            print(f"going on from {len(known)} points of an earlier run", file=sys.stderr)
+            tell(f"going on from {len(known)} points of an earlier run")
         search = WeightSearch(model, requests, Path(folder), known)
         with counting("trials", num_trials + 1) as on_done:
             start = search.first_guess(_family(checkpoint), _identity(checkpoint), _source(model, requests, "dicache"))
@@ -159,14 +169,17 @@ def calibrate_dicache(
             for speedup in CURVE:
                 points.append(search.point(found, search.threshold_for(found, speedup)))
                 on_done(len(points))
-        known.delete()
         good = [p for p in points if floor_db is not None and p.worst_psnr_db >= floor_db]
         if floor_db is not None and not good:
             best = max(p.worst_psnr_db for p in points)
-            raise InputError(f"calibrate: no threshold keeps {floor_db} dB on every clip; the best keeps {best} dB")
+            raise InputError(
+                f"calibrate: no threshold keeps {floor_db} dB on every clip; the best keeps {best} dB; what was "
+                f"measured stays in {known.path}: the same command with a lower --floor goes on from there"
+            )
         threshold = max(good, key=lambda p: p.speedup).threshold if good else search.threshold_for(found, 2.5)
         found = found.model_copy(update={"threshold": threshold})
-        temporary.write_text(found.model_dump_json(indent=1) + "\n")
+        replace_text(out, found.model_dump_json(indent=1) + "\n", "calibrate")
+        known.delete()  # not before the profile is there: hours would be lost with it
     return found, points
 
 
@@ -213,15 +226,20 @@ def _number_of_steps(requests: list[ClipRequest]) -> int:
 
 
 @contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
-    """A temporary file beside `out` that takes its place at the end, if all went well."""
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
+def _measuring(out: Path) -> Iterator[None]:
+    """What comes out goes to `out`, which is looked at first.
+
+    Raises:
+        InputError: `out` cannot be written, or the numbers that were measured make no profile.
+    """
+    check_out(out, "calibrate")
     try:
-        temporary.touch()
-    except OSError as error:
-        raise InputError(f"calibrate: {out} cannot be written: {error.strerror}") from None
-    try:
-        yield temporary
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with ended_by_sigterm():
+            yield
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where, reason = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        raise InputError(
+            f"calibrate: what was measured makes no {error.title}: {where}: {reason}; use more clips, or "
+            "clips that move"
+        ) from None

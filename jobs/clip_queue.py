@@ -1,10 +1,10 @@
 """The clips that a driver has in hand: a few, pulled from the manifest as they are needed."""
 
-import json
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from cineray.jobs.commit import Doubt, EntryError, find_clip
 from cineray.jobs.output_folder import OutputFolder
@@ -12,9 +12,11 @@ from cineray.jobs.record import policy_text, render_options
 from cineray.jobs.results import ClipResult
 from cineray.jobs.retry import is_quarantined
 from cineray.jobs.stages import RunSpec, Task
+from cineray.jobs.trouble import MAX_REASON_CHARS, MAX_REASONS, Trouble, read_trouble
 from cineray.pipeline.checkpoint import Checkpoint
 from cineray.pipeline.request import ClipRequest, fingerprint, prompt_key
 from cineray.pipeline.weights import Identity
+from cineray.text import printable
 
 MAX_SCANNED = 200  # lines looked up at once: the driver has other things to do
 MAX_LOOK_S = 1.0  # and for so long: a video that no sidecar knows takes a tenth of a second
@@ -108,6 +110,10 @@ class ClipQueue:
                 del self._encoded[old]
                 self._folder.forget_prompt(old)
 
+    def forget_prompt(self, key: str) -> None:
+        """It cannot be read: `prompts_wanted` asks for it again."""
+        self._encoded.pop(key, None)
+
     def take_ready(self) -> Clip | None:
         """The first clip whose prompt is encoded."""
         for position, clip in enumerate(self.waiting):
@@ -127,10 +133,11 @@ class ClipQueue:
         self.write_trouble(clip, "quarantined" if done else "retrying")
         return done
 
-    def write_trouble(self, clip: Clip, status: str) -> None:
+    def write_trouble(self, clip: Clip, status: Literal["failed", "quarantined", "retrying"]) -> None:
         path = self._folder.trouble_path(clip.id, clip.task.mark)
-        content = {"id": clip.id, "fingerprint": clip.task.mark, "status": status, "reasons": clip.strikes}
-        self._folder.write_json(str(path.relative_to(self._folder.path)), content)
+        reasons = [printable(reason)[:MAX_REASON_CHARS] for reason in clip.strikes[-MAX_REASONS:]]
+        trouble = Trouble(id=clip.id, fingerprint=clip.task.mark, status=status, reasons=reasons)
+        self._folder.write_json(str(path.relative_to(self._folder.path)), trouble.model_dump())
 
     def end(self, clip: Clip, is_done: bool) -> None:
         """The clip is out of hand."""
@@ -155,7 +162,8 @@ class ClipQueue:
     def _earlier_strikes(self, task: Task) -> list[str]:
         """Those of a run that was cut short; one that ended by quarantining the clip is forgotten: try again."""
         try:
-            trouble = json.loads(self._folder.trouble_path(task.request.id, task.mark).read_text(encoding="utf-8"))
-            return list(trouble["reasons"]) if trouble["status"] == "retrying" else []
-        except (OSError, ValueError, KeyError, TypeError):
-            return []
+            trouble = read_trouble(self._folder.trouble_path(task.request.id, task.mark))
+        except (OSError, ValueError):
+            return []  # what is not surely the clip's is not held against it
+        began_anew = trouble.status != "retrying" or is_quarantined(len(trouble.reasons))
+        return [] if began_anew else list(trouble.reasons)

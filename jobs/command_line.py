@@ -147,9 +147,10 @@ def _run(arguments: list[str]) -> int:
         print(_INTERRUPTED, file=sys.stderr)
         return EXIT_INTERRUPTED
     except ValueError as error:
+        from cineray.pipeline.finite import NotFiniteError
         from cineray.pipeline.request import InputError
 
-        if not isinstance(error, InputError):
+        if not isinstance(error, InputError | NotFiniteError):
             raise
         tell(*(f"cineray: {line}" for line in error.lines))
         return EXIT_BAD_INPUT

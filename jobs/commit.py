@@ -10,15 +10,14 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cineray.files import read_json
 from cineray.jobs.output_folder import OutputFolder
 from cineray.jobs.own_files import kind_of
-from cineray.jobs.record import clip_timings
+from cineray.jobs.record import checked_record, clip_timings, read_record
 from cineray.pipeline.request import ClipRequest, InputError
 from cineray.pipeline.video import VideoError, count_frames, read_metadata, write_video
 
@@ -59,8 +58,10 @@ def find_clip(folder: OutputFolder, request: ClipRequest, mark: str) -> dict[str
     if about.st_size == 0:
         return Doubt("it is empty")
     sidecar = video.with_suffix(".json")
-    record = _read_sidecar(sidecar, mark)
-    proof = {} if record is None else _proof_in(record)
+    record = None
+    with suppress(OSError, ValueError):  # gone, broken, or of another clip
+        record = read_record(sidecar)
+    proof = (record or {}).get("video")  # those of earlier versions have none
     if proof:
         if proof["bytes"] != about.st_size:
             return Doubt(f"it has {about.st_size} bytes, {proof['bytes']} were written")
@@ -71,7 +72,7 @@ def find_clip(folder: OutputFolder, request: ClipRequest, mark: str) -> dict[str
         return Doubt("its bytes are not those that were written")
     if not proof:
         tag = read_metadata(video)
-        fault = _fault(video, tag, request, mark)
+        fault = _fault(video, tag, request)
         if fault is not None:
             return Doubt(fault)
         record = record or tag
@@ -147,39 +148,6 @@ def _refuse_entries(video: Path) -> None:
             raise EntryError(f"{path} is {kind}, which cineray does not make; remove it and run the same command again")
 
 
-def _read_sidecar(path: Path, mark: str) -> dict[str, Any] | None:
-    """What a sidecar says, if it is the clip's and has the form that is read from it."""
-    try:
-        record = read_json(path, follow_links=False)
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) and _is_record(record, mark) else None
-
-
-def _is_record(record: dict[str, Any], mark: str) -> bool:
-    trace, resumed_at = record.get("trace"), record.get("resumed_at", [])
-    return (
-        record.get("fingerprint") == mark
-        and isinstance(trace, dict)
-        and all(_is_number(trace.get(name)) for name in ("computed_steps", "skipped_steps", "cost"))
-        and isinstance(resumed_at, Sequence)
-        and all(_is_number(step) for step in resumed_at)
-        and isinstance(record.get("warning", ""), str)
-    )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _proof_in(record: dict[str, Any]) -> dict[str, Any]:
-    """What a sidecar remembers of its video; empty if it does not, as those of earlier versions."""
-    proof = record.get("video")
-    if not isinstance(proof, dict) or not all(_is_number(proof.get(name)) for name in ("bytes", "mtime_ns")):
-        return {}
-    return proof if isinstance(proof.get("sha256"), str) else {}
-
-
 def _proof_of(video: Path, is_flushed: bool = False) -> dict[str, Any]:
     """Size in bytes, time of the last change in nanoseconds, and SHA-256 of a regular file.
 
@@ -207,9 +175,11 @@ def _proof_of(video: Path, is_flushed: bool = False) -> dict[str, Any]:
     return {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns, "sha256": digest.hexdigest()}
 
 
-def _fault(video: Path, tag: dict[str, Any], request: ClipRequest, mark: str) -> str | None:
+def _fault(video: Path, tag: dict[str, Any], request: ClipRequest) -> str | None:
     """Why a video is not the clip's whole one, going by what it shows and what its comment tag says."""
-    if not _is_record(tag, mark):
+    try:
+        checked_record(tag, video.with_suffix(".json"))
+    except ValueError:
         return "it does not say that it is this clip"
     try:
         num_frames = count_frames(video)

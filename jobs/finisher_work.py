@@ -1,6 +1,7 @@
 """What is done to a clip before and after the gangs: text encoding; decoding, writing and committing."""
 
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,15 +9,16 @@ import torch
 from cineray.caching.trace import trace_from
 from cineray.jobs.commit import commit_clip
 from cineray.jobs.output_folder import OutputError, OutputFolder
-from cineray.jobs.own_files import kind_of
 from cineray.jobs.rank_work import CLIP_ERRORS, explain
-from cineray.jobs.record import clip_record, render_options
+from cineray.jobs.record import clip_record, policy_text, render_options
 from cineray.jobs.stages import ClipFault, RunSpec, Task
+from cineray.jobs.step_keeper import MAX_NOTES_BYTES, StepNotes
+from cineray.jobs.terminal import tell
 from cineray.pipeline.checkpoint import open_checkpoint
-from cineray.pipeline.encoded_prompts import encode_prompt
+from cineray.pipeline.encoded_prompts import encode_prompt, is_encoded
 from cineray.pipeline.loading import TRANSFORMER, LoadedModel, load_model
 from cineray.pipeline.render import DenoisedClip, decode_clip
-from cineray.pipeline.step_state import load_step_state
+from cineray.pipeline.step_state import read_step_state
 from cineray.pipeline.video import VideoError
 
 
@@ -37,7 +39,7 @@ class FinisherWork:
         folder = OutputFolder.existing(self._spec.out)
         path = folder.prompt_path(task.prompt_key)
         try:
-            if kind_of(path) != "a file":
+            if not is_encoded(path):
                 with folder.explained(f"keeping the prompt of clip {task.request.id}"):
                     encode_prompt(self._model, task.request, path)
         except OutputError:
@@ -51,7 +53,7 @@ class FinisherWork:
         """Decodes the latents that lie on disk, writes the video and commits it.
 
         Returns:
-            The clip's record; None where there are no whole latents any more.
+            The clip's record; None where there are no latents that are surely this clip's.
 
         Raises:
             OutputError: the output folder is full or gone.
@@ -59,22 +61,17 @@ class FinisherWork:
         assert self._model is not None
         folder, request = OutputFolder.existing(self._spec.out), task.request
         path = folder.step_path(request.id, task.mark)
-        state = load_step_state(path)
-        if state is None or state.step != state.num_steps:
+        found = self._read_latents(path, task)
+        if found is None:
             return None
-        content = state.notes["finished"]
-        clip = DenoisedClip(
-            latents=state.latents.to(self._model.pipe._execution_device),
-            trace=None if content is None else trace_from(content),
-            encode_s=state.notes["encode_s"],
-            denoise_s=state.notes["denoise_s"],
-        )
+        clip, resumed_at = found
         try:
-            rendered = decode_clip(self._model, clip)
+            rendered = decode_clip(self._model, clip, request)
+            if rendered.frames.shape[:3] != (request.num_frames, request.height, request.width):
+                _tell_unused(request.id, f"they decode to frames of shape {rendered.frames.shape}")
+                return None
             options = render_options(self._spec.options, self._spec.lossless)
-            record = clip_record(
-                request, task.mark, self._model, options, rendered, self._spec.layout, state.notes["resumed_at"]
-            )
+            record = clip_record(request, task.mark, self._model, options, rendered, self._spec.layout, resumed_at)
             commit_clip(folder, request, task.mark, rendered, record, self._spec.lossless)
         except OutputError:
             raise
@@ -84,3 +81,29 @@ class FinisherWork:
         with suppress(OSError):  # the clip is committed, whatever lies there
             path.unlink(missing_ok=True)
         return record
+
+    def _read_latents(self, path: Path, task: Task) -> tuple[DenoisedClip, list[int]] | None:
+        """The denoised clip that lies on disk, and where it went on after a stop."""
+        assert self._model is not None
+        request = task.request
+        max_bytes = 4 * request.num_frames * request.height * request.width + MAX_NOTES_BYTES  # a VAE does not add
+        try:
+            state = read_step_state(path, task.mark, max_bytes)
+            if state is None or state.step != state.num_steps:
+                return None
+            if state.num_steps != request.num_inference_steps:
+                raise ValueError("they are of another number of steps")
+            notes = StepNotes.of(state)
+            trace = None if notes.finished is None else trace_from(notes.finished)
+            if (trace is None) != (policy_text(request, self._model.checkpoint) == "none"):
+                raise ValueError("they come from another cache")
+        except ValueError as reason:
+            _tell_unused(request.id, str(reason))
+            return None
+        latents = state.latents.to(self._model.pipe._execution_device)
+        clip = DenoisedClip(latents=latents, trace=trace, encode_s=notes.encode_s, denoise_s=notes.denoise_s)
+        return clip, notes.resumed_at
+
+
+def _tell_unused(clip_id: str, reason: str) -> None:
+    tell(f"cineray: clip {clip_id} begins anew; its latents on disk are not used: {reason}")

@@ -11,6 +11,7 @@ import click
 from cineray.jobs.asked_clips import load_options, requests_of, run_defaults
 from cineray.jobs.clip_options import Asked, clip_options, json_option, manifest_options
 from cineray.jobs.exit_codes import EXIT_DONE, EXIT_FAILED_CLIPS
+from cineray.jobs.terminal import tell
 
 if TYPE_CHECKING:  # torch and diffusers take seconds to import; `--help` should not wait for them
     from cineray.jobs.quality_bench import BenchRow
@@ -176,6 +177,7 @@ def quality(
       cineray bench quality --manifest clips.jsonl "fewer-steps(25)" dicache "dicache(threshold=0.1)"
       cineray bench quality --manifest clips.jsonl --at 2 --at 3 "fewer-steps(?)" "dicache(threshold=?)" --out b.json
     """
+    from cineray.jobs.out_file import check_out
     from cineray.jobs.quality_bench import bench_quality
     from cineray.pipeline.checkpoint import open_checkpoint
     from cineray.pipeline.loading import load_model
@@ -183,6 +185,8 @@ def quality(
 
     if asked.manifest is None:
         raise InputError("bench quality: give the clips with --manifest FILE.jsonl")
+    if out is not None:
+        check_out(out, "bench quality")
     checkpoint = open_checkpoint(asked.model)
     _, requests = requests_of(asked, run_defaults(asked, checkpoint, "none", None), checkpoint)
     model = load_model(checkpoint, load_options(asked))
@@ -251,18 +255,22 @@ def verify(
     from cineray.jobs.verify import GangOptions, choose_layouts
     from cineray.jobs.verify import verify as verify_clips
     from cineray.pipeline.checkpoint import open_checkpoint
+    from cineray.pipeline.finite import NotFiniteError
 
+    gang = GangOptions(attention=attention, consensus=consensus, parallel_decode=parallel_decode or None)
     checkpoint = open_checkpoint(asked.model)
     if not asked.prompts and asked.manifest is None:
         asked = replace(asked, prompts=("a red circle moving left on a navy background",))
     _, requests = requests_of(asked, run_defaults(asked, checkpoint, cache, None), checkpoint)
     clips = list(requests)
     chosen = choose_layouts(checkpoint, clips, layouts.split(",") if layouts else [])
-    gang = GangOptions(attention=attention, consensus=consensus, parallel_decode=parallel_decode or None)
     try:
         rows = show_verified(
             verify_clips(checkpoint, load_options(asked), clips, chosen, gang), len(clips) * len(chosen)
         )
+    except NotFiniteError as error:
+        tell(f"cineray verify: {error}")
+        return EXIT_FAILED_CLIPS
     except RankFailed as error:
         print(f"cineray verify: {error}", file=sys.stderr)
         return EXIT_FAILED_CLIPS

@@ -2,21 +2,23 @@
 
 import hashlib
 import json
-import os
-import uuid
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from cineray.files import read_json, shaped
 from cineray.jobs.equal_cost import Sweep, find_value, parse_sweep
 from cineray.jobs.measure_progress import counting
+from cineray.jobs.out_file import check_out, ended_by_sigterm, locked, replace_text
 from cineray.jobs.quality import QualityMeter, QualityRow, policy_text
 from cineray.jobs.record import render_options, software_versions
 from cineray.pipeline.loading import LoadedModel
 from cineray.pipeline.request import ClipRequest, InputError, fingerprint
 
+_COMMAND = "bench quality"
 NUM_SEARCH_CLIPS = 2  # an open option is searched on these first clips, then measured on all
 
 
@@ -37,22 +39,26 @@ class BenchRow:
     best_speedup: float | None = None
 
 
+_ROWS = TypeAdapter(list[BenchRow])
+
+
 def bench_quality(
     model: LoadedModel, requests: list[ClipRequest], policies: list[str], targets: list[float], out: Path | None
 ) -> list[BenchRow]:
     """Measures every policy; one with an open option once per target.
 
     Args:
-        out: JSON file that receives each row when it is done; rows in it are not measured again, and stay.
+        out: JSON file that receives each row when it is done; rows in it are not measured again, and stay. Several
+            processes may measure into one file.
 
     Raises:
         InputError: a bad policy or target, or `out` holds a bench of other clips, or cannot be written.
     """
     asked = _asked(model, policies, targets, {request.num_inference_steps for request in requests})
-    file = None if out is None else _BenchFile(out, measured_on(model, requests))
-    known = {} if file is None else file.rows(model)
+    file = None if out is None else _BenchFile(out, measured_on(model, requests), model)
+    known = {} if file is None else file.add({})
     done: list[BenchRow] = []
-    with counting("rows", len(asked)) as on_done:
+    with ended_by_sigterm(), counting("rows", len(asked)) as on_done:
         meter = QualityMeter(
             model,
             requests,
@@ -60,10 +66,9 @@ def bench_quality(
         )
         for policy, sweep, target in asked:
             row = known.get((policy, target)) or _measure(meter, policy, sweep, target)
-            known[(policy, target)] = row
             done.append(row)
             if file is not None:
-                file.write(list(known.values()))
+                known = file.add({(policy, target): row})
             on_done(len(done))
     return done
 
@@ -119,49 +124,53 @@ def measured_on(model: LoadedModel, requests: list[ClipRequest]) -> dict[str, An
     }
 
 
-class _BenchFile:
-    """The rows so far, replaced as a whole each time."""
+_Rows = dict[tuple[str, float | None], BenchRow]
 
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+
+class _BenchFile:
+    """The rows of all who measure into the file: read, joined with ours and replaced as a whole, under a lock."""
+
+    def __init__(self, path: Path, identity: dict[str, Any], model: LoadedModel) -> None:
+        check_out(path, _COMMAND)
         self._path = path
         self._identity = identity
+        self._model = model
 
-    def rows(self, model: LoadedModel) -> dict[tuple[str, float | None], BenchRow]:
-        """What an earlier run measured of the same clips with policies that still mean the same."""
+    def add(self, rows: _Rows) -> _Rows:
+        """Puts rows there; returns all that were measured of the same clips with policies that still mean the same."""
+        with locked(self._path, _COMMAND):
+            all_rows = self._read() | rows
+            content = {"bench": self._identity, "rows": [asdict(row) for row in all_rows.values()]}
+            replace_text(self._path, json.dumps(content, indent=1) + "\n", _COMMAND)
+        return {place: row for place, row in all_rows.items() if row.row is not None}  # else it is tried again
+
+    def _read(self) -> _Rows:
         try:
-            content = json.loads(self._path.read_text(encoding="utf-8"))
-            rows = TypeAdapter(list[BenchRow]).validate_python(content["rows"])
-            identity = content["bench"]
+            content = read_json(self._path, follow_links=False)
+            identity, rows = content["bench"], shaped(content["rows"], _ROWS)
         except FileNotFoundError:
-            self.write([])  # a file that cannot be written should be known before hours of rendering
             return {}
         except OSError as error:
-            raise InputError(f"bench quality: {self._path} cannot be read: {error.strerror}") from None
+            raise InputError(f"{_COMMAND}: {self._path} cannot be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"bench quality: {self._path} is not a file of this command: {error}") from None
+            raise InputError(f"{_COMMAND}: {self._path} is not a file of this command: {error}") from None
+        if not isinstance(identity, dict):
+            raise InputError(f"{_COMMAND}: {self._path} is not a file of this command: bench: not an object")
         if identity != self._identity:
             other = ", ".join(name for name in self._identity if identity.get(name) != self._identity[name])
             raise InputError(
-                f"bench quality: {self._path} holds rows measured with another {other}; choose another --out, or "
-                "delete it"
+                f"{_COMMAND}: {self._path} holds rows measured with another {other or 'version'}; choose another "
+                "--out, or delete it"
             )
-        return {(row.asked, row.at): row for row in rows if _means_the_same(row, model)}
-
-    def write(self, rows: list[BenchRow]) -> None:
-        temporary = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex}")
-        content = {"bench": self._identity, "rows": [asdict(row) for row in rows]}
-        try:
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, self._path)
-        except OSError as error:
-            raise InputError(f"bench quality: {self._path} cannot be written: {error.strerror}") from None
-        finally:
-            temporary.unlink(missing_ok=True)
+        return {(row.asked, row.at): row for row in rows if _is_of_use(row, self._model)}
 
 
-def _means_the_same(row: BenchRow, model: LoadedModel) -> bool:
-    """Whether a row's policy still has the options that were measured; what was out of reach is tried again."""
+def _is_of_use(row: BenchRow, model: LoadedModel) -> bool:
+    """Whether a row's numbers are numbers, and its policy still has the options that were measured."""
+    numbers = [row.at, row.best_speedup, *(asdict(row.row).values() if row.row else ())]
+    if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+        return False
     try:
-        return row.row is not None and policy_text(row.row.policy, model) == row.row.text
+        return row.row is None or policy_text(row.row.policy, model) == row.row.text
     except InputError:
         return False

@@ -6,12 +6,14 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from cineray.distributed.exchange import gather_text
 from cineray.jobs.output_folder import OutputError, OutputFolder
-from cineray.jobs.stages import ClipFault, Denoised, Pulse, PutDown, RunSpec, Task
+from cineray.jobs.stages import ClipFault, Denoised, NoPrompt, Pulse, PutDown, RunSpec, Task
 from cineray.jobs.step_keeper import StepKeeper, Yielded
 from cineray.pipeline.checkpoint import open_checkpoint
 from cineray.pipeline.encoded_prompts import EncodedPipe
@@ -19,6 +21,7 @@ from cineray.pipeline.gang import Gang
 from cineray.pipeline.loading import TEXT_ENCODERS, LoadedModel, load_model
 from cineray.pipeline.render import denoise_clip
 from cineray.pipeline.request import InputError
+from cineray.pipeline.tensor_file import TensorFileError
 
 # what a clip's own input can raise; all else a rank raises is held against the gang
 CLIP_ERRORS = (ValueError, OSError, torch.OutOfMemoryError)
@@ -76,7 +79,7 @@ class RankWork:
             timeout_s=self._spec.collective_s,
         )
 
-    def denoise(self, task: Task) -> Denoised | PutDown | ClipFault:
+    def denoise(self, task: Task) -> Denoised | PutDown | NoPrompt | ClipFault:
         """Denoises a clip with the other ranks; the first rank leaves the latents on disk."""
         assert self._gang is not None
         assert self._model is not None
@@ -86,6 +89,7 @@ class RankWork:
         folder = OutputFolder.existing(self._spec.out)
         keeper = StepKeeper(
             folder.step_path(task.request.id, task.mark),
+            task.mark,
             self._gang,
             self._spec.checkpoint_s,
             self.asked_to_stop.is_set,
@@ -96,7 +100,9 @@ class RankWork:
 
         try:
             with folder.explained(f"reading the encoded prompt of clip {task.request.id}"):
-                pipe = EncodedPipe(self._model.pipe, folder.prompt_path(task.prompt_key))
+                pipe = self._encoded_pipe(folder.prompt_path(task.prompt_key))
+            if isinstance(pipe, NoPrompt):
+                return pipe
             clip = denoise_clip(self._model, task.request, on_step, gang=self._gang, keeper=keeper, pipe=pipe)
             if self._gang.mesh.leads:
                 with folder.explained(f"keeping the latents of clip {task.request.id}"):
@@ -110,6 +116,22 @@ class RankWork:
             folder.check(f"clip {task.request.id} was denoised")  # a fault of the folder is not the clip's
             return ClipFault(reason=explain(reason))
         return Denoised(busy_s=time.monotonic() - began)
+
+    def _encoded_pipe(self, path: Path) -> EncodedPipe | NoPrompt:
+        """The same answer on every rank: one that went back alone would leave the others waiting in the first step."""
+        assert self._gang is not None
+        assert self._model is not None
+        pipe, said = None, "none"
+        try:
+            pipe = EncodedPipe(self._model.pipe, path)
+            said = pipe.digest
+        except (FileNotFoundError, TensorFileError) as error:
+            said = f"{said}: {error}"
+        texts = gather_text(said, self._gang.mesh.gang, self._gang.device)
+        if pipe is None or any(text != said for text in texts):
+            reasons = [text.removeprefix("none: ") for text in texts if text.startswith("none")]
+            return NoPrompt(reason=f"its encoded prompt: {(reasons or ['ranks read different ones'])[0]}")
+        return pipe
 
 
 def explain(reason: BaseException) -> str:

@@ -25,7 +25,7 @@ from cineray.jobs.output_folder import OutputFolder
 from cineray.jobs.results import ClipResult, ResultLog, Status
 from cineray.jobs.retry import MemberEnd, is_given_up, is_hung, judge
 from cineray.jobs.slots import Slots
-from cineray.jobs.stages import ClipFault, PutDown, RunSpec
+from cineray.jobs.stages import ClipFault, NoPrompt, PutDown, RunSpec
 from cineray.pipeline.request import InputError
 
 POLL_S = 1.0  # of the step counter, as 0.7 ms round trips; of draining nodes, as Ray Train's watcher does every 5 s
@@ -198,6 +198,11 @@ class RayBatch:
         assert clip is not None
         answer = gang.ends[0]
         gang.num_losses_in_a_row = 0
+        if isinstance(answer, NoPrompt):
+            self.queue.forget_prompt(clip.task.prompt_key)
+            self._strike(clip, f"{gang.name}: {answer.reason}")
+            gang.advance()
+            return
         if not isinstance(answer, PutDown):
             self.denoised.append(clip)
             gang.advance()

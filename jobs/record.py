@@ -4,18 +4,86 @@ import importlib.metadata
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 import cineray
 from cineray.distributed.layout import Layout
+from cineray.files import read_json, shaped
 from cineray.pipeline.cache_bytes import forecast_cache_bytes
 from cineray.pipeline.checkpoint import Checkpoint
 from cineray.pipeline.load_options import LoadOptions
 from cineray.pipeline.request import ClipRequest
 
+MAX_RECORD_BYTES = 4 * 2**20  # the longest prompts take a tenth of it
+_Count = Annotated[int, Field(ge=0, le=10**6)]
+
+
+class _Summary(BaseModel):
+    """What is read back of a trace's summary."""
+
+    model_config = ConfigDict(strict=True)
+
+    policy: str
+    steps: _Count
+    computed_steps: _Count
+    skipped_steps: _Count
+    cost: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Proof(BaseModel):
+    """The committed video, as `commit` remembers it."""
+
+    model_config = ConfigDict(strict=True)
+
+    bytes: Annotated[int, Field(ge=0)]
+    mtime_ns: int
+    sha256: str
+
+
+class _Record(BaseModel):
+    """What is read back of a record; those of earlier versions have no `version`."""
+
+    model_config = ConfigDict(strict=True)
+
+    version: Literal[1] = 1
+    id: str
+    fingerprint: str
+    trace: _Summary
+    resumed_at: list[_Count] = []
+    warning: str = ""
+    video: _Proof | None = None
+
+
+_RECORD = TypeAdapter(_Record)
+
 if TYPE_CHECKING:  # a driver on Ray reads records, and does without torch
     from cineray.pipeline.loading import LoadedModel
     from cineray.pipeline.render import RenderedClip
+
+
+def read_record(sidecar: Path) -> dict[str, Any]:
+    """Reads a sidecar; all that it says, not only what is checked.
+
+    Raises:
+        OSError: it is not there, no regular file, a link, too long, or cannot be read.
+        ValueError: as `checked_record`.
+    """
+    return checked_record(read_json(sidecar, MAX_RECORD_BYTES, follow_links=False), sidecar)
+
+
+def checked_record(content: Any, sidecar: Path) -> dict[str, Any]:
+    """A record that has the shape of one, and is of the clip that the sidecar's name says.
+
+    Raises:
+        ValueError: it is not.
+    """
+    record = shaped(content, _RECORD)
+    if sidecar.name != f"{record.id}.{record.fingerprint}.json":
+        raise ValueError("it is of another clip")
+    return content
 
 
 def render_options(options: LoadOptions, lossless: bool) -> dict[str, object]:
@@ -45,6 +113,7 @@ def clip_record(
     """
     trace = trace_summary(request, clip) | {"forecast_bytes": cache_bytes(request, model)}
     record = {
+        "version": 1,
         "id": request.id,
         "fingerprint": fingerprint,
         "prompt": request.prompt,

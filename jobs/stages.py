@@ -84,6 +84,13 @@ class ClipFault:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NoPrompt:
+    """The clip's encoded prompt cannot be read by every rank; it must be encoded again."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Pulse:
     """How far a rank is."""
 
@@ -115,7 +122,7 @@ class GangRank:
     def join(self, rank: int, host: str, port: int) -> None:
         self._work.join(rank, host, port)
 
-    def denoise(self, task: Task) -> Denoised | PutDown | ClipFault:
+    def denoise(self, task: Task) -> Denoised | PutDown | NoPrompt | ClipFault:
         return self._work.denoise(task)
 
     @ray.method(concurrency_group="control")

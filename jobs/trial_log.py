@@ -1,12 +1,18 @@
 """Points of a search that takes hours, kept as they are found: the same command goes on from there."""
 
+import errno
 import json
+import math
+import os
+import stat
 from collections.abc import Iterator, MutableMapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from cineray.files import parse_json, read_regular, shaped
 from cineray.pipeline.calibrate_weights import CurvePoint
 from cineray.pipeline.request import InputError
 
@@ -29,14 +35,17 @@ class TrialLog(MutableMapping[str, CurvePoint]):
         self._path, self._search = path, search
         self._points: dict[str, CurvePoint] = {}
         try:
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"calibrate: {path} cannot be read: {error}; delete it to begin anew") from None
+            lines = read_regular(path, follow_links=False).split(b"\n")
+        except FileNotFoundError:
+            lines = []
+        except OSError as error:
+            raise InputError(f"calibrate: {path} cannot be read: {error.strerror}; delete it to begin anew") from None
         for line in lines:
             try:
-                row = json.loads(line)
-                if row["search"] == search:
-                    self._points[row["key"]] = _POINT.validate_python(row["point"])
+                row = parse_json(line)
+                point = shaped(row["point"], _POINT)
+                if row["search"] == search and isinstance(row["key"], str) and _is_finite(point):
+                    self._points[row["key"]] = point
             except (ValueError, KeyError, TypeError):
                 continue  # torn, or not ours: measured again
 
@@ -47,8 +56,11 @@ class TrialLog(MutableMapping[str, CurvePoint]):
         self._points[key] = point
         row = {"search": self._search, "key": key, "point": asdict(point)}
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(f"\n{json.dumps(row)}")  # a line that was torn before this one stays alone
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            with os.fdopen(os.open(self._path, flags, 0o666), "wb") as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise OSError(errno.EINVAL, "is not a regular file")
+                file.write(f"\n{json.dumps(row)}".encode())  # a line that was torn before this one stays alone
         except OSError as error:
             raise InputError(f"calibrate: {self._path} cannot be written: {error.strerror}") from None
 
@@ -61,5 +73,14 @@ class TrialLog(MutableMapping[str, CurvePoint]):
     def __len__(self) -> int:
         return len(self._points)
 
+    @property
+    def path(self) -> Path:
+        return self._path
+
     def delete(self) -> None:
-        self._path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._path.unlink()
+
+
+def _is_finite(point: CurvePoint) -> bool:
+    return all(map(math.isfinite, asdict(point).values()))

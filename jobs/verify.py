@@ -3,18 +3,23 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, get_args
 
 import torch
 
 from cineray.caching.trace import TraceEntry
+from cineray.distributed.consensus import Mode
 from cineray.distributed.layout import Layout, check_layout, fitting_layouts, parse_layout
 from cineray.jobs.local_ranks import run_on_local_ranks
 from cineray.pipeline.checkpoint import Checkpoint, open_checkpoint
 from cineray.pipeline.compare import psnr_db
-from cineray.pipeline.gang import Gang
-from cineray.pipeline.loading import LoadOptions, load_model
-from cineray.pipeline.render import RenderedClip, render_clip_on_gang
+from cineray.pipeline.encoded_prompts import EncodedPipe, encode_prompt
+from cineray.pipeline.finite import NotFiniteError
+from cineray.pipeline.gang import Attention, Gang
+from cineray.pipeline.loading import TEXT_ENCODERS, TRANSFORMER, LoadOptions, load_model
+from cineray.pipeline.render import RenderedClip, decode_clip, denoise_clip
 from cineray.pipeline.request import ClipRequest, InputError
 
 # Where the last bits may differ, a clip counts as the same from here on. Rings on a CPU in float32 came out at 88 to
@@ -85,6 +90,14 @@ class GangOptions:
     parallel_decode: bool | None = None
     timeout_s: float = 3600.0
 
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("attention", self.attention, get_args(Attention)),
+            ("consensus", self.consensus, get_args(Mode)),
+        ):
+            if value not in allowed:
+                raise InputError(f"--{name} must be one of {', '.join(allowed)}, got {value!r}")
+
 
 def choose_layouts(checkpoint: Checkpoint, requests: list[ClipRequest], texts: list[str]) -> list[Layout]:
     """The layouts that were asked for, checked; by default those of 2 and 4 ranks that differ in kind and fit.
@@ -118,36 +131,64 @@ def verify(
 ) -> Iterator[Verified]:
     """Renders the clips on one rank, then on each layout, in processes of this machine.
 
+    Prompts are encoded once, before: the text encoders of the largest models do not fit into memory once per rank.
+
     Raises:
         RankFailed: a rank died, raised or hung.
+        NotFiniteError: of a clip that cannot be compared.
         InputError: more ranks than GPUs.
     """
     if options.device == "cuda":
         most, there = max(layout.world_size for layout in layouts), torch.cuda.device_count()
         if most > there:
             raise InputError(f"verify: a layout takes {most} ranks, this machine has {there} GPUs; use --layouts")
-    reference = _render(Layout(), checkpoint, options, requests, gang)
-    for layout in layouts:
-        must_be_equal = layout.ring == 1 and options.device == "cpu" and options.dtype_name == "float32"
-        for request, clip, single in zip(
-            requests, _render(layout, checkpoint, options, requests, gang), reference, strict=True
-        ):
-            compared = _compare(request, layout, clip, single)
-            yield replace(
-                compared,
-                must_be_equal=must_be_equal and gang.attention == "native",
-                decoded_by_rows=bool(gang.parallel_decode),
-            )
+    with TemporaryDirectory(prefix="cineray-verify-") as prompts:
+        arguments = (checkpoint.name, options, requests, gang, prompts)
+        run_on_local_ranks(_encode_on_rank, 1, *arguments, timeout_s=gang.timeout_s, device=options.device)
+        reference = _render(Layout(), *arguments)
+        for layout in layouts:
+            must_be_equal = layout.ring == 1 and options.device == "cpu" and options.dtype_name == "float32"
+            for request, clip, single in zip(requests, _render(layout, *arguments), reference, strict=True):
+                compared = _compare(request, layout, clip, single)
+                yield replace(
+                    compared,
+                    must_be_equal=must_be_equal and gang.attention == "native",
+                    decoded_by_rows=bool(gang.parallel_decode),
+                )
 
 
 def _render(
-    layout: Layout, checkpoint: Checkpoint, options: LoadOptions, requests: list[ClipRequest], gang: GangOptions
+    layout: Layout,
+    model_name: str,
+    options: LoadOptions,
+    requests: list[ClipRequest],
+    gang: GangOptions,
+    prompts: str,
 ) -> list[RenderedClip]:
-    arguments = (layout, checkpoint.name, options, requests, gang)
+    arguments = (layout, model_name, options, requests, gang, prompts)
     per_rank = run_on_local_ranks(
         _render_on_rank, layout.world_size, *arguments, timeout_s=gang.timeout_s, device=options.device
     )
+    for clip in per_rank[0]:
+        if isinstance(clip, NotFiniteError):
+            raise clip
     return per_rank[0]
+
+
+def _encode_on_rank(
+    rank: int,
+    num_ranks: int,
+    init_method: str,
+    model_name: str,
+    options: LoadOptions,
+    requests: list[ClipRequest],
+    gang_options: GangOptions,
+    prompts: str,
+) -> None:
+    """Encodes every clip's prompts, in a process that takes the text encoders with it."""
+    model = load_model(open_checkpoint(model_name), options, without=TRANSFORMER)
+    for number, request in enumerate(requests):
+        encode_prompt(model, request, _prompt_path(prompts, number))
 
 
 def _render_on_rank(
@@ -159,7 +200,8 @@ def _render_on_rank(
     options: LoadOptions,
     requests: list[ClipRequest],
     gang_options: GangOptions,
-) -> list[RenderedClip | None]:
+    prompts: str,
+) -> list[RenderedClip | NotFiniteError | None]:
     device = f"cuda:{rank}" if options.device == "cuda" else "cpu"
     with Gang.join(
         layout,
@@ -171,8 +213,20 @@ def _render_on_rank(
         consensus=gang_options.consensus,  # type: ignore[arg-type]
         parallel_decode=gang_options.parallel_decode,
     ) as gang:
-        model = load_model(open_checkpoint(model_name), options)
-        return [render_clip_on_gang(gang, model, request, lambda done, total: None) for request in requests]
+        model = load_model(open_checkpoint(model_name), options, without=TEXT_ENCODERS)
+        clips: list[RenderedClip | NotFiniteError | None] = []
+        for number, request in enumerate(requests):
+            pipe = EncodedPipe(model.pipe, _prompt_path(prompts, number))
+            try:
+                denoised = denoise_clip(model, request, lambda done, total: None, gang=gang, pipe=pipe)
+                clips.append(decode_clip(model, denoised, request, gang))
+            except NotFiniteError as error:  # the ranks go on together: frames are judged by the first alone
+                clips.append(error)
+        return clips
+
+
+def _prompt_path(prompts: str, number: int) -> Path:
+    return Path(prompts) / f"{number}.safetensors"
 
 
 def _compare(request: ClipRequest, layout: Layout, clip: RenderedClip, single: RenderedClip) -> Verified:

@@ -9,7 +9,7 @@ import torch
 
 from cineray.pipeline.adapters import Branch, Conditions
 from cineray.pipeline.loading import LoadedModel
-from cineray.pipeline.step_state import Keeper, StepState, restore_scheduler, scheduler_state
+from cineray.pipeline.step_state import Beginning, Keeper, StepState, restore_scheduler, scheduler_state
 
 StepDone = Callable[[int, int], None]  # (steps done, steps in all)
 RunBranch = Callable[[Branch], torch.Tensor]
@@ -44,7 +44,10 @@ def denoise(
     timesteps = model.adapter.set_timesteps(scheduler, num_inference_steps, latents.device)
     scheduler.set_begin_index(0)
     fresh = deepcopy(scheduler)
-    start = None if keeper is None else keeper.begin()
+    start = None
+    if keeper is not None:
+        dtype = model.pipe.transformer.dtype
+        start = keeper.begin(Beginning(latents=latents, scheduler=fresh, timesteps=timesteps, output_dtype=dtype))
     if start is not None:
         restore_scheduler(scheduler, start.scheduler, latents.device)
         latents = start.latents.to(latents.device)

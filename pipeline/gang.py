@@ -76,22 +76,23 @@ class Gang:
             raise ValueError(f"layout {layout.text} takes {layout.world_size} ranks, there are {world_size}")
         if attention not in get_args(Attention):
             raise ValueError(f"attention must be one of {', '.join(get_args(Attention))}, got {attention!r}")
+        if consensus not in get_args(Mode):
+            raise ValueError(f"consensus must be one of {', '.join(get_args(Mode))}, got {consensus!r}")
         here = torch.device(device)
         if here.type == "cuda":
             torch.cuda.set_device(here)
         mesh = new_mesh(layout, rank, here, timedelta(seconds=timeout_s), init_method, store)
         try:
-            attends = _new_attention(attention, mesh)
-        except ValueError:
+            return cls(
+                mesh=mesh,
+                device=here,
+                attention=_new_attention(attention, mesh),
+                consensus=GangConsensus(mesh=mesh, device=here, mode=consensus),
+                parallel_decode=here.type == "cuda" if parallel_decode is None else parallel_decode,
+            )
+        except BaseException:
             mesh.close()
             raise
-        return cls(
-            mesh=mesh,
-            device=here,
-            attention=attends,
-            consensus=GangConsensus(mesh=mesh, device=here, mode=consensus),
-            parallel_decode=here.type == "cuda" if parallel_decode is None else parallel_decode,
-        )
 
     def close(self) -> None:
         """Leaves the gang; other process groups of this process stay."""

@@ -11,6 +11,7 @@ from cineray.caching.trace import Trace
 from cineray.pipeline.adapters import Conditions
 from cineray.pipeline.denoise import StepDone, denoise
 from cineray.pipeline.enable_cache import attach_cache
+from cineray.pipeline.finite import check_finite
 from cineray.pipeline.gang import Gang
 from cineray.pipeline.loading import LoadedModel
 from cineray.pipeline.request import ClipRequest
@@ -52,8 +53,11 @@ def render_clip(
 
     Args:
         keeper: keeps step states, so that the clip can go on where an earlier process left it.
+
+    Raises:
+        NotFiniteError: its latents or frames are not finite.
     """
-    return decode_clip(model, denoise_clip(model, request, on_step, keeper=keeper))
+    return decode_clip(model, denoise_clip(model, request, on_step, keeper=keeper), request)
 
 
 def render_clip_on_gang(gang: Gang, model: LoadedModel, request: ClipRequest, on_step: StepDone) -> RenderedClip | None:
@@ -63,10 +67,11 @@ def render_clip_on_gang(gang: Gang, model: LoadedModel, request: ClipRequest, on
         The clip on the gang's first rank, None on the others.
 
     Raises:
+        NotFiniteError: its latents are not finite, on every rank; or its frames, on the first.
         ValueError: the gang's layout does not fit the model or the request.
         RuntimeError: another rank failed or was not heard of in time; the gang cannot be used any more.
     """
-    return decode_clip(model, denoise_clip(model, request, on_step, gang=gang), gang)
+    return decode_clip(model, denoise_clip(model, request, on_step, gang=gang), request, gang)
 
 
 def denoise_clip(
@@ -82,6 +87,9 @@ def denoise_clip(
 
     Args:
         pipe: encodes the prompt in the place of the model's own pipeline, such as an `EncodedPipe`.
+
+    Raises:
+        NotFiniteError: the latents are not finite, on every rank alike.
     """
     began = time.monotonic()
     generator = torch.Generator("cpu").manual_seed(request.seed)
@@ -91,21 +99,29 @@ def denoise_clip(
         latents, trace = _denoise_alone(model, request, latents, conditions, on_step, keeper)
     else:
         latents, trace = gang.denoise(model, request, latents, conditions, on_step, keeper)
+    check_finite(latents, "latents", "denoising", request.id, request.cache)
     denoised = time.monotonic()
     return DenoisedClip(latents=latents, trace=trace, encode_s=encoded - began, denoise_s=denoised - encoded)
 
 
 @overload
-def decode_clip(model: LoadedModel, clip: DenoisedClip) -> RenderedClip: ...
+def decode_clip(model: LoadedModel, clip: DenoisedClip, request: ClipRequest) -> RenderedClip: ...
 @overload
-def decode_clip(model: LoadedModel, clip: DenoisedClip, gang: Gang) -> RenderedClip | None: ...
-def decode_clip(model: LoadedModel, clip: DenoisedClip, gang: Gang | None = None) -> RenderedClip | None:
-    """From latents to frames; on a gang every rank calls it and its first rank gets the frames."""
+def decode_clip(model: LoadedModel, clip: DenoisedClip, request: ClipRequest, gang: Gang) -> RenderedClip | None: ...
+def decode_clip(
+    model: LoadedModel, clip: DenoisedClip, request: ClipRequest, gang: Gang | None = None
+) -> RenderedClip | None:
+    """From latents to frames; on a gang every rank calls it and its first rank gets the frames.
+
+    Raises:
+        NotFiniteError: the video is not finite.
+    """
     began = time.monotonic()
     video = model.adapter.decode(model.pipe, clip.latents) if gang is None else gang.decode(model, clip.latents)
     model.pipe.maybe_free_model_hooks()
     if video is None:
         return None
+    check_finite(video, "frames", "decoding", request.id)
     return RenderedClip(
         frames=to_frames(video),
         latents=clip.latents.float().cpu(),

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
-from cineray.caching.trace import Trace, TraceEntry
-from cineray.pipeline.step_state import Keeper, StepState
+from cineray.caching.trace import Trace, TraceEntry, entries_from
+from cineray.pipeline.step_state import Beginning, Keeper, StepState
 
 
 class TraceKeeper:
@@ -22,10 +22,11 @@ class TraceKeeper:
         self._whole = whole
         self._earlier: list[TraceEntry] = []
 
-    def begin(self) -> StepState | None:
-        state = self._keeper.begin()
+    def begin(self, beginning: Beginning) -> StepState | None:
+        """Raises: ValueError: the notes of the other keeper's state hold no trace."""
+        state = self._keeper.begin(beginning)
         if state is not None:
-            self._earlier = [TraceEntry(**entry) for entry in state.notes.get("trace", [])]
+            self._earlier = entries_from(state.notes.get("trace", []))
         return state
 
     def after_step(self, take: Callable[[], StepState]) -> None:

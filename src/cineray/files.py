@@ -5,7 +5,12 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+T = TypeVar("T")
+MAX_WHERE = 80  # characters of the place within a file: its keys may be of any length
 
 MAX_JSON_BYTES = 64 * 2**20  # a trace of 1,000 steps with two branches has half a megabyte
 
@@ -58,3 +63,27 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, follow_links: bool = 
         ValueError: as `parse_json`.
     """
     return parse_json(read_regular(path, max_bytes, follow_links))
+
+
+def shaped(content: Any, shape: TypeAdapter[T]) -> T:
+    """The value that parsed JSON stands for.
+
+    Raises:
+        ValueError: it has another shape; says where, in one line.
+    """
+    try:
+        return shape.validate_python(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where, reason = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{where[:MAX_WHERE]}: {reason}" if where else reason) from None
+
+
+def read_shaped(path: Path, shape: TypeAdapter[T], max_bytes: int = MAX_JSON_BYTES, follow_links: bool = True) -> T:
+    """What a JSON file of a known shape holds.
+
+    Raises:
+        OSError: as `read_regular`.
+        ValueError: as `parse_json` and `shaped`.
+    """
+    return shaped(read_json(path, max_bytes, follow_links), shape)

@@ -52,6 +52,23 @@ def test_it_takes_down_the_world_that_it_made_and_can_be_made_anew(tmp_path):
     assert run_on_local_ranks(join_by_store, 2, str(tmp_path), timeout_s=TIMEOUT_S) == [[2, 2], [2, 2]]
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"consensus": "some"}, "consensus must be one of all, rank0, got 'some'"),
+        ({"consensus": ["all"]}, "consensus must be one of all, rank0"),
+        ({"attention": "flash"}, "attention must be one of native, xfuser, got 'flash'"),
+        ({"attention": "xfuser"}, None),  # found out once the mesh is up: there is no GPU
+    ],
+)
+def test_a_gang_that_cannot_be_leaves_nothing_behind(tmp_path, options, said):
+    for number in range(2):
+        store = dist.FileStore(str(tmp_path / f"store{number}"), 1)
+        with pytest.raises((ValueError, ImportError, RuntimeError), match=said):
+            Gang.join(parse_layout("1"), 0, 1, store=store, timeout_s=20, **options)
+        assert not dist.is_initialized()
+
+
 def leave_early(rank, num_ranks, init_method):
     with Gang.join(parse_layout("2"), rank, num_ranks, init_method=init_method, timeout_s=3) as gang:
         if rank == 0:

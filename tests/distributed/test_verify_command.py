@@ -2,14 +2,21 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from conftest import build_wan
 
 from cineray.caching.trace import TraceEntry
+from cineray.distributed.layout import Layout
 from cineray.jobs import verify
 from cineray.jobs.command_line import _run
+from cineray.pipeline.checkpoint import open_checkpoint
+from cineray.pipeline.loading import LoadOptions, load_model
+from cineray.pipeline.render import render_clip
 
 SMALL = ["--width", "32", "--height", "48", "--frames", "5", "--steps", "4", "--cache", "dicache(threshold=1)"]
 
@@ -58,6 +65,42 @@ def test_another_clip_is_told_and_exits_with_1(model, capsys, monkeypatch):
 def test_layouts_that_cannot_be(model, capsys, layouts, said):
     assert _run(["verify", "--model", model, *SMALL, "--layouts", layouts]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--consensus", "some"], "--consensus must be one of all, rank0, got 'some'"),
+        (["--attention", "flash"], "--attention must be one of native, xfuser, got 'flash'"),
+    ],
+)
+def test_gangs_that_cannot_be(model, capsys, words, said):
+    assert _run(["verify", "--model", model, *SMALL, *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_ranks_do_without_text_encoders(model, tmp_path, new_request):
+    """Encoded once; then the text encoder's weights may be gone."""
+    folder, prompts = tmp_path / "wan", tmp_path / "prompts"
+    shutil.copytree(model, folder)
+    prompts.mkdir()
+    requests = [new_request(width=16, height=16, num_frames=1, num_inference_steps=2)]
+    alone = render_clip(load_model(open_checkpoint(str(folder)), LoadOptions()), requests[0], lambda done, total: None)
+    arguments = (str(folder), LoadOptions(), requests, verify.GangOptions(), str(prompts))
+    verify._encode_on_rank(0, 1, "", *arguments)
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    (clip,) = verify._render_on_rank(0, 1, (tmp_path / "meeting").as_uri(), Layout(), *arguments)
+    assert torch.equal(clip.latents, alone.latents)
+    assert np.array_equal(clip.frames, alone.frames)
+
+
+def test_clips_that_are_not_finite_are_told_in_one_line(tmp_path, capsys):
+    pipe = build_wan()
+    pipe.vae.decoder.conv_out.bias.data[0] = float("inf")
+    pipe.save_pretrained(tmp_path / "wan")
+    assert _run(["verify", "--model", str(tmp_path / "wan"), *SMALL, "--layouts", "2"]) != 0
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    assert "not finite" in line
 
 
 def test_what_counts_as_the_same():

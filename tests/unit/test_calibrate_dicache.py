@@ -64,17 +64,25 @@ def test_a_search_that_is_stopped_goes_on_where_it_was(run, tmp_path, monkeypatc
     assert not list(tmp_path.glob("*.trials"))
 
 
-def test_a_floor_is_kept_on_every_clip_or_refused(run, tmp_path):  # noqa: F811
+def test_a_floor_is_kept_on_every_clip_or_refused(run, tmp_path, monkeypatch):  # noqa: F811
     out = tmp_path / "a.json"
     code, said, _ = run("calibrate", "dicache", "--trials", "0", "--floor", "20", "--out", str(out), "--json", steps=12)
     assert code == 0
     kept = [point for point in said["curve"] if point["worst_psnr_db"] >= 20]
     assert max(kept, key=lambda p: p["speedup"])["threshold"] == said["threshold"]
     out.unlink()
-    code, _, err = run("calibrate", "dicache", "--trials", "0", "--floor", "101", "--out", str(out), steps=12)
+    code, _, err = run("calibrate", "dicache", "--trials", "0", "--floor", "100", "--out", str(out), steps=12)
     assert code == 2
-    assert "no threshold keeps 101.0 dB on every clip; the best keeps" in err
+    assert "no threshold keeps 100.0 dB on every clip; the best keeps" in err
+    assert "stays in" in err
     assert not list(tmp_path.glob("*.json"))
+    with monkeypatch.context() as patch:
+        patch.setattr(WeightSearch, "_measure", None)
+        words = ["calibrate", "dicache", "--trials", "0", "--floor", "20", "--out", str(out), "--json"]
+        code, again, _ = run(*words, steps=12)  # what was measured is not measured again
+    assert code == 0
+    assert again == said
+    assert not list(tmp_path.glob("*.trials"))
 
 
 @pytest.mark.parametrize(

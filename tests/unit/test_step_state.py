@@ -19,8 +19,9 @@ class FileKeeper:
     def __init__(self, path, stop_at=None):
         self.path, self.stop_at, self.began_at = path, stop_at, None
 
-    def begin(self):
+    def begin(self, beginning):
         state = load_step_state(self.path)
+        assert state is None or beginning.misfit(state) is None
         self.began_at = 0 if state is None else state.step
         return state
 
