@@ -19,7 +19,7 @@ from cineray.pipeline.encoded_prompts import encode_prompt, is_encoded
 from cineray.pipeline.loading import TRANSFORMER, LoadedModel, load_model
 from cineray.pipeline.render import DenoisedClip, decode_clip
 from cineray.pipeline.step_state import read_step_state
-from cineray.pipeline.video import VideoError
+from cineray.pipeline.video import VideoError, check_ffmpeg
 
 
 class FinisherWork:
@@ -31,6 +31,7 @@ class FinisherWork:
 
     def load(self) -> None:
         torch.set_num_threads(1)
+        check_ffmpeg()
         self._model = load_model(open_checkpoint(self._spec.model), self._spec.options, without=TRANSFORMER)
 
     def encode(self, task: Task) -> ClipFault | None:

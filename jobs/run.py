@@ -216,7 +216,9 @@ def _model_here(asked: AskedRun) -> Iterator[Renderer]:
     from cineray.jobs.batch import Batch, render_batch
     from cineray.jobs.progress import RenderProgress
     from cineray.pipeline.loading import load_model
+    from cineray.pipeline.video import check_ffmpeg
 
+    check_ffmpeg()
     model = load_model(asked.checkpoint, asked.load_options)
 
     def render(work: Work) -> RunReport:
