@@ -1,5 +1,6 @@
 """From what was typed to checked requests and load options."""
 
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,8 @@ def run_defaults(asked: Asked, checkpoint: "Checkpoint", cache: str, fps: int | 
         guidance_scale=_given(asked.guidance, sizes.guidance_scale),
         fps=_given(fps, sizes.fps),
         cache=cache,
-        image=None if asked.image is None else str(asked.image.resolve()),
+        image=None if asked.image is None else os.path.realpath(asked.image),
+        image_fit=asked.image_fit,
     )
 
 

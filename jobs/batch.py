@@ -3,17 +3,18 @@
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cineray.jobs.commit import Doubt, commit_clip, find_clip
 from cineray.jobs.lease import Lease, LeasedError
 from cineray.jobs.output_folder import OutputError, OutputFolder
 from cineray.jobs.progress import RenderProgress
-from cineray.jobs.record import clip_record, policy_text, render_options
+from cineray.jobs.record import clip_record, policy_text, record_notes, render_options
 from cineray.jobs.results import ClipResult, ResultLog, Status
 from cineray.jobs.step_keeper import StepKeeper, Yielded
 from cineray.pipeline.loading import LoadedModel
+from cineray.pipeline.picture import PictureError, Pictures
 from cineray.pipeline.render import render_clip
 from cineray.pipeline.request import ClipRequest, InputError, fingerprint
 
@@ -29,6 +30,7 @@ class Batch:
     lossless: bool
     checkpoint_s: float
     is_asked_to_stop: Callable[[], bool]
+    pictures: Pictures = field(default_factory=Pictures)
 
 
 def render_batch(batch: Batch, requests: Iterable[ClipRequest], results: ResultLog) -> None:
@@ -54,6 +56,12 @@ def render_batch(batch: Batch, requests: Iterable[ClipRequest], results: ResultL
 
 def _render_or_find(batch: Batch, request: ClipRequest, options: dict[str, object]) -> ClipResult:
     began = time.monotonic()
+    try:
+        request = batch.pictures.pinned(request)
+    except PictureError as reason:  # it was whole when its line was checked
+        batch.folder.log_event("failed", id=request.id, error=str(reason))
+        batch.progress.count_clip(f"{request.id}: failed: {reason}")
+        return ClipResult.of(request, "failed", time.monotonic() - began, error=str(reason))
     mark = fingerprint(request, policy_text(request, batch.model.checkpoint), batch.model.digest, options)
     video = batch.folder.video_path(request, mark)
     status: Status = "existing"
@@ -78,7 +86,7 @@ def _render_or_find(batch: Batch, request: ClipRequest, options: dict[str, objec
     batch.folder.log_event(
         status, id=request.id, fingerprint=mark, wall_s=round(wall_s, 3), **({"error": error} if error else {})
     )
-    note = f": {record['warning']}" if "warning" in record else ""
+    note = f": {said}" if (said := record_notes(record)) else ""
     batch.progress.count_clip(
         f"{request.id}: {status} in {wall_s:.1f} s" + (f": {error}" if error else f" -> {video}{note}")
     )

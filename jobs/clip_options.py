@@ -24,6 +24,7 @@ class Asked:
     guidance: float | None
     negative_prompt: str | None
     image: Path | None
+    image_fit: str
     device: str
     dtype: str
     offload: str
@@ -69,6 +70,13 @@ _OPTIONS = [
     click.option("--guidance", type=float, metavar="G", help="Guidance scale.  [default: the model's]"),
     click.option("--negative-prompt", metavar="TEXT", help="What to avoid (Wan)."),
     click.option("--image", type=_PATH, metavar="FILE", help="First frame, for image-to-video models."),
+    click.option(
+        "--image-fit",
+        type=click.Choice(("stretch", "crop", "pad")),
+        default="stretch",
+        show_default=True,
+        help="For an image of another shape than the clip: stretch it, cut it, or put it on black.",
+    ),
     click.option("--device", default="", metavar="cpu|cuda", help="[default: cuda if there is one]"),
     click.option("--dtype", default="auto", show_default=True, metavar="NAME", help="float32, bfloat16 or float16."),
     click.option(

@@ -14,6 +14,7 @@ from cineray.jobs.retry import is_quarantined
 from cineray.jobs.stages import RunSpec, Task
 from cineray.jobs.trouble import MAX_REASON_CHARS, MAX_REASONS, Trouble, read_trouble
 from cineray.pipeline.checkpoint import Checkpoint
+from cineray.pipeline.picture import PictureError, Pictures
 from cineray.pipeline.request import ClipRequest, fingerprint, prompt_key
 from cineray.pipeline.weights import Identity
 from cineray.text import printable
@@ -59,6 +60,7 @@ class ClipQueue:
         self._spec = spec
         self._options = render_options(spec.options, spec.lossless)
         self._depth = depth
+        self._pictures = Pictures()
         self._in_use: dict[str, int] = {}
         self._encoded: OrderedDict[str, None] = OrderedDict()
         self.waiting: deque[Clip] = deque()
@@ -66,7 +68,7 @@ class ClipQueue:
         self.doubted: list[str] = []  # lines about videos that are rendered again, until they are told
 
     def fill(self) -> list[ClipResult]:
-        """Reads ahead; returns clips that an earlier run has committed, and those that cannot be written."""
+        """Reads ahead; returns clips that an earlier run has committed, and those that cannot be rendered or written."""
         known, began_s = [], time.monotonic()
         for _ in range(MAX_SCANNED):
             full = len(self.waiting) >= self._depth
@@ -76,7 +78,11 @@ class ClipQueue:
             if request is None:
                 self.is_exhausted = True
                 break
-            task = self._task(request)
+            try:
+                task = self._task(self._pictures.pinned(request))
+            except PictureError as reason:  # it was whole when its line was checked
+                known.append(ClipResult.of(request, "failed", 0.0, error=str(reason)))
+                continue
             video = self._folder.video_path(request, task.mark)
             try:
                 stands = find_clip(self._folder, request, task.mark)

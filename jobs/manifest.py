@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, Valid
 
 from cineray.caching.spec import AnyPlan, LayerPlan
 from cineray.pipeline.checkpoint import Checkpoint
+from cineray.pipeline.picture import PictureError, Pictures
 from cineray.pipeline.request import ClipRequest, InputError, is_plain, problems
 from cineray.text import shorten
 
@@ -35,6 +36,7 @@ class ManifestLine(BaseModel):
     fps: int | None = None
     cache: str | None = None
     image: str | None = None
+    image_fit: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +53,7 @@ class RunDefaults:
     fps: int
     cache: str
     image: str | None
+    image_fit: str = "stretch"
 
 
 def to_request(line: ManifestLine, number: int, defaults: RunDefaults, folder: Path) -> ClipRequest:
@@ -73,25 +76,30 @@ def to_request(line: ManifestLine, number: int, defaults: RunDefaults, folder: P
         fps=given(line.fps, defaults.fps),
         cache=given(line.cache, defaults.cache),
         image=None if image is None else str(folder / image),
+        image_fit=given(line.image_fit, defaults.image_fit),
     )
 
 
 class RequestCheck:
     """Says all that keeps a request from being rendered by a model, each in one phrase.
 
-    A manifest names the same few policies a million times; each is read once.
+    A manifest names the same few policies and pictures a million times; each is read once.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._rule = checkpoint.size_rule
         self._policies: dict[str, AnyPlan | str | None] = {}  # a text says what is wrong
+        self._pictures = Pictures()
 
     def __call__(self, request: ClipRequest) -> list[str]:
         found = problems(request, self._rule)
         found += self._policy_problems(request)
-        if request.image is not None and not Path(request.image).is_file():
-            found.append(f"image {shorten(request.image)} is not a file")
+        if request.image is not None and self._rule.takes_image:
+            try:
+                self._pictures.facts(request.image)
+            except PictureError as error:
+                found.append(str(error))
         return found
 
     def _policy_problems(self, request: ClipRequest) -> list[str]:
@@ -122,7 +130,7 @@ class LineCheck:
 
     def __call__(self, line: ManifestLine, number: int) -> list[str]:
         rest = (line.negative_prompt, line.width, line.height, line.frames, line.steps, line.guidance, line.fps)
-        rest = (*rest, line.cache)
+        rest = (*rest, line.cache, line.image_fit)
         seed = self._defaults.seed if line.seed is None else line.seed
         if line.image is None and rest in self._good and is_plain(clip_id(line, number), line.prompt, seed):
             return []
@@ -190,7 +198,7 @@ def _phrase(error) -> str:
     return f"{field} must be {kind}, got {shorten(repr(error['input']))}"
 
 
-_TEXT_FIELDS = {"prompt", "id", "negative_prompt", "cache", "image"}
+_TEXT_FIELDS = {"prompt", "id", "negative_prompt", "cache", "image", "image_fit"}
 
 
 def check_manifest(

@@ -16,6 +16,7 @@ from cineray.jobs.out_file import check_out, ended_by_sigterm, locked, replace_t
 from cineray.jobs.quality import QualityMeter, QualityRow, policy_text
 from cineray.jobs.record import render_options, software_versions
 from cineray.pipeline.loading import LoadedModel
+from cineray.pipeline.picture import Pictures
 from cineray.pipeline.request import ClipRequest, InputError, fingerprint
 
 _COMMAND = "bench quality"
@@ -112,7 +113,8 @@ def _measure(meter: QualityMeter, policy: str, sweep: Sweep | None, target: floa
 def measured_on(model: LoadedModel, requests: list[ClipRequest]) -> dict[str, Any]:
     """What the numbers depend on beside the policies."""
     options = render_options(model.options, lossless=False)
-    clips = [fingerprint(request, "none", model.digest, options) for request in requests]
+    pictures = Pictures()
+    clips = [fingerprint(pictures.pinned(request), "none", model.digest, options) for request in requests]
     return {
         "model": model.checkpoint.name,
         "weights": model.digest,

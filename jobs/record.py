@@ -15,6 +15,7 @@ from cineray.files import read_json, shaped
 from cineray.pipeline.cache_bytes import forecast_cache_bytes
 from cineray.pipeline.checkpoint import Checkpoint
 from cineray.pipeline.load_options import LoadOptions
+from cineray.pipeline.picture import fit_warning
 from cineray.pipeline.request import ClipRequest
 
 MAX_RECORD_BYTES = 4 * 2**20  # the longest prompts take a tenth of it
@@ -141,8 +142,25 @@ def clip_record(
     }
     if resumed_at:
         record["resumed_at"] = list(resumed_at)
+    if request.image is not None:
+        record["image_fit"] = request.image_fit
+    if warnings := clip_warnings(request):
+        record["warnings"] = warnings
     warning = cache_warning(trace)
     return record | ({"warning": warning} if warning else {})
+
+
+def clip_warnings(request: ClipRequest) -> list[str]:
+    """What was asked for and the pixels do not show, each in one line."""
+    found = list(request.picture.notes) if request.picture is not None else []
+    if stretched := fit_warning(request):
+        found.append(stretched)
+    return found
+
+
+def record_notes(record: dict[str, Any]) -> str | None:
+    """All that is to be said of a clip that is there."""
+    return "; ".join([*([record["warning"]] if "warning" in record else []), *record.get("warnings", ())]) or None
 
 
 def cache_bytes(request: ClipRequest, model: "LoadedModel") -> int | None:

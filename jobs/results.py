@@ -26,6 +26,7 @@ class ClipResult:
     cost: float
     error: str | None = None
     resumed_at: tuple[int, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -51,6 +52,7 @@ class ClipResult:
             cost=trace.get("cost", 1.0),
             error=error,
             resumed_at=tuple((record or {}).get("resumed_at", ())),
+            warnings=tuple((record or {}).get("warnings", ())),
         )
 
 
@@ -85,4 +87,4 @@ class ResultLog:
 
 
 _FIELDS = fields(ClipResult)
-_OPTIONAL = ("error", "resumed_at")
+_OPTIONAL = ("error", "resumed_at", "warnings")

@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from cineray.text import shorten
 
@@ -14,6 +13,7 @@ MAX_SIDE_PX = 8192
 MAX_FRAMES = 4097
 MAX_STEPS = 1000  # the schedulers' num_train_timesteps
 MAX_SEED = 2**63 - 1
+IMAGE_FITS = ("stretch", "crop", "pad")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")  # less tab and line ends; lone surrogates
 CLIP_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -37,10 +37,29 @@ class InputError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PictureFacts:
+    """What a picture's file held when its clip was taken in hand.
+
+    Args:
+        sha256: of the file, in hex.
+        width, height: pixels, as it is shown.
+        is_plain: it shows the pixels that lie in the file: no transparency, orientation, profile or depth to apply.
+        notes: what is to be said of it, such as that it is animated.
+    """
+
+    sha256: str
+    width: int
+    height: int
+    is_plain: bool = True
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ClipRequest:
     """One clip. Sizes in pixels; `guidance_scale` 1 or less means no classifier-free guidance on Wan.
 
-    `image` is the path of the first frame for image-to-video models.
+    `image` is the path of the first frame for image-to-video models, `image_fit` one of IMAGE_FITS: what to do where
+    it has another shape than the clip. `picture` is set once the clip is taken in hand (`Pictures.pinned`).
     """
 
     id: str
@@ -55,6 +74,8 @@ class ClipRequest:
     fps: int
     cache: str = "none"
     image: str | None = None
+    image_fit: str = "stretch"
+    picture: PictureFacts | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +132,10 @@ def problems(request: ClipRequest, rule: SizeRule) -> list[str]:
         found.append("image is required: this model animates a first frame")
     if not rule.takes_image and request.image is not None:
         found.append("image cannot be used: this model renders from text alone")
+    if request.image_fit not in IMAGE_FITS:
+        found.append(f"image_fit must be stretch, crop or pad, got {shorten(request.image_fit)}")
+    elif not rule.takes_image and request.image_fit != "stretch":
+        found.append("image_fit cannot be used: this model renders from text alone")
     if not rule.takes_negative_prompt and request.negative_prompt is not None:
         found.append("negative_prompt cannot be used: this model's guidance is embedded, there is no negative branch")
     return found
@@ -136,9 +161,11 @@ def fingerprint(request: ClipRequest, policy: str, model_digest: str, render_opt
     Args:
         policy: the cache policy with all its options, as text.
         render_options: what is common to a run: dtype, VAE tiling, lossless.
+
+    Raises:
+        PictureError: the request is not `pinned` and its picture cannot be used.
     """
-    image = hashlib.sha256(Path(request.image).read_bytes()).hexdigest() if request.image else None
-    covered = {
+    covered: dict[str, object] = {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
         "seed": request.seed,
@@ -148,10 +175,18 @@ def fingerprint(request: ClipRequest, policy: str, model_digest: str, render_opt
         "steps": request.num_inference_steps,
         "guidance": request.guidance_scale,
         "cache": policy,
-        "image": image,
+        "image": None,
         "model": model_digest,
         "options": render_options,
     }
+    if request.image is not None:
+        from cineray.pipeline.picture import Pictures  # which reads requests itself
+
+        picture = request.picture or Pictures().facts(request.image)
+        # one that needs more than its pixels to be shown is not what earlier versions made of the same file
+        covered["image"] = picture.sha256 if picture.is_plain else f"{picture.sha256} as shown"
+        if request.image_fit != "stretch":
+            covered["image_fit"] = request.image_fit
     text = json.dumps(covered, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -175,7 +175,7 @@ def new_queue(manifest: Path, folder: OutputFolder, checkpoint: Checkpoint, spec
     """The queue of a run over a manifest."""
     asked = Asked(
         **dict.fromkeys(("steps", "width", "height", "frames", "guidance", "negative_prompt", "image")),
-        **{"prompts": (), "manifest": manifest, "model": checkpoint.name, "seed": 0},
+        **{"prompts": (), "manifest": manifest, "model": checkpoint.name, "seed": 0, "image_fit": "stretch"},
         **{"device": "cpu", "dtype": "auto", "offload": "none", "vae_tiling": False},
     )
     defaults = run_defaults(asked, checkpoint, "none", None)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from cineray.pipeline.adapters.model import SHIPPED, TINY_CLIP, BlockLayout, KnownCheckpoint, Model, ShardedArguments
 from cineray.pipeline.adapters.protocol import Branch, Conditions, Defaults, ModelConfigs, draw_noise, without_gradients
+from cineray.pipeline.picture import first_frame
 from cineray.pipeline.request import ClipRequest, SizeRule
 
 if TYPE_CHECKING:
@@ -122,8 +121,7 @@ class WanImageToVideo:
         import torch
 
         device, dtype = pipe._execution_device, pipe.transformer.dtype
-        with Image.open(request.image) as opened:  # type: ignore[arg-type]  # size_rule made the image required
-            image = opened.convert("RGB")
+        image = first_frame(request)
         embeds = _prompt_embeds(pipe, request)
         extra: dict[str, Any] = {"encoder_hidden_states_image": None}
         if pipe.transformer.config.image_dim is not None:

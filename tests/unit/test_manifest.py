@@ -87,6 +87,8 @@ def test_rows_get_defaults_and_line_numbers(write, defaults, checkpoint):
         (GOOD | {"fps": 0}, "fps must be 1 to 240, got 0"),
         (GOOD | {"cache": "dicash"}, "unknown policy 'dicash'; valid: none"),
         (GOOD | {"image": "x.png"}, "image cannot be used"),
+        (GOOD | {"image_fit": "zoom"}, "image_fit must be stretch, crop or pad, got 'zoom'"),
+        (GOOD | {"image_fit": 1}, "image_fit must be a text, got '1'"),
     ],
 )
 def test_a_bad_line_is_named_with_its_reason(write, defaults, checkpoint, line, said):

@@ -5,7 +5,9 @@ import json
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from PIL import Image
 
+from cineray.jobs import asked_clips
 from cineray.jobs.command_line import _run
 from cineray.pipeline.render import render_clip
 from cineray.pipeline.video import read_metadata, read_video
@@ -160,6 +162,8 @@ def test_a_manifest_with_hunyuan_video(render, tmp_path):
         (["a", "--dtype", "int8"], "dtype must be auto or one of float32, bfloat16, float16"),
         (["a", "--offload", "model", "--device", "cpu"], "it needs --device cuda"),
         (["a", "--image", "x.png"], "image cannot be used"),
+        (["a", "--image-fit", "crop"], "image_fit cannot be used: this model renders from text alone"),
+        (["a", "--image-fit", "zoom"], "'zoom' is not one of 'stretch', 'crop', 'pad'"),
         (["a", "--model", "no-such-model"], "neither a folder nor a hub id owner/name nor one of: tiny-wan"),
         (["a", "--typo"], "No such option '--typo'"),
     ],
@@ -224,20 +228,62 @@ def test_a_hub_id_without_network_is_one_line(render, monkeypatch):
     assert not out.exists()
 
 
-def test_a_clip_that_fails_does_not_stop_the_others(render, tmp_path):
-    """An image that is no image passes the checks and fails when it is rendered."""
-    (tmp_path / "bad.png").write_bytes(b"no image")
-    from PIL import Image
+@pytest.fixture
+def pictures(tmp_path):
+    """A manifest of two clips, each with a picture of its own: (manifest, first picture, second picture)."""
+    manifest, first, second = tmp_path / "m.jsonl", tmp_path / "first.png", tmp_path / "second.png"
+    Image.new("RGB", (32, 32), "red").save(first)
+    Image.new("RGB", (96, 32), "red").save(second)
+    rows = [{"prompt": "a", "image": path.name, "id": path.stem} for path in (first, second)]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return manifest, first, second
 
-    Image.new("RGB", (32, 32), "red").save(tmp_path / "good.png")
-    (tmp_path / "m.jsonl").write_text(
-        '{"prompt": "a", "image": "bad.png", "id": "bad"}\n{"prompt": "b", "image": "good.png", "id": "good"}\n'
-    )
-    code, stdout, stderr, out = render("--manifest", str(tmp_path / "m.jsonl"), "--json", model="wan_i2v")
+
+def test_a_broken_picture_is_a_bad_line(render, pictures):
+    manifest, first, _ = pictures
+    first.write_bytes(first.read_bytes()[:60])
+    code, stdout, stderr, out = render("--manifest", str(manifest), model="wan_i2v")
+    assert (code, stdout) == (2, "")
+    (line,) = stderr.strip().splitlines()
+    assert f"{manifest} line 1: image" in line
+    assert not out.exists()
+
+
+def test_a_clip_that_fails_does_not_stop_the_others(render, pictures, monkeypatch):
+    """A picture that is changed between the check of its line and its turn."""
+    manifest, first, _ = pictures
+    check = asked_clips.requests_of
+
+    def checked_then_broken(*arguments):
+        found = check(*arguments)
+        first.write_bytes(b"no image")
+        return found
+
+    monkeypatch.setattr("cineray.jobs.command_line.requests_of", checked_then_broken)
+    code, stdout, stderr, out = render("--manifest", str(manifest), "--json", model="wan_i2v")
     assert code == 1
-    assert [(c["id"], c["status"]) for c in json.loads(stdout)["clips"]] == [("bad", "failed"), ("good", "done")]
-    assert "bad: failed" in stderr
-    assert [p.name.split(".")[0] for p in out.glob("*.mp4")] == ["good"]
+    assert [(c["id"], c["status"]) for c in json.loads(stdout)["clips"]] == [("first", "failed"), ("second", "done")]
+    assert "first: failed: image" in stderr
+    assert [p.name.split(".")[0] for p in out.glob("*.mp4")] == ["second"]
+
+
+def test_a_stretched_picture_is_said_and_can_be_fitted(render, pictures):
+    manifest, _, second = pictures
+    said = "image 'second.png' is 96x32 and was stretched to 32x32; --image-fit crop or pad"
+    code, stdout, stderr, out = render("--manifest", str(manifest), "--json", model="wan_i2v")
+    assert code == 0
+    square, wide = json.loads(stdout)["clips"]
+    assert "warnings" not in square
+    assert wide["warnings"][0].startswith(said)
+    assert said in " ".join(stderr.split())
+    (sidecar,) = out.glob("second.*.json")
+    assert json.loads(sidecar.read_text())["warnings"] == wide["warnings"]
+    assert json.loads(sidecar.read_text())["image_fit"] == "stretch"
+    for fit in ("crop", "pad"):
+        code, stdout, stderr, _ = render("a", "--image", str(second), "--image-fit", fit, "--json", model="wan_i2v")
+        assert code == 0
+        assert "warnings" not in json.loads(stdout)["clips"][0]
+    assert len(list(out.glob("1.*.mp4"))) == 2
 
 
 def test_a_calibrated_schedule_renders(render, checkpoint_folder, tmp_path, capsys):

@@ -37,7 +37,7 @@ def test_the_command_has_the_options_and_no_prompt(capsys):
         [
             *("submit", "--cluster", "http://h:8265", "--from-source", "--dry-run", evil, "--sp", "2"),
             *("--out", "/nfs/x y", "--cfg-parallel", "--cache", "dicache(threshold=0.1)"),
-            *("--negative-prompt", "$HOME"),
+            *("--negative-prompt", "$HOME", "--image-fit", "pad"),
         ]
     )
     assert code == 0
@@ -49,6 +49,7 @@ def test_the_command_has_the_options_and_no_prompt(capsys):
     assert sent[:8] == ["python", "-m", "cineray", "render", "--manifest", "manifest.jsonl", "--address", "auto"]
     assert sent[8:] == [
         *("--sp", "2", "--out", "/nfs/x y", "--cfg-parallel", "--cache", "dicache(threshold=0.1)"),
+        *("--image-fit", "pad"),
     ]
     env = json.loads(words[words.index("--runtime-env-json") + 1])
     assert env["py_modules"][0].endswith("/cineray")
