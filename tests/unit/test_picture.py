@@ -136,7 +136,7 @@ def test_hidden_colours_do_not_appear(shown):
 
 def test_one_transparent_colour_in_every_depth(shown):
     level, colour = int(GREY[5, 20]), [int(level) for level in RGB[3, 3]]
-    grey = over_white(as_rgb(GREY), np.equal(GREY, level))
+    grey = over_white(as_rgb(GREY), np.asarray(np.equal(GREY, level)))
     rgb = over_white(RGB, np.equal(RGB, colour).all(axis=-1))
     assert np.array_equal(shown(png([row.tobytes() for row in GREY], 8, 0, key(level)))[0], grey)
     assert np.array_equal(shown(png([deep(row).tobytes() for row in GREY], 16, 0, key(level * 257)))[0], grey)
