@@ -20,7 +20,7 @@ from cineray.pipeline.weights import Identity
 from cineray.text import printable
 
 MAX_SCANNED = 200  # lines looked up at once: the driver has other things to do
-MAX_LOOK_S = 1.0  # and for so long: a video that no sidecar knows takes a tenth of a second
+MAX_LOOK_S = 1.0  # and for so long: a picture, or a video that no sidecar knows, takes a tenth of a second
 MAX_PROMPTS = 256  # encoded prompts kept on disk, 4 MB each for the largest text encoders
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 import cineray
 from cineray.distributed.layout import Layout
 from cineray.files import read_json, shaped
+from cineray.jobs.results import warnings_in
 from cineray.pipeline.cache_bytes import forecast_cache_bytes
 from cineray.pipeline.checkpoint import Checkpoint
 from cineray.pipeline.load_options import LoadOptions
@@ -160,7 +161,7 @@ def clip_warnings(request: ClipRequest) -> list[str]:
 
 def record_notes(record: dict[str, Any]) -> str | None:
     """All that is to be said of a clip that is there."""
-    return "; ".join([*([record["warning"]] if "warning" in record else []), *record.get("warnings", ())]) or None
+    return "; ".join(str(note) for note in (record.get("warning"), *warnings_in(record)) if note) or None
 
 
 def cache_bytes(request: ClipRequest, model: "LoadedModel") -> int | None:

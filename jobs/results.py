@@ -52,8 +52,14 @@ class ClipResult:
             cost=trace.get("cost", 1.0),
             error=error,
             resumed_at=tuple((record or {}).get("resumed_at", ())),
-            warnings=tuple((record or {}).get("warnings", ())),
+            warnings=warnings_in(record or {}),
         )
+
+
+def warnings_in(record: dict[str, Any]) -> tuple[str, ...]:
+    """Those of a record that may have lain on disk."""
+    found = record.get("warnings")
+    return tuple(text for text in found if isinstance(text, str)) if isinstance(found, list) else ()
 
 
 class ResultLog:

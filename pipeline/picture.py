@@ -23,7 +23,7 @@ from cineray.text import shorten
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MAX_PICTURE_PX = 1024**3 // 4 // 3  # where Pillow begins to warn of decompression bombs: 89 million, 256 MiB of RGB
 MAX_PICTURE_BYTES = 2**29  # a TIFF of so many pixels at 16 bits a channel
-MAX_REMEMBERED = 1000
+MAX_REMEMBERED = 10_000  # pictures: 7 MB
 SAME_SHAPE = 1.02  # a circle that is 2 % too wide still looks round
 BACKGROUND = "white"  # of a page in a browser
 SRGB_LEVELS = 2  # profiles of sRGB from several makers differ from each other by rounding

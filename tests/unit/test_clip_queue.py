@@ -1,0 +1,37 @@
+"""The clips that a driver on Ray has in hand, without Ray."""
+
+from PIL import Image
+
+from cineray.distributed.layout import Layout
+from cineray.jobs.clip_queue import ClipQueue
+from cineray.jobs.output_folder import OutputFolder
+from cineray.jobs.stages import RunSpec
+from cineray.pipeline.checkpoint import open_checkpoint
+from cineray.pipeline.load_options import LoadOptions
+from cineray.pipeline.weights import identify
+
+
+def test_a_picture_that_is_broken_when_its_clip_is_due_fails_that_clip_alone(checkpoint_folder, new_request, tmp_path):
+    """Its line was checked when the picture was whole."""
+    checkpoint = open_checkpoint(str(checkpoint_folder("wan_i2v")))
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    requests = [new_request(id=name, image=str(tmp_path / f"{name}.png")) for name in ("bad", "good")]
+    spec = RunSpec(
+        model=checkpoint.name,
+        options=LoadOptions(),
+        out=tmp_path / "out",
+        lossless=False,
+        layout=Layout(),
+        checkpoint_s=60.0,
+        collective_s=60.0,
+    )
+    queue = ClipQueue(iter(requests), OutputFolder(spec.out), checkpoint, identify(checkpoint), spec, depth=4)
+    (failed,) = queue.fill()
+    assert (failed.id, failed.status) == ("bad", "failed")
+    assert failed.error is not None
+    assert "bad.png' cannot be used" in failed.error
+    (waiting,) = queue.waiting
+    assert waiting.id == "good"
+    assert waiting.task.request.picture is not None
+    assert (waiting.task.request.picture.width, queue.is_exhausted) == (32, True)
