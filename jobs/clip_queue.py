@@ -68,7 +68,7 @@ class ClipQueue:
         self.doubted: list[str] = []  # lines about videos that are rendered again, until they are told
 
     def fill(self) -> list[ClipResult]:
-        """Reads ahead; returns clips that an earlier run has committed, and those that cannot be rendered or written."""
+        """Reads ahead; returns clips that an earlier run has committed, and those that cannot be rendered."""
         known, began_s = [], time.monotonic()
         for _ in range(MAX_SCANNED):
             full = len(self.waiting) >= self._depth
