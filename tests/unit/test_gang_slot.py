@@ -1,0 +1,24 @@
+"""What a gang's slot makes of its ranks' answers."""
+
+import pytest
+
+from cineray.jobs import gang_slot
+from cineray.jobs.gang_slot import GRACE_S, GangSlot, Resources
+from cineray.jobs.output_folder import OutputError
+
+
+def test_a_fault_of_the_folder_that_one_rank_meets_ends_the_wait_for_the_others(monkeypatch):
+    """They wait for that rank: until their collective gives up, ten minutes later."""
+
+    class TwoRanks(GangSlot):
+        num_ranks = 2  # type: ignore[assignment]
+
+    slot = TwoRanks(number=0, spec=None, resources=Resources(num_cpus=1, num_gpus=0), actor=None)  # type: ignore[arg-type]
+    monkeypatch.setattr(gang_slot, "outcome", lambda ref: OutputError("output folder o: .tmp is a file"))
+    slot._calls = {"first rank": 0, "second rank": 1}
+    slot.take("first rank")
+    assert slot.first_end_s is not None
+    assert not slot.is_settled(slot.first_end_s)
+    assert slot.is_settled(slot.first_end_s + GRACE_S + 1)
+    with pytest.raises(OutputError):
+        slot.raise_input_error()
