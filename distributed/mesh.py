@@ -49,6 +49,11 @@ class Mesh:
         """Whether this is the gang's first rank."""
         return self.gang.index == 0
 
+    def with_whole_sequences(self) -> "Mesh":
+        """The same gang whose ranks hold all tokens of their branch each; it shares this one's groups: close this."""
+        alone = Axis(size=1, index=0, group=None, ranks=(self.rank,))
+        return replace(self, sequence=alone, ring=alone, ulysses=alone)
+
     def close(self) -> None:
         """Destroys the groups that were made here and nothing else."""
         if not dist.is_initialized():

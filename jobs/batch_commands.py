@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from cineray.jobs.clip_options import json_option
-from cineray.jobs.terminal import print_json, print_lines
+from cineray.jobs.terminal import print_json, print_lines, write
+from cineray.text import printable
 
 
 @click.command()
@@ -80,8 +81,9 @@ def submit(
         no_wait=no_wait,
     )
     if dry_run:
-        print(as_text(command(submission, Path("FOLDER")), environment(os.environ, Path.home())))
-        print(f"# FOLDER holds the clips as manifest.jsonl: {submission.manifest or 'the prompts'}")
+        text = as_text(command(submission, Path("FOLDER")), environment(os.environ))
+        write(sys.stdout, printable(text, limit=len(text)) + "\n")
+        print_lines(sys.stdout, f"# FOLDER holds the clips as manifest.jsonl: {submission.manifest or 'the prompts'}")
         return 0
     return submit_batch(submission)
 

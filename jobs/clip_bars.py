@@ -3,8 +3,12 @@
 import sys
 from typing import Self
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cineray.jobs.terminal import new_console, tell
+from cineray.text import printable
+
+MAX_BAR_TEXT = 60  # beside a bar, which has a line of the terminal
 
 
 class ClipBars:
@@ -13,10 +17,10 @@ class ClipBars:
     def __init__(self, num_clips: int) -> None:
         self.num_clips = num_clips
         self.num_done = 0
-        self._console = Console(file=sys.stderr)
+        self._console = new_console(sys.stderr)
         self.is_terminal = self._console.is_terminal
         self.bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -37,9 +41,9 @@ class ClipBars:
     def say(self, message: str) -> None:
         """A line above the bars."""
         if self.is_terminal:
-            self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(printable(message), markup=False, emoji=False, highlight=False, soft_wrap=True)
         else:  # rich would take 0.3 ms
-            print(message, file=sys.stderr, flush=True)
+            tell(message)
 
     def count_clip(self, message: str | None) -> None:
         """One clip more is over; says so unless there is nothing to say."""

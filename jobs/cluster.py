@@ -2,14 +2,21 @@
 
 import logging
 import os
+import secrets
+import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 from ray._private.state import state
 
+from cineray.jobs.cluster_address import check_address
 from cineray.jobs.gang_slot import Resources
+from cineray.jobs.private_folder import private_folder
+from cineray.jobs.stopping import Stopped, kept_handlers
 from cineray.pipeline.request import InputError
 
 # latents and prompts cross as files; the store holds control messages alone (Ray's least is 75 MiB)
@@ -60,34 +67,112 @@ def connected(address: str | None, fleet: Fleet) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    _connect(address, fleet)
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # the driver says what was lost, once
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # of actors' lines
+    # that there is a token is nobody's business
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     try:
-        yield
+        if address is None:
+            with private_folder() as folder, _own_token(folder):
+                _start(folder, fleet)
+                try:
+                    yield
+                finally:
+                    ray.shutdown()
+        else:
+            _join(address)
+            yield
     finally:
         ray.shutdown()
 
 
-def _connect(address: str | None, fleet: Fleet) -> None:
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # the driver says what was lost, once
-    # a local Ray's token is nobody's business but its own
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    if address is None:
-        num_ranks = fleet.num_gangs * fleet.ranks_per_gang
-        ray.init(
-            address="local",
-            num_cpus=int(num_ranks * fleet.rank.num_cpus + fleet.num_finishers * fleet.finisher.num_cpus),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-        )
-        return
+def _start(folder: Path, fleet: Fleet) -> None:
+    """A Ray of this process's own. `folder` keeps others out; what Ray makes below it, anybody could write."""
+    num_ranks = fleet.num_gangs * fleet.ranks_per_gang
+    # a small /dev/shm is no reason for advice: nearly nothing goes through the store
+    logging.getLogger("ray._private.services").setLevel(logging.ERROR)
     try:
-        ray.init(address=address, logging_level=logging.WARNING)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        with _ray_handles_signals_meanwhile():
+            ray.init(
+                address="local",
+                num_cpus=int(num_ranks * fleet.rank.num_cpus + fleet.num_finishers * fleet.finisher.num_cpus),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                _temp_dir=str(folder / "r"),
+                _plasma_directory=None if _has_shared_memory() else str(folder),
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"Ray does not start on this machine: {_reason(error)}") from None
+
+
+def _join(address: str) -> None:
+    """
+    Raises:
+        InputError: there is no cluster at the address.
+    """
+    check_address(address)
+    try:
+        with _ray_handles_signals_meanwhile():
+            ray.init(address=address, logging_level=logging.WARNING)
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"no Ray cluster at --address {address}: {reason}; leave --address out to render on this machine alone"
+            f"no Ray cluster at --address {address}: {_reason(error)}; leave --address out to render on this machine "
+            "alone"
         ) from None
+
+
+@contextmanager
+def _ray_handles_signals_meanwhile() -> Iterator[None]:
+    """ray.init leaves a handler of SIGTERM behind, which would end a driver that still cleans up."""
+    with kept_handlers():
+        try:
+            yield
+        except SystemExit as end:
+            if end.code == signal.SIGTERM:
+                raise Stopped(signal.SIGTERM) from None
+            raise
+
+
+@contextmanager
+def _own_token(folder: Path) -> Iterator[None]:
+    """A token for this Ray alone, that other users cannot read; the user's own, where there is one, is used instead."""
+    given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    if given:
+        yield
+        return
+    path = folder / "token"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+    _read_token_again()
+    try:
+        yield
+    finally:
+        del os.environ["RAY_AUTH_TOKEN_PATH"]
+        _read_token_again()
+
+
+def _read_token_again() -> None:
+    """This process may have had another Ray before."""
+    try:
+        from ray._raylet import AuthenticationTokenLoader
+
+        AuthenticationTokenLoader.instance().reset_cache()
+    except (ImportError, AttributeError):
+        pass  # a Ray without tokens
+
+
+def _has_shared_memory() -> bool:
+    try:
+        return shutil.disk_usage("/dev/shm").free > 1.2 * OBJECT_STORE_BYTES
+    except OSError:
+        return False
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def missing_resources(fleet: Fleet) -> str | None:

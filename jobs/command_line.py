@@ -1,7 +1,8 @@
 """The command line: what a person types, and what the process answers."""
 
-import json
+import os
 import sys
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from cineray.jobs.batch_commands import status, submit
 from cineray.jobs.clip_options import Asked, FolderPath, RunAsked, clip_options, json_option, run_options
 from cineray.jobs.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED_CLIPS, EXIT_INTERRUPTED, EXIT_LEASED
 from cineray.jobs.measure_commands import bench, calibrate, verify
-from cineray.jobs.terminal import tell
+from cineray.jobs.stopping import Stopped, ending_on_signals
+from cineray.jobs.terminal import UndeliveredError, begin_printing, print_json, print_lines, print_table, silence, tell
 
 _INTERRUPTED = "cineray: interrupted; finished clips are kept, run the same command again to go on"
+TRACEBACK = "CINERAY_TRACEBACK"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -59,20 +62,20 @@ def render(
     try:
         report = render_run(run, lambda: requests_of(asked, defaults, checkpoint), takes_long_to_check(asked), about)
     except LeasedError as error:
-        print(f"cineray: {error}; wait until it has ended, or give another --out", file=sys.stderr)
+        tell(f"cineray: {error}; wait until it has ended, or give another --out")
         return EXIT_LEASED
     counts, content = report.results.counts, report.content()
     said = ", ".join(f"{number} {status}" for status, number in counts.items()) or "no clip"
     busy = "" if report.gangs_busy is None else f", gangs busy {report.gangs_busy:.0%}"
     speed = f"{content['clips_per_hour']:.0f} clips per hour{busy}"
-    print(f"{said} in {report.wall_s:.1f} s ({speed}), in {out}", file=sys.stderr)
+    tell(f"{said} in {report.wall_s:.1f} s ({speed}), in {out}")
     if as_json:
         report.results.print_json(content, sys.stdout)
     if report.given_up:
-        print(f"cineray: {report.given_up}; finished clips are kept", file=sys.stderr)
+        tell(f"cineray: {report.given_up}; finished clips are kept")
         return EXIT_FAILED_CLIPS
     if report.stopped_by is not None:
-        print(_INTERRUPTED, file=sys.stderr)
+        tell(_INTERRUPTED)
         return 128 + report.stopped_by
     return EXIT_FAILED_CLIPS if counts["failed"] or counts["quarantined"] else EXIT_DONE
 
@@ -87,7 +90,6 @@ def models(as_json: bool) -> int:
       cineray models
       cineray models --json
     """
-    from rich.console import Console
     from rich.table import Table
 
     from cineray.caching.spec import policies_for
@@ -105,24 +107,24 @@ def models(as_json: bool) -> int:
             }
             for model in MODELS.values()
         ]
-        print(json.dumps({"models": rows, "pipelines": list(FAMILIES), "cached": cached}))
+        print_json({"models": rows, "pipelines": list(FAMILIES), "cached": cached})
         return EXIT_DONE
     table = Table("name", "what", "where from", box=None)
     for name, known in KNOWN_MODELS.items():
         shipped = Path(known.source).is_absolute()
         table.add_row(name, known.note, "in the package" if shipped else known.source)
-    Console().print(table)
-    print(f"\nAny diffusers folder or hub id works whose pipeline is one of: {', '.join(FAMILIES)}.\n")
+    print_table(table)
+    fits = f"Any diffusers folder or hub id works whose pipeline is one of: {', '.join(FAMILIES)}."
+    print_lines(sys.stdout, "", fits, "")
     table = Table(box=None)
     for column in ("pipeline or transformer", "renders", "policies for --cache and enable_cache"):
         table.add_column(column, no_wrap=column != "policies for --cache and enable_cache")
     for model in MODELS.values():
         for kind in model.pipelines or (model.transformer,):
             table.add_row(kind, "yes" if kind in FAMILIES else "-", ", ".join(policies_for(model.family)))
-    Console().print(table)
-    print(
-        "\nWhat is not rendered here is cached in your own Python, cineray.enable_cache(pipe, policy): docs/models.md."
-    )
+    print_table(table)
+    own = "What is not rendered here is cached in your own Python, cineray.enable_cache(pipe, policy): docs/models.md."
+    print_lines(sys.stdout, "", own)
     return EXIT_DONE
 
 
@@ -132,20 +134,44 @@ for command in (status, submit, calibrate, bench, verify):
 
 def run(arguments: list[str] | None = None) -> None:
     """Runs the command line and ends the process: 0 done, 1 some clips failed, 2 bad input, 130 interrupted."""
-    sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+    begin_printing()
+    try:
+        with ending_on_signals():
+            code = _run(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt as again:  # while the first one was being told
+        code = _interrupted(again)
+    except Exception as error:
+        code = _unexpected(error)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            silence(stream)  # or Python ends with a traceback of its own
+    sys.exit(code)
 
 
 def _run(arguments: list[str]) -> int:
     try:
         code = cineray.main(arguments, prog_name="cineray", standalone_mode=False)
         return code if isinstance(code, int) else EXIT_DONE
-    except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx else "cineray"
-        print(f"{command}: {error.format_message()} See: {command} --help", file=sys.stderr)
+    except click.ClickException as error:
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        command = context.command_path if context else "cineray"
+        tell(f"{command}: {error.format_message()} See: {command} --help")
         return EXIT_BAD_INPUT
-    except (KeyboardInterrupt, click.Abort):
-        print(_INTERRUPTED, file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except click.Abort as abort:
+        return _interrupted(abort.__cause__ or abort)
+    except KeyboardInterrupt as interrupt:
+        return _interrupted(interrupt)
+    except UndeliveredError as error:
+        tell(f"cineray: {error}; what was done is kept")
+        return EXIT_BAD_INPUT
+    except OSError as error:
+        if error.filename is None:
+            raise
+        tell(f"cineray: {error.strerror}: {os.fsdecode(error.filename)}")  # no permission, too long a name
+        return EXIT_BAD_INPUT
     except ValueError as error:
         from cineray.pipeline.finite import NotFiniteError
         from cineray.pipeline.request import InputError
@@ -154,3 +180,18 @@ def _run(arguments: list[str]) -> int:
             raise
         tell(*(f"cineray: {line}" for line in error.lines))
         return EXIT_BAD_INPUT
+
+
+def _interrupted(reason: BaseException) -> int:
+    tell(_INTERRUPTED)
+    return 128 + reason.number if isinstance(reason, Stopped) else EXIT_INTERRUPTED
+
+
+def _unexpected(error: Exception) -> int:
+    """An error that no part of cineray has a sentence for: one line, and more for who asks."""
+    if os.environ.get(TRACEBACK):
+        traceback.print_exception(error)
+    else:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        tell(f"cineray: unexpected error: {said}; {TRACEBACK}=1 shows where; finished clips are kept")
+    return EXIT_FAILED_CLIPS

@@ -14,6 +14,7 @@ from cineray.jobs.record import clip_record, policy_text, render_options
 from cineray.jobs.stages import ClipFault, RunSpec, Task
 from cineray.jobs.step_keeper import MAX_NOTES_BYTES, StepNotes
 from cineray.jobs.terminal import tell
+from cineray.jobs.threads import rank_threads
 from cineray.pipeline.checkpoint import open_checkpoint
 from cineray.pipeline.encoded_prompts import encode_prompt, is_encoded
 from cineray.pipeline.loading import TRANSFORMER, LoadedModel, load_model
@@ -30,13 +31,13 @@ class FinisherWork:
         self._model: LoadedModel | None = None
 
     def load(self) -> None:
-        torch.set_num_threads(1)
+        torch.set_num_threads(rank_threads())
         check_ffmpeg()
         self._model = load_model(open_checkpoint(self._spec.model), self._spec.options, without=TRANSFORMER)
 
     def encode(self, task: Task) -> ClipFault | None:
         assert self._model is not None
-        torch.set_num_threads(1)
+        torch.set_num_threads(rank_threads())
         folder = OutputFolder.existing(self._spec.out)
         path = folder.prompt_path(task.prompt_key)
         try:

@@ -3,9 +3,10 @@
 import time
 from collections.abc import Sequence
 
-from cineray.jobs.clip_bars import ClipBars
+from cineray.jobs.clip_bars import MAX_BAR_TEXT, ClipBars
 from cineray.jobs.gang_slot import GangSlot
 from cineray.jobs.results import ClipResult
+from cineray.text import printable
 
 LINE_S = 30.0  # between two lines about running clips where there is no terminal
 MAX_EXISTING = 10  # told one by one: those of a large batch that is run again would say nothing
@@ -36,7 +37,7 @@ class GangProgress(ClipBars):
             if bar is None:
                 bar = self._gangs[gang.number] = self.bars.add_task(gang.name, total=None)
             pulse = gang.pulse
-            said = gang.stage if gang.task is None else f"clip {gang.task.request.id}"
+            said = gang.stage if gang.task is None else f"clip {printable(gang.task.request.id, MAX_BAR_TEXT)}"
             self.bars.update(
                 bar,
                 description=f"{gang.name} {said}",

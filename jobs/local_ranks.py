@@ -1,15 +1,22 @@
 """Runs a function on several local processes that meet through a file, and brings back what each returned."""
 
+import ctypes
 import multiprocessing
 import pickle
+import signal
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
+
+from cineray.jobs.private_folder import private_folder, socket_place
+from cineray.jobs.terminal import begin_printing
+from cineray.jobs.threads import rank_threads
 
 # imported once, in the server that the ranks are forked from: 4 ranks then start in 0.4 s instead of 10 s
 _PRELOAD = [
@@ -46,8 +53,8 @@ def run_on_local_ranks(
     else:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOAD)
-    with tempfile.TemporaryDirectory(prefix="cineray-ranks-") as folder:
-        init_method = (Path(folder) / "meeting").as_uri()
+    with private_folder() as folder, _sockets_at(socket_place()):
+        init_method = f"file://{folder}/meeting"  # of plain characters: torch would not unescape others
         pipes, ranks = [], []
         try:
             for rank in range(num_ranks):
@@ -65,6 +72,17 @@ def run_on_local_ranks(
                 if process.is_alive():
                     process.kill()
                 process.join()
+
+
+@contextmanager
+def _sockets_at(place: str) -> Iterator[None]:
+    """multiprocessing's server listens below the folder for temporary files, whose path may be too long for that."""
+    before = tempfile.tempdir
+    tempfile.tempdir = place
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def _collect(pipes: list[Connection], ranks: list[BaseProcess], timeout_s: float) -> list[Any]:
@@ -94,13 +112,21 @@ def _collect(pipes: list[Connection], ranks: list[BaseProcess], timeout_s: float
 def _run(
     pipe: Connection, function: Callable[..., Any], rank: int, num_ranks: int, init_method: str, arguments: tuple
 ) -> None:
+    _die_with_parent()
+    begin_printing()
     import torch
 
-    # the ranks share the machine's cores; and another number of threads would change the last bits of a product
-    torch.set_num_threads(1)
+    torch.set_num_threads(rank_threads())
     try:
         answer = (True, function(rank, num_ranks, init_method, *arguments))
     except BaseException:
         answer = (False, traceback.format_exc())
     # not pipe.send: torch would send a handle of shared memory, which ends with this process
     pipe.send_bytes(pickle.dumps(answer))
+
+
+def _die_with_parent() -> None:
+    """A rank in a collective hears of nothing: the kernel ends it with the process that it was forked from."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # linux/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

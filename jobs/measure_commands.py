@@ -1,7 +1,5 @@
 """Commands that measure: calibrations, quality against cost, the same clip on several ranks."""
 
-import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +9,8 @@ import click
 from cineray.jobs.asked_clips import load_options, requests_of, run_defaults
 from cineray.jobs.clip_options import Asked, clip_options, json_option, manifest_options
 from cineray.jobs.exit_codes import EXIT_DONE, EXIT_FAILED_CLIPS
-from cineray.jobs.terminal import tell
+from cineray.jobs.terminal import print_json, print_table, tell
+from cineray.text import printable
 
 if TYPE_CHECKING:  # torch and diffusers take seconds to import; `--help` should not wait for them
     from cineray.jobs.quality_bench import BenchRow
@@ -45,9 +44,9 @@ def smoothcache(asked: Asked, alpha: float, max_lag: int, out: Path, as_json: bo
     schedule = calibrate_smoothcache(checkpoint, load_options(asked), requests, alpha, max_lag, out)
     computed = {layer: sum(row) for layer, row in schedule.rows.items()}
     said = ", ".join(f"{layer} {number} of {schedule.num_steps}" for layer, number in computed.items())
-    print(f"{out}: computed steps: {said}", file=sys.stderr)
+    tell(f"{out}: computed steps: {said}")
     if as_json:
-        print(json.dumps({"schedule": str(out), "steps": schedule.num_steps, "computed": computed}))
+        print_json({"schedule": str(out), "steps": schedule.num_steps, "computed": computed})
     return EXIT_DONE
 
 
@@ -71,10 +70,10 @@ def teacache(asked: Asked, threshold: float, out: Path, as_json: bool) -> int:
     checkpoint, requests = _clips_to_calibrate(asked)
     profile, explained = calibrate_teacache(checkpoint, load_options(asked), requests, threshold, out)
     said = ", ".join(f"{signal}: {share:.0%} of the variance explained" for signal, share in explained.items())
-    print(f"{out}: {said}", file=sys.stderr)
+    tell(f"{out}: {said}")
     if as_json:
         coefficients = {signal: fit.coefficients for signal, fit in profile.signals.items()}
-        print(json.dumps({"profile": str(out), "coefficients": coefficients, "explained": explained}))
+        print_json({"profile": str(out), "coefficients": coefficients, "explained": explained})
     return EXIT_DONE
 
 
@@ -100,9 +99,9 @@ def magcache(asked: Asked, threshold: float, max_skips: int, out: Path, as_json:
     checkpoint, requests = _clips_to_calibrate(asked)
     profile = calibrate_magcache(checkpoint, load_options(asked), requests, threshold, max_skips, out)
     low, high = (bound(r for ratios in profile.ratios.values() for r in ratios) for bound in (min, max))
-    print(f"{out}: ratios {low:.3f} to {high:.3f}", file=sys.stderr)
+    tell(f"{out}: ratios {low:.3f} to {high:.3f}")
     if as_json:
-        print(json.dumps({"profile": str(out), "ratios": profile.ratios}))
+        print_json({"profile": str(out), "ratios": profile.ratios})
     return EXIT_DONE
 
 
@@ -128,15 +127,14 @@ def dicache_weights(asked: Asked, trials: int, floor: float | None, out: Path, a
     checkpoint, requests = _clips_to_calibrate(asked)
     profile, points = calibrate_dicache(checkpoint, load_options(asked), requests, trials, floor, out)
     for point in points:
-        print(
+        tell(
             f"threshold {point.threshold:.4g}: {point.speedup:.2f}x by blocks, PSNR {point.psnr_db:.1f} dB, "
-            f"worst clip {point.worst_psnr_db:.1f} dB",
-            file=sys.stderr,
+            f"worst clip {point.worst_psnr_db:.1f} dB"
         )
-    print(f"{out}: proposes threshold {profile.threshold:.4g}", file=sys.stderr)
+    tell(f"{out}: proposes threshold {profile.threshold:.4g}")
     if as_json:
         curve = [asdict(point) for point in points]
-        print(json.dumps({"profile": str(out), "threshold": profile.threshold, "curve": curve}))
+        print_json({"profile": str(out), "threshold": profile.threshold, "curve": curve})
     return EXIT_DONE
 
 
@@ -179,6 +177,7 @@ def quality(
     """
     from cineray.jobs.out_file import check_out
     from cineray.jobs.quality_bench import bench_quality
+    from cineray.jobs.run import use_threads
     from cineray.pipeline.checkpoint import open_checkpoint
     from cineray.pipeline.loading import load_model
     from cineray.pipeline.request import InputError
@@ -189,35 +188,39 @@ def quality(
         check_out(out, "bench quality")
     checkpoint = open_checkpoint(asked.model)
     _, requests = requests_of(asked, run_defaults(asked, checkpoint, "none", None), checkpoint)
+    use_threads(checkpoint, load_options(asked))
     model = load_model(checkpoint, load_options(asked))
     rows = bench_quality(model, list(requests), list(policies), list(targets), out)
     _print_quality(rows)
     if as_json:
-        print(json.dumps({"model": checkpoint.name, "rows": [asdict(row) for row in rows]}))
+        print_json({"model": checkpoint.name, "rows": [asdict(row) for row in rows]})
     return EXIT_DONE
 
 
 def _print_quality(rows: "list[BenchRow]") -> None:
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("at", "speedup by blocks", "PSNR dB", "worst clip dB", "SSIM", "denoising s", box=None)
     table.add_column("policy", overflow="fold")
     for bench_row in rows:
         at, row = f"{bench_row.at:g}x" if bench_row.at else "", bench_row.row
+        policy = Text(printable(bench_row.asked if row is None else row.policy))
         if row is None:
-            table.add_row(at, f"at most {bench_row.best_speedup:.2f}x", "", "", "", "", bench_row.asked)
+            table.add_row(at, f"at most {bench_row.best_speedup:.2f}x", "", "", "", "", policy)
             continue
         values = (f"{row.speedup:.2f}x", f"{row.psnr_db:.1f}", f"{row.worst_psnr_db:.1f}", f"{row.ssim:.4f}")
-        table.add_row(at, *values, f"{row.denoise_s:.2f}", row.policy)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)  # a log has no width of its own
+        table.add_row(at, *values, f"{row.denoise_s:.2f}", policy)
+    print_table(table)
 
 
 def _clips_to_calibrate(asked: Asked) -> tuple["Checkpoint", list["ClipRequest"]]:
+    from cineray.jobs.run import use_threads
     from cineray.pipeline.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(asked.model)
     _, requests = requests_of(asked, run_defaults(asked, checkpoint, "none", None), checkpoint)
+    use_threads(checkpoint, load_options(asked))
     return checkpoint, list(requests)
 
 
@@ -272,9 +275,9 @@ def verify(
         tell(f"cineray verify: {error}")
         return EXIT_FAILED_CLIPS
     except RankFailed as error:
-        print(f"cineray verify: {error}", file=sys.stderr)
+        tell(f"cineray verify: {error}")
         return EXIT_FAILED_CLIPS
     good = all(row.ok for row in rows)
     if as_json:
-        print(json.dumps({"model": asked.model, "cache": cache, "ok": good, "clips": [row.content() for row in rows]}))
+        print_json({"model": asked.model, "cache": cache, "ok": good, "clips": [row.content() for row in rows]})
     return EXIT_DONE if good else EXIT_FAILED_CLIPS

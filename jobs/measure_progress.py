@@ -5,8 +5,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cineray.jobs.clip_bars import MAX_BAR_TEXT
+from cineray.jobs.terminal import new_console, tell
+from cineray.text import printable
 
 LINE_S = 30.0  # between two lines where there is no terminal
 
@@ -16,18 +19,18 @@ OnDone = Callable[..., None]  # (number done, what stands beside the count)
 @contextmanager
 def counting(what: str, total: int) -> Iterator[OnDone]:
     """Yields the callback that takes how many are done, and optionally a remark on them."""
-    console = Console(file=sys.stderr)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = new_console(sys.stderr)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     next_line_s = time.monotonic()
 
     def on_done(done: int, remark: str = "") -> None:
         nonlocal next_line_s
         said = f"{what}, {remark}" if remark else what
-        bars.update(bar, completed=done, description=said)
+        bars.update(bar, completed=done, description=printable(said, 2 * MAX_BAR_TEXT))
         if console.is_terminal or (time.monotonic() < next_line_s and done < total):
             return
         next_line_s = time.monotonic() + LINE_S
-        console.print(f"{said}: {done} of {total}", markup=False, highlight=False, soft_wrap=True)
+        tell(f"{said}: {done} of {total}")
 
     with Progress(
         *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True

@@ -15,6 +15,7 @@ from cineray.distributed.exchange import gather_text
 from cineray.jobs.output_folder import OutputError, OutputFolder
 from cineray.jobs.stages import ClipFault, Denoised, NoPrompt, Pulse, PutDown, RunSpec, Task
 from cineray.jobs.step_keeper import StepKeeper, Yielded
+from cineray.jobs.threads import rank_threads
 from cineray.pipeline.checkpoint import open_checkpoint
 from cineray.pipeline.encoded_prompts import EncodedPipe
 from cineray.pipeline.gang import Gang
@@ -62,7 +63,7 @@ class RankWork:
 
     def join(self, rank: int, host: str, port: int) -> None:
         """Loads the weights and meets the other ranks."""
-        torch.set_num_threads(1)  # ranks share the machine's cores; and more threads give other last bits
+        torch.set_num_threads(rank_threads())
         options = self._spec.options
         if host == LOCALHOST:
             os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"

@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any, Literal
 
 import ray
@@ -27,6 +26,7 @@ from cineray.jobs.results import ClipResult, ResultLog, Status
 from cineray.jobs.retry import MemberEnd, is_given_up, is_hung, judge
 from cineray.jobs.slots import Slots
 from cineray.jobs.stages import ClipFault, NoPrompt, PutDown, RunSpec
+from cineray.jobs.stopping import asked_to_stop
 from cineray.pipeline.request import InputError
 
 POLL_S = 1.0  # of the step counter, as 0.7 ms round trips; of draining nodes, as Ray Train's watcher does every 5 s
@@ -86,20 +86,17 @@ class RayBatch:
             InputError: an actor cannot load the model; or, as OutputError, the folder is full or gone.
             LeasedError: another driver has taken it over.
         """
-        # Ray's own handler, set by ray.init, kills a driver that still cleans up after 3 s
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            self._tick_s = time.monotonic()
-            while not self._is_over():
-                self._turn()
-            if self.stopped_by:
-                self._drain()
-        finally:
-            self.slots.destroy()
-            if self.lease.is_ours():
-                self.queue.close()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with asked_to_stop(self._on_stop):
+            try:
+                self._tick_s = time.monotonic()
+                while not self._is_over():
+                    self._turn()
+                if self.stopped_by:
+                    self._drain()
+            finally:
+                self.slots.destroy()
+                if self.lease.is_ours():
+                    self.queue.close()
 
     def _is_over(self) -> bool:
         in_hand = self.queue.waiting or self.denoising or self.denoised or self.finishing
@@ -360,9 +357,7 @@ class RayBatch:
         while time.monotonic() < deadline and (self.denoising or self.finishing):
             self._listen(0.05)
 
-    def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if self.stopped_by is not None:
-            raise KeyboardInterrupt  # asked twice: at once
+    def _on_stop(self, number: int) -> None:
         self.stopped_by = number
         self.progress.say(f"{signal.Signals(number).name}: gangs put their clips down after this step")
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TextIO
 
+from cineray.jobs.terminal import print_pieces
 from cineray.pipeline.request import ClipRequest
 
 Status = Literal["done", "existing", "failed", "quarantined"]
@@ -82,13 +83,19 @@ class ResultLog:
         self._file.seek(0, 2)
 
     def print_json(self, rest: dict[str, Any], to: TextIO) -> None:
-        """One line: an object with all clips and what `rest` has."""
+        """One line, in ASCII: an object with all clips and what `rest` has.
+
+        Raises:
+            UndeliveredError: stdout cannot be written.
+        """
+        print_pieces(to, self._pieces(rest))
+
+    def _pieces(self, rest: dict[str, Any]) -> Iterator[str]:
         self._file.seek(0)
-        to.write('{"clips": [')
+        yield '{"clips": ['
         for number, line in enumerate(self._file):
-            to.write((", " if number else "") + line.rstrip("\n"))
-        to.write("], " + json.dumps(rest)[1:] + "\n")
-        to.flush()
+            yield (", " if number else "") + line.rstrip("\n")
+        yield "], " + json.dumps(rest)[1:] + "\n"
         self._file.seek(0, 2)
 
 

@@ -1,7 +1,6 @@
 """One run of `cineray render`, in this process or on gangs of actors."""
 
 import os
-import signal
 import sys
 import threading
 import time
@@ -16,6 +15,8 @@ from cineray.distributed.layout import Layout, check_layout
 from cineray.jobs.lease import MIN_TTL_S, TTL_S, Lease
 from cineray.jobs.output_folder import OutputFolder, refuse_early
 from cineray.jobs.results import ResultLog
+from cineray.jobs.stopping import asked_to_stop
+from cineray.jobs.threads import num_threads
 from cineray.pipeline.checkpoint import Checkpoint
 from cineray.pipeline.load_options import LoadOptions
 from cineray.pipeline.request import ClipRequest, InputError
@@ -219,11 +220,12 @@ def _model_here(asked: AskedRun) -> Iterator[Renderer]:
     from cineray.pipeline.video import check_ffmpeg
 
     check_ffmpeg()
+    use_threads(asked.checkpoint, asked.load_options)
     model = load_model(asked.checkpoint, asked.load_options)
 
     def render(work: Work) -> RunReport:
         results, began = ResultLog(), time.monotonic()
-        with _asked_to_stop() as signals, RenderProgress(work.num_clips) as progress:
+        with asked_to_stop() as request, RenderProgress(work.num_clips) as progress:
             batch = Batch(
                 model=model,
                 folder=work.folder,
@@ -231,31 +233,26 @@ def _model_here(asked: AskedRun) -> Iterator[Renderer]:
                 progress=progress,
                 lossless=asked.lossless,
                 checkpoint_s=asked.options.checkpoint_s,
-                is_asked_to_stop=lambda: bool(signals),
+                is_asked_to_stop=lambda: request.number is not None,
             )
             render_batch(batch, work.requests, results)
         wall_s = time.monotonic() - began
-        return RunReport(results=results, wall_s=wall_s, stopped_by=signals[0] if signals else None)
+        return RunReport(results=results, wall_s=wall_s, stopped_by=request.number)
 
     yield render
 
 
-@contextmanager
-def _asked_to_stop() -> Iterator[list[int]]:
-    """Collects SIGTERM and Ctrl-C instead of dying of them; the second one interrupts at once."""
-    signals: list[int] = []
+def use_threads(checkpoint: Checkpoint, options: LoadOptions) -> None:
+    """Sets this process's number of threads to what fits the model, where it renders on a CPU."""
+    from cineray.pipeline.adapters import MODELS
 
-    def on_signal(number: int, _: object) -> None:
-        if signals:
-            raise KeyboardInterrupt
-        signals.append(number)
+    config = checkpoint.configs.transformer
+    model = MODELS.get(str(config.get("_class_name")))
+    number = num_threads(config, model.layout.counts) if model is not None and options.device == "cpu" else None
+    if number is not None:
+        import torch
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        torch.set_num_threads(number)
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from typing import Any
 import ray
 
 from cineray.distributed.layout import Layout
+from cineray.jobs.terminal import begin_printing
+from cineray.jobs.threads import wait_passively
 from cineray.pipeline.load_options import LoadOptions
 from cineray.pipeline.request import ClipRequest
 
@@ -103,6 +105,7 @@ class GangRank:
     """One rank of a gang. The name begins its lines in the log."""
 
     def __init__(self, name: str, spec: RunSpec) -> None:
+        _begin_process()
         from cineray.jobs.rank_work import RankWork
 
         self._name = name
@@ -144,6 +147,7 @@ class Finisher:
     """What is done to a clip before and after the gangs."""
 
     def __init__(self, name: str, spec: RunSpec) -> None:
+        _begin_process()
         from cineray.jobs.finisher_work import FinisherWork
 
         self._name = name
@@ -165,6 +169,12 @@ class Finisher:
     @ray.method(concurrency_group="life")
     def live(self) -> None:
         threading.Event().wait()
+
+
+def _begin_process() -> None:
+    """Of an actor, before it imports torch. Its lines reach the driver's terminal through Ray's log."""
+    begin_printing()
+    wait_passively()
 
 
 # calls of the named groups run beside the main one, in threads of their own

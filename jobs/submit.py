@@ -84,9 +84,14 @@ def command(submission: Submission, working_dir: Path) -> list[str]:
     return [*ray, "--", *render, *submission.render]
 
 
-def environment(env: Mapping[str, str], home: Path) -> dict[str, str]:
-    """What to add to the environment: clients of a cluster with token authentication must say so."""
-    has_token = "RAY_AUTH_TOKEN" in env or "RAY_AUTH_TOKEN_PATH" in env or (home / ".ray" / "auth_token").is_file()
+def environment(env: Mapping[str, str], home: Path | None = None) -> dict[str, str]:
+    """What to add to the environment: clients of a cluster with token authentication must say so.
+
+    Args:
+        home: where Ray's own token lies; by default this user's, who may have none that can be read.
+    """
+    token = os.path.join(os.path.expanduser("~") if home is None else home, ".ray", "auth_token")
+    has_token = "RAY_AUTH_TOKEN" in env or "RAY_AUTH_TOKEN_PATH" in env or os.path.isfile(token)
     return {"RAY_AUTH_MODE": "token"} if has_token and "RAY_AUTH_MODE" not in env else {}
 
 
@@ -124,7 +129,7 @@ def as_text(arguments: Sequence[str], added: Mapping[str, str]) -> str:
 
 def submit(submission: Submission) -> int:
     """Uploads and starts the job, and follows its log unless told not to; the exit code of `ray job submit`."""
-    added = environment(os.environ, Path.home())
+    added = environment(os.environ)
     with TemporaryDirectory(prefix="cineray-submit-") as folder:
         write_manifest(submission, Path(folder))
         arguments = [sys.executable, "-m", "ray.scripts.scripts", *command(submission, Path(folder))[1:]]

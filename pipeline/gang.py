@@ -29,6 +29,9 @@ from cineray.pipeline.trace_keeper import TraceKeeper
 Attention = Literal["native", "xfuser"]
 # A rank that is not heard of for so long is given up: some of the slowest steps of the largest models.
 TIMEOUT_S = 300.0
+# A product of one to three rows runs in other kernels, whose last bits differ (MKL, float32); from four on rows were as
+# among all 520, for every size tried. A smaller clip gains nothing by being sharded.
+MIN_TOKENS_PER_RANK = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +119,8 @@ class Gang:
     ) -> tuple[torch.Tensor, Trace | None]:
         """Latents of the clip, on every rank; the trace is that of all branches.
 
+        Tokens are sharded unless they are so few that every rank had better hold them all.
+
         Args:
             latents, conditions: the same on every rank.
             keeper: keeps step states; one per rank, and all act alike.
@@ -123,12 +128,16 @@ class Gang:
         transformer = model.pipe.transformer
         check_layout(self.mesh.layout, num_heads(transformer), len(conditions.branches))
         plan = model.checkpoint.plan_cache(request.cache)
+        is_sharded = self.mesh.sequence.size > 1
+        consensus = self.consensus
+        if is_sharded and num_tokens(transformer, latents) < MIN_TOKENS_PER_RANK * self.mesh.sequence.size:
+            is_sharded, consensus = False, replace(consensus, mesh=self.mesh.with_whole_sequences())
         with ExitStack() as attached:
             cache = None
             if plan is not None:
                 num_branches = len(conditions.branches)
-                cache = attached.enter_context(attach_cache(transformer, plan, num_branches, consensus=self.consensus))
-            if self.mesh.sequence.size > 1:
+                cache = attached.enter_context(attach_cache(transformer, plan, num_branches, consensus=consensus))
+            if is_sharded:
                 attached.enter_context(ShardedTransformer(transformer, self.mesh, self.attention))
             kept = TraceKeeper(keeper, cache and cache.trace, self._whole_trace) if keeper else None
             steps = request.num_inference_steps
@@ -175,3 +184,12 @@ def _new_attention(name: Attention, mesh: Mesh) -> SequenceAttention:
 
 def num_heads(transformer: Any) -> int:
     return transformer.config.num_attention_heads
+
+
+def num_tokens(transformer: Any, latents: torch.Tensor) -> int:
+    """Image tokens of latents [B, C, F, H, W]."""
+    config = transformer.config
+    patch = config.patch_size  # of frames, rows and columns, or of rows and columns alike
+    t, h, w = patch if isinstance(patch, tuple | list) else (config.patch_size_t, patch, patch)
+    _, _, frames, height, width = latents.shape
+    return (frames // t) * (height // h) * (width // w)

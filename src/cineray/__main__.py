@@ -2,6 +2,9 @@
 
 
 def main() -> None:
+    from cineray.jobs.threads import wait_passively
+
+    wait_passively()  # before anything imports torch
     from cineray.jobs.command_line import run
 
     run()

@@ -8,6 +8,7 @@ from gang_renders import render_alone, render_on, render_on_gangs
 from cineray.caching.smoothcache import LayerSchedule, dump_schedule
 from cineray.distributed.layout import parse_layout
 from cineray.jobs.local_ranks import RankFailed
+from cineray.pipeline.gang import num_tokens
 
 STEPS = 50
 POLICIES = ["dicache(threshold=0.05)", "dicache-paper(threshold=0.05)"]
@@ -135,3 +136,19 @@ def test_a_layout_that_does_not_fit_the_model_or_the_clip(checkpoint_folder, new
         render_on("ulysses3", checkpoint_folder("wan"), [new_request()])
     with pytest.raises(RankFailed, match="cfg 2 needs two guidance branches, this clip has 1"):
         render_on("cfg2", checkpoint_folder("wan"), [new_request(guidance_scale=1.0)])
+
+
+@pytest.mark.parametrize(("layout", "width"), [("ulysses2", 32), ("ulysses4", 16), ("ring2", 16)])
+def test_clips_of_few_tokens_are_the_same_too(twelve_heads, new_request, layout, width):
+    """Each rank holds all tokens: products of one to three rows have other last bits than those of more."""
+    request = new_request(width=width, height=width, num_frames=1, cache="dicache(threshold=1)")
+    (theirs,), (ours,) = render_alone(twelve_heads, [request]), render_on(layout, twelve_heads, [request])
+    assert any(not entry.compute for entry in theirs.entries)
+    assert theirs.decisions == ours.decisions
+    assert torch.equal(theirs.latents, ours.latents)
+    assert ours.held_bytes == theirs.held_bytes
+
+
+def test_tokens_are_counted_as_the_transformers_do(loaded):
+    for name in ("wan", "hunyuan"):
+        assert num_tokens(loaded(name).pipe.transformer, torch.zeros(1, 4, 3, 6, 10)) == 3 * 3 * 5
