@@ -102,7 +102,7 @@ def _start(folder: Path, fleet: Fleet) -> None:
                 _temp_dir=str(folder / "r"),
                 _plasma_directory=None if _has_shared_memory() else str(folder),
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises that very class where a machine is too busy to start it within 30 s
         raise InputError(f"Ray does not start on this machine: {_reason(error)}") from None
 
 

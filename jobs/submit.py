@@ -15,7 +15,9 @@ from pydantic import ValidationError
 
 import cineray
 from cineray.jobs.manifest import ManifestLine, read_lines
+from cineray.jobs.terminal import write
 from cineray.pipeline.request import InputError
+from cineray.text import printable
 
 # what is left of a clip's step, and the driver's own clean-up; Ray's default of 3 s kills it before
 STOP_WAIT_S = 45
@@ -133,4 +135,15 @@ def submit(submission: Submission) -> int:
     with TemporaryDirectory(prefix="cineray-submit-") as folder:
         write_manifest(submission, Path(folder))
         arguments = [sys.executable, "-m", "ray.scripts.scripts", *command(submission, Path(folder))[1:]]
-        return subprocess.run(arguments, env=os.environ | added, check=False).returncode
+        unbuffered = {"PYTHONUNBUFFERED": "1"}  # its lines come one by one, through this process
+        with subprocess.Popen(
+            arguments, env=os.environ | added | unbuffered, stdout=subprocess.PIPE, encoding="utf-8", errors="replace"
+        ) as job:
+            assert job.stdout is not None
+            try:
+                for line in job.stdout:  # the job's log: what it quotes is foreign, and its JSON may be long
+                    write(sys.stdout, printable(line.rstrip("\n"), limit=len(line)) + "\n")
+            except BaseException:
+                job.kill()
+                raise
+        return job.returncode

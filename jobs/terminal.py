@@ -143,11 +143,11 @@ class _EscapedStream(io.TextIOBase):
         else:
             start = ""
         rest = _COLOUR.sub("", text[len(start) :] if start else text.removeprefix("\r"))
-        write(self, start + "\n".join(printable(line) if line else "" for line in rest.split("\n")), flush=False)
+        write(self.raw, start + "\n".join(printable(line) if line else "" for line in rest.split("\n")), flush=False)
         return len(text)
 
     def flush(self) -> None:
-        write(self, "")
+        write(self.raw, "")
 
     def isatty(self) -> bool:
         return _is_terminal(self.raw)
