@@ -127,6 +127,6 @@ def fitting_layouts(num_ranks: int, num_heads: int, num_branches: int) -> Iterat
     There is always one: a ring fits any number of heads.
     """
     for cfg in range(1, min(num_branches, 2) + 1):
-        for ulysses in range(num_ranks // cfg, 0, -1):
+        for ulysses in range(min(num_ranks // cfg, num_heads), 0, -1):
             if num_ranks % (cfg * ulysses) == 0 and num_heads % ulysses == 0:
                 yield Layout(cfg=cfg, ring=num_ranks // (cfg * ulysses), ulysses=ulysses)

@@ -21,6 +21,8 @@ from cineray.pipeline.checkpoint import Checkpoint
 from cineray.pipeline.load_options import LoadOptions
 from cineray.pipeline.request import ClipRequest, InputError
 
+MAX_ACTORS = 10_000  # of a kind; the largest clusters of Ray have some thousand nodes
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunOptions:
@@ -45,8 +47,8 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         for name, value in (("sp", self.sp), ("gangs", self.num_gangs), ("finishers", self.num_finishers or 1)):
-            if value < 1:
-                raise InputError(f"--{name} must be 1 or more, got {value}")
+            if not 1 <= value <= MAX_ACTORS:
+                raise InputError(f"--{name} must be 1 to {MAX_ACTORS}, got {value}")
         if not self.hang_s > 0:
             raise InputError(f"--hang-timeout must be above 0, got {self.hang_s:g}")
         if not self.lease_s >= MIN_TTL_S:

@@ -25,7 +25,8 @@ class UndeliveredError(Exception):
 
 def tell(*lines: object) -> None:
     """Lines on stderr, each escaped and shortened by `printable`; silent once nobody reads them any more."""
-    print_lines(sys.stderr, *lines)
+    if sys.stderr is not None:  # as it is where it was closed before this process began
+        print_lines(sys.stderr, *lines)
 
 
 def print_lines(stream: TextIO, *lines: object) -> None:
@@ -170,11 +171,13 @@ class _RawStream(io.TextIOBase):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        write(self._stream, text, flush=False)
+        if self._stream is not None:
+            write(self._stream, text, flush=False)
         return len(text)
 
     def flush(self) -> None:
-        write(self._stream, "")
+        if self._stream is not None:
+            write(self._stream, "")
 
     def isatty(self) -> bool:
         return self._stream is not None and _is_terminal(self._stream)

@@ -188,7 +188,7 @@ def test_a_folder_that_disappears_ends_the_run_with_one_line(batch, capsys):
 def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(batch, capsys):
     for options, said in (
         (("--sp", 3), "ulysses must divide the model's 4 attention heads (1, 2, 4), got 3"),
-        (("--gangs", 0), "--gangs must be 1 or more, got 0"),
+        (("--gangs", 0), "--gangs must be 1 to 10000, got 0"),
         (("--sp", 2, "--hang-timeout", 0), "--hang-timeout must be above 0, got 0"),
     ):
         code, _, stderr = render(capsys, *batch, *options)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 from rich.console import Console
@@ -32,6 +33,7 @@ HOSTILE = [
     "\ud800",
     "\x00\x7f\x08",
 ]
+SHORT = [text for text in HOSTILE if len(text) < 60 and not set(text) & {"\0", "\ud800"}]  # no argument has those
 MAX_LINE = 1100
 
 
@@ -43,7 +45,6 @@ def is_harmless(text: str) -> bool:
 FORBIDDEN = {chr(n) for n in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, 0x202E)} - {"\n"}
 
 
-@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:12]))
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -54,29 +55,28 @@ FORBIDDEN = {chr(n) for n in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, 
         ["render", "a", "--out", "{out}", "--cache", "replay:{}"],
         ["render", "a", "--out", "{out}", "--dtype", "{}"],
         ["render", "a", "--out", "{out}", "--steps", "{}"],
-        ["render", "a", "--out", "{out}", "--manifest", "{}"],
+        ["render", "--out", "{out}", "--manifest", "{}"],
         ["render", "a", "--out", "{out}", "--{}"],
         ["render", "a", "--out", "{out}", "--address", "{}"],
+        ["render", "a", "--out", "{out}", "--sp", "{}"],
+        ["render", "a", "--out", "{out}", "--gangs", "{}"],
         ["verify", "--layouts", "{}"],
         ["submit", "a", "--out", "/x", "--model", "{}", "--dry-run"],
         ["{}"],
     ],
     ids=lambda arguments: " ".join(arguments),
 )
-def test_what_was_typed_is_escaped_and_shortened(text, arguments, tmp_path, capsys):
-    if "\0" in text or "\ud800" in text:
-        pytest.skip("no argument of a process has it")
-    manifest = tmp_path / "m.jsonl"
-    manifest.write_text('{"prompt": "a", "steps": 2}\n')
-    filled = [a.replace("{out}", str(tmp_path / "o")).replace("{manifest}", str(manifest)) for a in arguments]
-    code = _run([a.replace("{}", text) for a in filled])
-    shown = capsys.readouterr()
-    if arguments[0] != "submit":  # which prints a command to be pasted
-        assert code == 2
-        assert is_harmless(shown.out)
-    assert not any(c in shown.out for c in FORBIDDEN)
-    assert is_harmless(shown.err)
-    assert "Traceback" not in shown.err
+def test_what_was_typed_is_escaped_and_shortened(arguments, tmp_path, capsys):
+    filled = [a.replace("{out}", str(tmp_path / "o")) for a in arguments]
+    for text in ("".join(SHORT), "x" * 100_000, "9" * 40):
+        code = _run([a.replace("{}", text) for a in filled])
+        shown = capsys.readouterr()
+        if arguments[0] != "submit":  # which prints a command to be pasted
+            assert code == 2
+            assert is_harmless(shown.out)
+        assert not any(c in shown.out for c in FORBIDDEN)
+        assert is_harmless(shown.err)
+        assert "Traceback" not in shown.err
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:12]))
@@ -139,6 +139,7 @@ def test_an_unexpected_error_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr(command_line, "_run", fail)
     for name in ("stderr", "stdout"):
         monkeypatch.setattr(sys, name, getattr(sys, name))  # begin_printing replaces one
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     monkeypatch.delenv("CINERAY_TRACEBACK", raising=False)
     with pytest.raises(SystemExit) as end:
         command_line.run([])
@@ -151,7 +152,7 @@ def test_an_unexpected_error_is_one_line(capsys, monkeypatch):
     assert "Traceback" in capsys.readouterr().err
 
 
-CHILD = "from cineray.jobs.command_line import run; run(['models', *{more}])"
+CHILD = "from cineray.jobs.command_line import run; run(['models'])"
 
 
 @pytest.mark.parametrize(
@@ -164,10 +165,9 @@ CHILD = "from cineray.jobs.command_line import run; run(['models', *{more}])"
         ('"$0" -c "$1" | true; exit ${PIPESTATUS[0]}', 0, ""),
     ],
 )
-@pytest.mark.parametrize("more", ["[]", "['--json']"])
-def test_a_stream_that_cannot_be_written_gives_no_traceback(shell, code, said, more):
+def test_a_stream_that_cannot_be_written_gives_no_traceback(shell, code, said):
     run = subprocess.run(
-        ["bash", "-c", shell, sys.executable, CHILD.format(more=more)],
+        ["bash", "-c", shell, sys.executable, CHILD],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONSAFEPATH": "1"},
