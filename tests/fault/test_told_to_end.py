@@ -12,7 +12,7 @@ import pytest
 from gang_runs import arguments, events, pixels, sidecar, start_driver, steps_on_disk, wait_for, write_manifest
 
 PATIENCE_S = 300.0
-STEPS = 200
+STEPS = 100
 
 
 def test_a_terminal_that_is_closed_keeps_the_step_and_the_next_run_goes_on(checkpoint_folder, tmp_path):
