@@ -102,23 +102,28 @@ class Whereabouts(ModelHook):
 
     def detach(self) -> None:
         """Takes it off, unless that has been done; what others have put there stays."""
-        transformer, self._transformer = self._transformer, None
+        transformer = self._transformer
         if transformer is None:
             return
-        for handle in self._handles:
-            handle.remove()
         registry = getattr(transformer, "_diffusers_hook", None)
         if registry is not None and registry.hooks.get(_HOOK) is self:
             _strike_out(registry)
             if not registry.hooks and not self._had_registry:
                 del transformer._diffusers_hook
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._transformer = None
+        for handle in self._handles:
+            handle.remove()
         if self.listener is not None:
             self.listener.cancel_forward()
             self.listener.free()
 
     def deinitalize_hook(self, module: nn.Module) -> nn.Module:
-        """Called by diffusers when someone else removes the hook."""
-        self.detach()
+        """Called by diffusers when someone else removes the hook from its registry."""
+        if self._transformer is not None:
+            self._let_go()
         return module
 
     def where(self) -> StepContext:

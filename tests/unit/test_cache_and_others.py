@@ -37,8 +37,9 @@ def lists_of(transformer):
     return [getattr(transformer, name) for name in MODELS[type(transformer).__name__].layout.lists]
 
 
-@pytest.mark.parametrize("name", EVERY_MODEL)
-@pytest.mark.parametrize("policy", [OFTEN, "taylorseer"])
+@pytest.mark.parametrize(
+    ("name", "policy"), [*((name, OFTEN) for name in EVERY_MODEL), ("wan", "taylorseer"), ("flux", "taylorseer")]
+)
 def test_while_a_cache_is_on_the_blocks_are_the_blocks(name, policy):
     """Also to those who look at them in the middle of a forward."""
     pipe = build(name)
@@ -63,8 +64,7 @@ def test_while_a_cache_is_on_the_blocks_are_the_blocks(name, policy):
         assert lists_of(pipe.transformer) == lists
         look()
         hooks = [blocks[0][0].register_forward_hook(look), pipe.transformer.register_forward_pre_hook(look)]
-        embedder = next(m for n, m in pipe.transformer.named_children() if "embed" in n and n != "pos_embed")
-        hooks.append(embedder.register_forward_hook(look))
+        hooks += [child.register_forward_hook(look) for child in pipe.transformer.children()]  # before and after them
         cached = call(pipe, STEPS)
         for hook in hooks:
             hook.remove()
