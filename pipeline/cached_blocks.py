@@ -1,17 +1,17 @@
 """Lets a controller stand between the probe blocks and the deep blocks of a diffusers transformer.
 
-A transformer's forward iterates over its list of blocks. While a cache is attached, that list (of this one
-instance) yields a single callable that runs the blocks under the controller's eye; the list's modules, their
-names and their weights stay what they are. Nothing of the forward is copied, so all that a model does before and
-after its blocks is the model's own.
+A transformer's forward iterates over its list of blocks. While such a forward runs, the list of this one instance
+yields a gate for each block, to that forward alone: it runs its block or hands on what it is given, as the controller
+says. Whoever else looks at the list sees the blocks, and between two forwards nothing stands in their place. Nothing
+of the forward is copied, so all that a model does before, between and after its blocks is the model's own.
 
 Letters: B batch, S image tokens, D channels.
 """
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -25,23 +25,52 @@ from cineray.pipeline.modulated_input import SignalReader
 
 
 class BlockListStandIn(nn.ModuleList):
-    """The blocks of a transformer; iteration yields one callable in their place. Its modules are the blocks."""
+    """The blocks of a transformer; iteration by its forward yields something else. Its modules are the blocks.
 
-    def __init__(self, blocks: nn.ModuleList, run: Callable[..., Any]) -> None:
+    Args:
+        blocks: the list in whose place it stands.
+        transformer: whose forward it is: a function whose first argument is this.
+        yields: what the forward gets.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, transformer: nn.Module, yields: Sequence[Callable[..., Any]]) -> None:
         super().__init__()
         self._modules = blocks._modules  # the same dict: LoRA, compilation and offloading reach the blocks
-        self._run = run
+        self._transformer = (transformer,)  # in a tuple: not one of its modules
+        self.yields = yields
 
     def __iter__(self) -> Iterator[Any]:
-        return iter((self._run,))
+        caller = sys._getframe(1)
+        is_forward = caller.f_code.co_argcount and (
+            caller.f_locals.get(caller.f_code.co_varnames[0]) is self._transformer[0]
+        )
+        return iter(self.yields if is_forward else self._modules.values())
+
+    def __getitem__(self, idx: Any) -> Any:
+        return nn.ModuleList(list(self._modules.values())[idx]) if isinstance(idx, slice) else super().__getitem__(idx)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return nn.ModuleList, (list(self._modules.values()),)
 
 
 @dataclass(slots=True)
 class _Call:
-    """One forward of the transformer, between its block lists."""
+    """One forward of the transformer, from its first block to its last."""
 
-    verdict: Verdict
     entering: torch.Tensor  # [B, S, D], of all rows
+    modulated: ModulatedInput | None
+    probe_rows: list[int]
+    verdict: Verdict | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Of a block among those that a forward runs."""
+
+    is_first: bool
+    is_last: bool
+    is_probe: bool
+    ends_probe: bool
 
 
 class Controller(Protocol):
@@ -91,58 +120,113 @@ class BlockRunner:
         self._call: _Call | None = None
         self._transformer = transformer
         self._signal = signal
-        self._original: dict[str, nn.ModuleList] = {name: getattr(transformer, name) for name in layout.lists}
-        first, last = layout.lists[0], layout.lists[-1]
-        for name, blocks in self._original.items():
-            run = partial(self._run_list, name, name == first, layout.interleaved or name == last)
-            if layout.interleaved and name != first:
-                run = _hand_on  # the first list's callable ran these blocks too
-            setattr(transformer, name, BlockListStandIn(blocks, run))
+        self._replaced: list[tuple[dict[str, Any], str, nn.ModuleList]] = []  # (where the list belongs, its name, it)
+        self._has_ended = False
 
     def begin_clip(self) -> None:
         self._controller.begin_clip()
 
+    def begin_forward(self) -> None:
+        """Lets the forward that comes now run the blocks through gates."""
+        self._put_back()
+        self._call, self._has_ended = None, False
+        if self._signal is not None:
+            self._signal.attach()
+        for name, gates in self._gates().items():
+            outer: Any = getattr(self._transformer, name)
+            # in a sharded list, so that the gates see shards
+            holder: dict[str, Any] = outer.inner if isinstance(outer, ShardedBlockList) else self._transformer._modules
+            blocks: nn.ModuleList = holder[name]
+            self._replaced.append((holder, name, blocks))
+            holder[name] = BlockListStandIn(blocks, self._transformer, gates)
+
     def end_forward(self, context: StepContext) -> None:
-        """The controller has recorded it."""
+        """
+        Raises:
+            ValueError: the blocks did not run through the gates.
+        """
+        self._put_back()
+        if not self._has_ended:
+            self._controller.histories.clear()
+            raise ValueError(
+                f"a cache is enabled, and the forward of this {type(self._transformer).__name__} did not run its "
+                "blocks through it: it has been replaced, by another cache or by hand; undo that, or disable the cache"
+            )
+
+    def cancel_forward(self) -> None:
+        self._put_back()
+        if self._call is not None:  # decided, but not done
+            self._controller.histories.clear()
+        self._call = None
 
     def free(self) -> None:
         """Drops the tensors; the trace stays."""
         self._controller.histories.clear()
 
-    def detach(self) -> None:
+    def _put_back(self) -> None:
         if self._signal is not None:
             self._signal.detach()
-        for name, blocks in self._original.items():
-            setattr(self._transformer, name, blocks)
+        for holder, name, blocks in self._replaced:
+            if isinstance(holder.get(name), BlockListStandIn):  # else someone has put another list there
+                holder[name] = blocks
+        self._replaced.clear()
 
-    def _blocks(self, name: str) -> list[list[nn.Module]]:
-        """What the list holds now (a block may have been exchanged), in groups that count as one block."""
-        if self._layout.interleaved:
-            return [list(group) for group in zip(*self._original.values(), strict=True)]
-        return [[block] for block in self._original[name]]
+    def _gates(self) -> dict[str, list[Callable[..., Any]]]:
+        """A gate for each block that the lists hold now (a block may have been exchanged)."""
+        lists = {name: list(getattr(self._transformer, name).children()) for name in self._layout.lists}
+        names = list(lists)
+        order = [(name, number) for name in names for number in range(len(lists[name]))]
+        if self._layout.interleaved:  # a group of one block of each list counts as one block
+            order.sort(key=lambda place: (place[1], names.index(place[0])))
+        gates: dict[str, list[Callable[..., Any]]] = {name: [] for name in names}
+        for name, number in order:
+            is_probe = number < self._probe_depth and (self._layout.interleaved or name == names[0])
+            ends_group = name == names[-1] if self._layout.interleaved else True
+            place = _Place(
+                is_first=(name, number) == order[0],
+                is_last=(name, number) == order[-1],
+                is_probe=is_probe,
+                ends_probe=is_probe and number == self._probe_depth - 1 and ends_group,
+            )
+            gates[name].append(partial(self._pass, lists[name][number], place))
+        return gates
 
-    def _run_list(self, name: str, is_first: bool, is_last: bool, *args: Any, **kwargs: Any) -> Any:
-        state, blocks = BlockArguments(self._layout, args, kwargs), self._blocks(name)
-        if is_first:
-            # blocks may work in place: what is compared later is kept as a copy
-            entering = state.hidden_states.clone()
-            modulated = self._signal.read(blocks[0][0], entering, state.temb) if self._signal is not None else None
-            rows = self._controller.rows_to_probe(self._where(), entering)
-            state = state.through_rows(blocks[: self._probe_depth], rows)
-            probe = state.hidden_states.clone() if self._probe_depth and rows else entering
-            verdict = self._controller.decide(self._where(), entering, probe, modulated)
-            self._call = _Call(verdict, entering)
-            blocks = blocks[self._probe_depth :]
-        call = self._call
-        assert call is not None  # the first list has run
-        state = state.through_rows(blocks, call.verdict.compute_rows)
-        if is_last:
-            state = state.with_hidden_states(self._finish(call, state.hidden_states))
-            self._call = None
-        return state.output()
+    def _pass(self, block: nn.Module, place: _Place, /, *args: Any, **kwargs: Any) -> Any:
+        """One block: runs it for the rows for which it is to run."""
+        try:
+            state = BlockArguments(self._layout, args, kwargs)
+            if place.is_first:
+                self._call = self._begin(block, state)
+            call = self._call
+            assert call is not None  # the first block has been passed
+            if place.is_probe:
+                state = state.through_rows([block], call.probe_rows)
+                if place.ends_probe:
+                    probe = state.hidden_states.clone() if call.probe_rows else call.entering
+                    call.verdict = self._controller.decide(self._where(), call.entering, probe, call.modulated)
+            else:
+                assert call.verdict is not None
+                state = state.through_rows([block], call.verdict.compute_rows)
+            if place.is_last:
+                assert call.verdict is not None
+                state = state.with_hidden_states(self._finish(call, call.verdict, state.hidden_states))
+                self._call, self._has_ended = None, True
+                self._put_back()
+            return state.output()
+        except BaseException:  # PyTorch tells of exceptions, not of interrupts
+            self.cancel_forward()
+            raise
 
-    def _finish(self, call: _Call, hidden_states: torch.Tensor) -> torch.Tensor:
-        verdict = call.verdict
+    def _begin(self, block: nn.Module, state: "BlockArguments") -> _Call:
+        # blocks may work in place: what is compared later is kept as a copy
+        entering = state.hidden_states.clone()
+        modulated = self._signal.read(block, entering, state.temb) if self._signal is not None else None
+        call = _Call(entering, modulated, self._controller.rows_to_probe(self._where(), entering))
+        if not self._probe_depth:
+            call.verdict = self._controller.decide(self._where(), entering, entering, modulated)
+        return call
+
+    def _finish(self, call: _Call, verdict: Verdict, hidden_states: torch.Tensor) -> torch.Tensor:
         if not verdict.skip_rows:
             self._controller.remember(verdict, call.entering, hidden_states)
             return hidden_states
@@ -156,8 +240,19 @@ class BlockRunner:
         return leaving
 
 
-def _hand_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return hidden_states
+class ShardedBlockList(BlockListStandIn):
+    """The blocks of a transformer whose tokens are sharded.
+
+    Args:
+        inner: the lists that run on shards, by their names; a cache replaces them for a forward.
+        run: what the transformer's forward gets.
+    """
+
+    def __init__(
+        self, blocks: nn.ModuleList, transformer: nn.Module, inner: dict[str, Any], run: Callable[..., Any]
+    ) -> None:
+        super().__init__(blocks, transformer, (run,))
+        self.inner = inner
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,10 +303,10 @@ class BlockArguments:
     def with_hidden_states(self, hidden_states: torch.Tensor) -> "BlockArguments":
         return self._replaced(hidden_states, None)
 
-    def through(self, blocks: list[list[nn.Module]]) -> "BlockArguments":
-        """The arguments after these groups of blocks."""
+    def through(self, blocks: Sequence[Callable[..., Any]]) -> "BlockArguments":
+        """The arguments after these blocks."""
         state = self
-        for block in chain.from_iterable(blocks):
+        for block in blocks:
             out = block(*state.args, **state.kwargs)
             if self.layout.output == "hidden":
                 state = state._replaced(out, None)
@@ -220,9 +315,9 @@ class BlockArguments:
                 state = state._replaced(hidden_states, text)
         return state
 
-    def through_rows(self, blocks: list[list[nn.Module]], rows: list[int]) -> "BlockArguments":
-        """The arguments after these groups of blocks for some rows of the batch; the other rows stay as they are."""
-        if not rows or not blocks:
+    def through_rows(self, blocks: Sequence[Callable[..., Any]], rows: list[int]) -> "BlockArguments":
+        """The arguments after these blocks for some rows of the batch; the other rows stay as they are."""
+        if not rows:
             return self
         if len(rows) == len(self.hidden_states):
             return self.through(blocks)

@@ -1,14 +1,13 @@
 """Lets a schedule skip single layers of a diffusers transformer, and records what skipping them would cost.
 
-The layers are the modules that feed a residual add (SmoothCache, section 3.1). They are hooked with diffusers' own
-ModelHook on each instance.
+The layers are the modules that feed a residual add (SmoothCache, section 3.1). While the transformer's forward runs, a
+hook stands in the place of each layer's own `forward`; between two forwards the layers are what they are.
 """
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from cineray.caching.controller import StepContext
@@ -17,9 +16,16 @@ from cineray.caching.trace import Trace, TraceEntry
 from cineray.pipeline.adapters import MODELS, BlockLayout
 from cineray.pipeline.whereabouts import is_compiled
 
-_HOOK = "cineray_layer"
+_NONE = object()
 
 Where = Callable[[], tuple[str, int]]  # (branch, step index) of the forward in the works
+Kind = tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
+
+
+def kind_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind:
+    """Shape, type and device of all tensors that a layer is called with."""
+    values = (*args, *kwargs.values())
+    return tuple((v.shape, v.dtype, v.device) for v in values if isinstance(v, torch.Tensor))
 
 
 def check_blocks_not_compiled(transformer: nn.Module) -> None:
@@ -58,19 +64,31 @@ def _attributes(layout: BlockLayout, blocks: str) -> Iterator[tuple[str, str]]:
             yield layer, attribute
 
 
-class LayerHook(ModelHook):
-    """A hook in place of a layer's forward; what it holds and whether it skipped is asked after each forward."""
+class LayerHook:
+    """Stands in place of a layer's forward; what it holds and whether it skipped is asked after each forward."""
 
     def __init__(self, where: Where) -> None:
-        super().__init__()
         self.where = where
-        self.has_skipped = False
+        self.has_run = self.has_skipped = False
+        self.original: Callable[..., Any] = self._nothing_hung
+        self.before: Any = _NONE  # the layer's own attribute `forward`, if it has one
 
-    @property
-    def original(self) -> Callable[..., Any]:
-        forward = self.fn_ref.original_forward
-        assert forward is not None  # diffusers sets it when a hook that has new_forward is registered
-        return forward
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.has_run = True
+        return self.run(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's output: of `original`, or another."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _nothing_hung(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a hook runs only where it hangs")
+
+    def take_run(self) -> bool:
+        """Whether the layer was asked for in the forward that ends."""
+        run, self.has_run = self.has_run, False
+        return run
 
     def take_skipped(self) -> bool:
         """Whether the layer was skipped in the forward that ends."""
@@ -88,24 +106,24 @@ class LayerHook(ModelHook):
 class ScheduledLayer(LayerHook):
     """Reuses the layer's last output of the same branch where the schedule says so.
 
-    A layer whose branch has no output from the step before, or one of another shape, is computed.
+    A layer whose branch has no output from the step before, or one of other inputs' kind, is computed.
     """
 
     def __init__(self, schedule: LayerSchedule, layer: str, block: int, where: Where) -> None:
         super().__init__(where)
         self._computes = lambda step: schedule.computes(layer, block, step)
-        self._kept: dict[str, tuple[int, torch.Size, Any]] = {}
+        self._kept: dict[str, tuple[int, Kind, Any]] = {}
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         branch, step = self.where()
-        shape = (args[0] if args else kwargs["hidden_states"]).shape
+        kind = kind_of(args, kwargs)
         kept = self._kept.get(branch)
-        if kept is not None and kept[0] == step - 1 and kept[1] == shape and not self._computes(step):
+        if kept is not None and kept[0] == step - 1 and kept[1] == kind and not self._computes(step):
             self.has_skipped = True
             output = kept[2]
         else:
             output = self.original(*args, **kwargs)
-        self._kept[branch] = (step, shape, output)
+        self._kept[branch] = (step, kind, output)
         return output
 
     def forget(self) -> None:
@@ -125,7 +143,7 @@ class LayerRecorder(LayerHook):
         self._past: dict[str, list[tuple[int, list[torch.Tensor]]]] = {}
         self.sums: dict[tuple[int, int], list[float]] = {}  # (step before, lag) -> [sum |difference|, sum |now|]
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         branch, step = self.where()
         output = self.original(*args, **kwargs)
         now = [t.detach().clone() for t in _tensors(output)]
@@ -145,7 +163,7 @@ class LayerRunner:
 
     Args:
         transformer: whose layers they are.
-        modules: the layers.
+        modules: finds the layers, which may be exchanged; their number stays.
         new_hook: the hook of the layer with this place in `modules`.
         num_steps: of the clips that it is made for; None for any.
         where: says where the denoising loop is in this call.
@@ -154,7 +172,7 @@ class LayerRunner:
     def __init__(
         self,
         transformer: nn.Module,
-        modules: list[nn.Module],
+        modules: Callable[[], list[nn.Module]],
         new_hook: Callable[[int, Where], LayerHook],
         num_steps: int | None,
         trace: Trace,
@@ -165,9 +183,8 @@ class LayerRunner:
         self._num_steps = num_steps
         self._trace = trace
         self._where = where
-        self._layers = [new_hook(place, self._place) for place in range(len(modules))]
-        for module, hook in zip(modules, self._layers, strict=True):
-            hang(module, hook)
+        self._layers = [new_hook(place, self._place) for place in range(len(modules()))]
+        self._hung: list[nn.Module] = []
 
     def _place(self) -> tuple[str, int]:
         context = self._where()
@@ -182,9 +199,35 @@ class LayerRunner:
         self._trace.clear()
         self.free()
 
+    def begin_forward(self) -> None:
+        """
+        Raises:
+            ValueError: blocks were compiled, or layers added or taken away, since the cache was enabled.
+        """
+        self._take_down()
+        check_blocks_not_compiled(self._transformer)
+        modules = self._modules()
+        if len(modules) != len(self._layers):
+            raise ValueError(
+                f"cache: this {type(self._transformer).__name__} had {len(self._layers)} layers when the cache was "
+                f"enabled and has {len(modules)} now; disable the cache and enable it again"
+            )
+        for module, hook in zip(modules, self._layers, strict=True):
+            hang(module, hook)
+            self._hung.append(module)
+
     def end_forward(self, context: StepContext) -> None:
-        check_blocks_not_compiled(self._transformer)  # since it was attached
+        """
+        Raises:
+            ValueError: no layer was asked for.
+        """
+        self._take_down()
         skipped = sum(layer.take_skipped() for layer in self._layers)
+        if not any([layer.take_run() for layer in self._layers]):
+            raise ValueError(
+                f"a cache is enabled, and the forward of this {type(self._transformer).__name__} ran none of its "
+                "layers: it has been replaced, by another cache or by hand; undo that, or disable the cache"
+            )
         for branch, sample in context.rows:
             self._trace.entries.append(
                 TraceEntry(
@@ -205,30 +248,48 @@ class LayerRunner:
         for layer in self._layers:
             layer.forget()
 
-    def detach(self) -> None:
-        for module in self._modules:
+    def cancel_forward(self) -> None:
+        self._take_down()
+        for layer in self._layers:
+            layer.take_skipped()
+            layer.take_run()
+        self.free()
+
+    def _take_down(self) -> None:
+        for module in self._hung:
             unhang(module)
+        self._hung.clear()
 
 
-def hang(module: nn.Module, hook: ModelHook) -> None:
-    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _HOOK)
+def hang(module: nn.Module, hook: LayerHook) -> None:
+    hook.original, hook.before = module.forward, module.__dict__.get("forward", _NONE)
+    module.forward = hook
 
 
 def unhang(module: nn.Module) -> None:
-    HookRegistry.check_if_exists_or_initialize(module).remove_hook(_HOOK, recurse=False)
+    """Puts back what the hook replaced, unless someone else has replaced the hook."""
+    hook = module.__dict__.get("forward")
+    if isinstance(hook, LayerHook):
+        if hook.before is _NONE:
+            del module.forward
+        else:
+            module.forward = hook.before
+        hook.before = _NONE
 
 
 def run_schedule(
     transformer: nn.Module, schedule: LayerSchedule, trace: Trace, where: Callable[[], StepContext]
 ) -> LayerRunner:
     """SmoothCache: every layer by its row of the schedule."""
-    layers = list(layers_of(transformer))
+    names = [(layer, block) for layer, block, _ in layers_of(transformer)]
 
     def new_hook(place: int, where: Where) -> LayerHook:
-        layer, block, _ = layers[place]
+        layer, block = names[place]
         return ScheduledLayer(schedule, layer, block, where)
 
-    modules = [module for _, _, module in layers]
+    def modules() -> list[nn.Module]:
+        return [module for _, _, module in layers_of(transformer)]
+
     return LayerRunner(transformer, modules, new_hook, schedule.num_steps, trace, where)
 
 

@@ -68,6 +68,10 @@ class AllSignals:
         assert modulated is not None  # every family of TeaCache has a signal
         return modulated
 
+    def attach(self) -> None:
+        for reader in self._readers.values():
+            reader.attach()
+
     def detach(self) -> None:
         for reader in self._readers.values():
             reader.detach()
@@ -139,12 +143,9 @@ def measure_steps(
         reader = AllSignals(transformer, signals)
         runner = BlockRunner(transformer, layout, StepRecorder(changes, reader), 0, reader, whereabouts.where)
         whereabouts.listener = runner
-        try:
-            for number, request in enumerate(requests, 1):
-                render_clip(model, request, lambda done, total: None)
-                on_clip(number)
-        finally:
-            runner.detach()
+        for number, request in enumerate(requests, 1):
+            render_clip(model, request, lambda done, total: None)
+            on_clip(number)
     finally:
         whereabouts.detach()
     return changes

@@ -1,6 +1,7 @@
 """`cineray.enable_cache`: a cache on any diffusers pipeline or transformer, ours or anyone's loop around it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -14,50 +15,31 @@ from cineray.pipeline.adapters import MODELS
 from cineray.pipeline.cache_plan import plan_cache
 from cineray.pipeline.cached_blocks import BlockRunner
 from cineray.pipeline.cached_layers import check_blocks_not_compiled, run_schedule
+from cineray.pipeline.clip_progress import ClipProgress
 from cineray.pipeline.forecast_layers import run_series
 from cineray.pipeline.modulated_input import signal_reader
+from cineray.pipeline.other_caches import other_cache, switched_on
 from cineray.pipeline.sharding import is_sharded
-from cineray.pipeline.whereabouts import Whereabouts, check_not_compiled_whole
+from cineray.pipeline.whereabouts import Listener, Whereabouts, check_not_compiled_whole, refuse_other_cache
 
 
 class CacheHandle:
-    """A cache that is attached to one transformer.
+    """A cache that is attached to one transformer, or to those that render a clip's steps in turn.
 
     Attributes:
         trace: what it did to the clip in the works, or to the last one.
         policy: the policy with all its options, as text.
     """
 
-    def __init__(self, transformer: nn.Module, plan: AnyPlan, whereabouts: Whereabouts, consensus: Consensus) -> None:
+    def __init__(self, plan: AnyPlan, trace: Trace, attached: Sequence[Whereabouts]) -> None:
         self.policy = plan.text
-        self._whereabouts = whereabouts
-        if isinstance(plan, CachePlan):
-            self.trace = Trace(
-                policy=plan.text,
-                forecasting=plan.forecasting,
-                num_blocks=plan.num_blocks,
-                probe_depth=plan.probe_depth,
-            )
-            controller = CacheController(
-                policy=plan.policy, forecasting=plan.forecasting, trace=self.trace, consensus=consensus
-            )
-            layout = MODELS[type(transformer).__name__].layout
-            signal = signal_reader(transformer, plan.policy.signal)
-            self._runner = BlockRunner(transformer, layout, controller, plan.probe_depth, signal, whereabouts.where)
-        else:
-            self.trace = Trace(
-                policy=plan.text, forecasting=Forecasting(), num_blocks=plan.num_blocks, probe_depth=0, by_layer=True
-            )
-            if isinstance(plan, LayerPlan):
-                self._runner = run_schedule(transformer, plan.schedule, self.trace, whereabouts.where)
-            else:
-                self._runner = run_series(transformer, plan.config, self.trace, whereabouts.where)
-        whereabouts.listener = self._runner
+        self.trace = trace
+        self._attached = attached
 
     def disable(self) -> None:
-        """Takes the cache off; the transformer is as before."""
-        self._runner.detach()
-        self._whereabouts.detach()
+        """Takes the cache off; the transformer is as before. Again does nothing, whatever else is attached since."""
+        for whereabouts in self._attached:
+            whereabouts.detach()
 
     def __enter__(self) -> "CacheHandle":
         return self
@@ -82,15 +64,34 @@ def enable_cache(
         ValueError: an unknown model or policy, an option out of range, a transformer compiled as a whole, or a cache
             that is enabled already.
     """
-    transformer: Any = getattr(pipe_or_transformer, "transformer", pipe_or_transformer)
-    check_not_compiled_whole(transformer)
-    kind = type(transformer).__name__
-    if kind not in MODELS:
-        raise ValueError(f"enable_cache: {kind} is not supported; supported: {', '.join(MODELS)}")
-    plan = plan_cache(policy, kind, transformer.config)
-    if plan is None:
-        raise ValueError("enable_cache: policy 'none' is no cache; leave the call out")
-    return attach_cache(transformer, plan, num_branches, scheduler_of(pipe_or_transformer, scheduler))
+    transformers = transformers_of(pipe_or_transformer)
+    plans = []
+    for transformer in transformers:
+        check_not_compiled_whole(transformer)
+        kind = type(transformer).__name__
+        if kind not in MODELS:
+            raise ValueError(f"enable_cache: {kind} is not supported; supported: {', '.join(MODELS)}")
+        plan = plan_cache(policy, kind, transformer.config)
+        if plan is None:
+            raise ValueError("enable_cache: policy 'none' is no cache; leave the call out")
+        plans.append(plan)
+    refuse_other_cache(switched_on(pipe_or_transformer), transformers[0])
+    if len({(plan.text, plan.num_blocks) for plan in plans}) > 1:
+        raise ValueError(
+            "enable_cache: the pipeline's transformers differ, and one trace cannot tell of both; enable a cache on "
+            "each: enable_cache(pipe.transformer, ..., scheduler=pipe.scheduler), and the same for transformer_2"
+        )
+    return _attach(transformers, plans, num_branches, scheduler_of(pipe_or_transformer, scheduler), Alone())
+
+
+def transformers_of(pipe_or_transformer: Any) -> list[Any]:
+    """The pipeline's transformers: two where experts share the steps (Wan 2.2); or the transformer itself."""
+    found: list[Any] = []
+    for name in ("transformer", "transformer_2"):
+        transformer = getattr(pipe_or_transformer, name, None)
+        if transformer is not None and not any(transformer is other for other in found):
+            found.append(transformer)
+    return found or [pipe_or_transformer]
 
 
 def scheduler_of(pipe_or_transformer: Any, scheduler: Any = None) -> Callable[[], Any] | None:
@@ -116,22 +117,68 @@ def attach_cache(
         ValueError: a cache is enabled already, the transformer is sharded already (the cache must see shards), or
             layers are to be cached within compiled blocks.
     """
-    if Whereabouts.is_attached(transformer):
+    return _attach([transformer], [plan], num_branches, scheduler, consensus or Alone())
+
+
+def _attach(
+    transformers: Sequence[nn.Module],
+    plans: Sequence[AnyPlan],
+    num_branches: int | None,
+    scheduler: Callable[[], Any] | None,
+    consensus: Consensus,
+) -> CacheHandle:
+    """One cache on all of these, or on none."""
+    for transformer, plan in zip(transformers, plans, strict=True):
         kind = type(transformer).__name__
-        raise ValueError(f"enable_cache: this {kind} has a cache already; call disable() of its handle first")
-    if is_sharded(transformer):
-        raise ValueError("enable_cache: the transformer is sharded already; enable the cache first, then shard")
+        if Whereabouts.is_attached(transformer):
+            raise ValueError(f"enable_cache: this {kind} has a cache already; call disable() of its handle first")
+        if is_sharded(transformer):
+            raise ValueError("enable_cache: the transformer is sharded already; enable the cache first, then shard")
+        refuse_other_cache(other_cache(transformer), transformer)
+        if not isinstance(plan, CachePlan):
+            check_blocks_not_compiled(transformer)
+    trace = _new_trace(plans[0])
+    progress = ClipProgress()
+    with ExitStack() as undo:
+        attached = []
+        for transformer, plan in zip(transformers, plans, strict=True):
+            whereabouts = whereabouts_of(transformer, num_branches, scheduler, progress)
+            undo.callback(whereabouts.detach)
+            whereabouts.listener = _new_runner(transformer, plan, trace, consensus, whereabouts)
+            attached.append(whereabouts)
+        undo.pop_all()
+    return CacheHandle(plans[0], trace, attached)
+
+
+def _new_trace(plan: AnyPlan) -> Trace:
+    if isinstance(plan, CachePlan):
+        return Trace(
+            policy=plan.text, forecasting=plan.forecasting, num_blocks=plan.num_blocks, probe_depth=plan.probe_depth
+        )
+    return Trace(policy=plan.text, forecasting=Forecasting(), num_blocks=plan.num_blocks, probe_depth=0, by_layer=True)
+
+
+def _new_runner(
+    transformer: nn.Module, plan: AnyPlan, trace: Trace, consensus: Consensus, whereabouts: Whereabouts
+) -> Listener:
+    if isinstance(plan, LayerPlan):
+        return run_schedule(transformer, plan.schedule, trace, whereabouts.where)
     if not isinstance(plan, CachePlan):
-        check_blocks_not_compiled(transformer)
-    whereabouts = whereabouts_of(transformer, num_branches, scheduler)
-    return CacheHandle(transformer, plan, whereabouts, consensus or Alone())
+        return run_series(transformer, plan.config, trace, whereabouts.where)
+    controller = CacheController(policy=plan.policy, forecasting=plan.forecasting, trace=trace, consensus=consensus)
+    layout = MODELS[type(transformer).__name__].layout
+    signal = signal_reader(transformer, plan.policy.signal)
+    return BlockRunner(transformer, layout, controller, plan.probe_depth, signal, whereabouts.where)
 
 
 def whereabouts_of(
-    transformer: nn.Module, num_branches: int | None, scheduler: Callable[[], Any] | None
+    transformer: nn.Module,
+    num_branches: int | None,
+    scheduler: Callable[[], Any] | None,
+    progress: ClipProgress | None = None,
 ) -> Whereabouts:
     """A `Whereabouts` on a transformer, with what its model says of the branches unless told otherwise."""
     model = MODELS[type(transformer).__name__]
     stacked = model.branches if model.stacked and num_branches != 1 else ()
     calls = 1 if model.stacked else len(model.branches)
-    return Whereabouts(transformer, num_branches or calls, scheduler, stacked)
+    return Whereabouts(transformer, num_branches or calls, scheduler, stacked, progress)

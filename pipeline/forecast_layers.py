@@ -14,7 +14,7 @@ from torch import nn
 from cineray.caching.controller import StepContext
 from cineray.caching.taylorseer import TaylorSeerConfig, derivatives, extrapolate
 from cineray.caching.trace import Trace
-from cineray.pipeline.cached_layers import LayerHook, LayerRunner, Where, layers_of
+from cineray.pipeline.cached_layers import Kind, LayerHook, LayerRunner, Where, kind_of, layers_of
 
 
 def series_layers(transformer: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
@@ -22,7 +22,8 @@ def series_layers(transformer: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
     single_blocks = {number for layer, number, _ in layers_of(transformer) if layer == "proj_mlp"}
     for _, number, module in layers_of(transformer):
         yield module, number not in single_blocks
-    for block in getattr(transformer, "single_transformer_blocks", ()):
+    single = getattr(transformer, "single_transformer_blocks", None)
+    for block in single.children() if single is not None else ():
         yield block.proj_out, True
 
 
@@ -30,18 +31,21 @@ def run_series(
     transformer: nn.Module, config: TaylorSeerConfig, trace: Trace, where: Callable[[], StepContext]
 ) -> LayerRunner:
     """TaylorSeer: every layer by its series."""
-    layers = list(series_layers(transformer))
+    are_extrapolated = [is_extrapolated for _, is_extrapolated in series_layers(transformer)]
 
     def new_hook(place: int, where: Where) -> LayerHook:
-        return SeriesLayer(config, layers[place][1], where)
+        return SeriesLayer(config, are_extrapolated[place], where)
 
-    return LayerRunner(transformer, [module for module, _ in layers], new_hook, None, trace, where)
+    def modules() -> list[nn.Module]:
+        return [module for module, _ in series_layers(transformer)]
+
+    return LayerRunner(transformer, modules, new_hook, None, trace, where)
 
 
 class SeriesLayer(LayerHook):
     """Extrapolates the layer's output between computed steps; one series per branch and per tensor of the output.
 
-    A layer whose branch has no output from the step before, or one of another shape, is computed.
+    A layer whose branch has no output from the step before, or one of other inputs' kind, is computed.
     """
 
     def __init__(self, config: TaylorSeerConfig, is_extrapolated: bool, where: Where) -> None:
@@ -50,11 +54,11 @@ class SeriesLayer(LayerHook):
         self._is_extrapolated = is_extrapolated
         self._kept: dict[str, _Series] = {}
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         branch, step = self.where()
-        shape = (args[0] if args else kwargs["hidden_states"]).shape
+        kind = kind_of(args, kwargs)
         series = self._kept.get(branch)
-        goes_on = series is not None and series.last_step == step - 1 and series.shape == shape
+        goes_on = series is not None and series.last_step == step - 1 and series.kind == kind
         if series is not None and goes_on and not self._config.computes(step):
             self.has_skipped = True
             series.last_step = step
@@ -62,7 +66,7 @@ class SeriesLayer(LayerHook):
         output = self.original(*args, **kwargs)
         before = series if goes_on and self._config.keeps_derivatives(step) else None
         order = self._config.order if self._is_extrapolated else None
-        self._kept[branch] = _Series(output, step, shape, order, before)
+        self._kept[branch] = _Series(output, step, kind, order, before)
         return output
 
     def forget(self) -> None:
@@ -77,14 +81,14 @@ class _Series:
     """One layer's output at a computed step, with its derivatives.
 
     Args:
-        shape: of the layer's input.
+        kind: of the layer's inputs.
         order: of the series; None keeps shapes alone and forecasts zeros.
         before: of the computed step before.
     """
 
-    def __init__(self, output: Any, step: int, shape: torch.Size, order: int | None, before: "_Series | None") -> None:
+    def __init__(self, output: Any, step: int, kind: Kind, order: int | None, before: "_Series | None") -> None:
         self.last_step = step
-        self.shape = shape
+        self.kind = kind
         self._computed_step = step
         self._is_tuple = isinstance(output, tuple)
         outputs = output if isinstance(output, tuple) else (output,)

@@ -14,7 +14,9 @@ from cineray.caching.token_sums import ModulatedInput
 
 
 class SignalReader(Protocol):
-    """Reads one signal of one transformer; `detach` leaves the transformer as it was."""
+    """Reads one signal of one transformer, between `attach` and `detach`, which leaves the transformer as it was."""
+
+    def attach(self) -> None: ...
 
     def read(self, block: nn.Module, hidden_states: torch.Tensor, temb: torch.Tensor) -> ModulatedInput:
         """The signal of the forward in the works.
@@ -35,6 +37,9 @@ class _TimestepProjection:
     def read(self, block: nn.Module, hidden_states: torch.Tensor, temb: torch.Tensor) -> ModulatedInput:
         return ModulatedInput(temb, is_sharded=temb.ndim == 4)
 
+    def attach(self) -> None:
+        """The block's arguments tell all."""
+
     def detach(self) -> None:
         """Nothing was attached."""
 
@@ -44,7 +49,11 @@ class _TimestepEmbedding:
 
     def __init__(self, transformer: Any) -> None:
         self._embedding: torch.Tensor | None = None
-        self._hook = transformer.condition_embedder.time_embedder.register_forward_hook(self._see)
+        self._transformer = transformer
+        self._hook: Any = None
+
+    def attach(self) -> None:
+        self._hook = self._transformer.condition_embedder.time_embedder.register_forward_hook(self._see)
 
     def _see(self, module: nn.Module, arguments: Any, output: torch.Tensor) -> None:
         self._embedding = output
@@ -54,7 +63,9 @@ class _TimestepEmbedding:
         return ModulatedInput(self._embedding, is_sharded=False)
 
     def detach(self) -> None:
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = self._embedding = None
 
 
 class _FirstNorm:
@@ -62,6 +73,9 @@ class _FirstNorm:
 
     def read(self, block: Any, hidden_states: torch.Tensor, temb: torch.Tensor) -> ModulatedInput:
         return ModulatedInput(block.norm1(hidden_states, emb=temb)[0], is_sharded=True)
+
+    def attach(self) -> None:
+        """The block's arguments tell all."""
 
     def detach(self) -> None:
         """Nothing was attached."""

@@ -20,7 +20,7 @@ from cineray.distributed.attention import Sequence, SequenceAttention
 from cineray.distributed.mesh import Mesh
 from cineray.distributed.tokens import gather_tokens, split_tokens
 from cineray.pipeline.adapters import MODELS
-from cineray.pipeline.cached_blocks import BlockArguments, BlockListStandIn
+from cineray.pipeline.cached_blocks import BlockArguments, BlockListStandIn, ShardedBlockList
 
 _DISPATCH = "dispatch_attention_fn"  # the name under which every processor of diffusers calls attention
 
@@ -46,14 +46,15 @@ class ShardedTransformer:
         self._transformer = transformer
         self._sequence: Sequence | None = None
         self._lists = {name: getattr(transformer, name) for name in self._layout.lists}
+        self._inner = dict(self._lists)  # what runs on shards
         self._processors: list[tuple[Any, Any]] = []
         for name, blocks in self._lists.items():
             for block in blocks._modules.values():
                 attention_module = getattr(block, self._sharded.attention)
                 self._processors.append((attention_module, attention_module.processor))
                 attention_module.processor = _calling(attention_module.processor, self._attend)
-            run = partial(self._run_list, blocks, name == self._layout.lists[0])
-            setattr(transformer, name, ShardedBlockList(blocks, run))
+            run = partial(self._run_list, name, name == self._layout.lists[0])
+            setattr(transformer, name, ShardedBlockList(blocks, transformer, self._inner, run))
         self._gather = transformer.get_submodule("proj_out").register_forward_hook(self._gather_output)
 
     def detach(self) -> None:
@@ -70,7 +71,7 @@ class ShardedTransformer:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
-    def _run_list(self, blocks: nn.ModuleList, is_first: bool, *args: Any, **kwargs: Any) -> Any:
+    def _run_list(self, name: str, is_first: bool, *args: Any, **kwargs: Any) -> Any:
         arguments = BlockArguments(self._layout, args, kwargs)
         if is_first:
             hidden_states = arguments.hidden_states  # [B, S, D], on every rank
@@ -78,7 +79,9 @@ class ShardedTransformer:
             shards = split_tokens(hidden_states.shape[1], axis.size, axis.index)
             self._sequence = Sequence(shards=shards, text_first=self._sharded.text_first)
             arguments = arguments.with_hidden_states(shards.own(hidden_states, 1).contiguous())
-        return self._own(arguments).through([[block] for block in blocks]).output()
+        blocks = self._inner[name]
+        callables = blocks.yields if isinstance(blocks, BlockListStandIn) else list(blocks)
+        return self._own(arguments).through(callables).output()
 
     def _own(self, arguments: BlockArguments) -> BlockArguments:
         """The arguments beside the hidden states, as they are for this rank's tokens."""
@@ -127,10 +130,6 @@ class ShardedTransformer:
     def _gather_output(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         assert self._sequence is not None
         return gather_tokens(output, self._sequence.shards, self._mesh.sequence.group, dim=1)
-
-
-class ShardedBlockList(BlockListStandIn):
-    """The blocks of a sharded transformer."""
 
 
 def is_sharded(transformer: nn.Module) -> bool:

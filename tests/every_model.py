@@ -147,6 +147,16 @@ def build(name: str) -> Any:
     return pipe
 
 
+def in_double(pipe: Any) -> Any:
+    """The same pipeline in float64.
+
+    Two right computations differ by their rounding, which a chain of steps makes larger, and how much that is depends
+    on the processor's kernels. In float64 it stays far below any bound, and no decision hangs on it.
+    """
+    (pipe.transformer if isinstance(pipe, OpenSoraLoop) else pipe).to(torch.float64)
+    return pipe
+
+
 def call(pipe: Any, steps: int = 12, seed: int = 3, **changes: Any) -> torch.Tensor:
     """Latents (DiT, which has no such output: images), the same for the same arguments."""
     kind = type(pipe).__name__

@@ -14,7 +14,9 @@ STEPS = 50
 POLICIES = ["dicache(threshold=0.05)", "dicache-paper(threshold=0.05)"]
 UNEVEN = {"width": 48, "height": 80, "num_frames": 9}
 TOKENS = 45
-RING_BOUND = 1e-5  # measured after 50 steps: 4e-7, both for gammas and for latents relative to the largest
+# Relative to the largest. Measured after 50 steps: 4e-7, both for gammas and latents; another processor's kernels may
+# make it more. A single call has a tight bound, in test_sharded_transformers.py; tokens out of place change decisions.
+RING_BOUND = 1e-4
 
 
 @pytest.fixture(scope="module")

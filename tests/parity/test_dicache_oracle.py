@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from every_model import in_double
 from oracle_dicache import OfficialDiCache, attach_to_two_lists, attach_to_wan
 
 import cineray
@@ -16,7 +17,7 @@ def run(pipe, **kwargs):
 
 
 def compare(build, attach, oracle, policy, tolerance=1e-6, **kwargs):
-    pipe = build()
+    pipe = in_double(build())
     pipe.set_progress_bar_config(disable=True)
     handle = cineray.enable_cache(pipe, policy)
     ours = run(pipe, **kwargs)

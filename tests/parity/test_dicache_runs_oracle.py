@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import build_wan
+from every_model import in_double
 
 import cineray
 
@@ -57,7 +58,7 @@ class Oracle:
 
 
 def test_wan():
-    pipe = build_wan()
+    pipe = in_double(build_wan())
     pipe.set_progress_bar_config(disable=True)
     call = {"prompt": "a red circle", "width": 32, "height": 32, "num_frames": 5, "num_inference_steps": STEPS}
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import build_hunyuan, build_wan
+from every_model import in_double
 
 import cineray
 
@@ -46,7 +47,7 @@ def call(pipe):
 def test_the_loop_equals_diffusers_own_magcache(build, threshold, max_skips, num_ratios, tmp_path):
     from diffusers import MagCacheConfig
 
-    pipe = build()
+    pipe = in_double(build())
     ratios = RATIOS[:num_ratios]
     transformer = {"num_layers": pipe.transformer.config.num_layers}
     profile = {

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import build_flux, build_hunyuan, build_wan
+from every_model import in_double
 
 import cineray
 
@@ -33,7 +34,7 @@ def call(pipe):
 def test_the_loop_equals_diffusers_own_taylorseer(build, order, warmup_steps):
     from diffusers import TaylorSeerCacheConfig
 
-    pipe = build()
+    pipe = in_double(build())
     plain = call(pipe)
     with cineray.enable_cache(pipe, f"taylorseer(interval=2,order={order},warmup_steps={warmup_steps})") as handle:
         ours = call(pipe)
@@ -44,7 +45,7 @@ def test_the_loop_equals_diffusers_own_taylorseer(build, order, warmup_steps):
             cache_interval=2,
             disable_cache_before_step=warmup_steps,
             max_order=order,
-            taylor_factors_dtype=torch.float32,
+            taylor_factors_dtype=torch.float64,
             cache_identifiers=active,
             skip_predict_identifiers=inactive,
         )

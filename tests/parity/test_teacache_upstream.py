@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_flux, build_hunyuan, build_wan
+from every_model import in_double
 from oracle_dicache import attach_to_two_lists, attach_to_wan
 
 import cineray
@@ -64,7 +65,7 @@ def seen_by(module, pick=lambda output: output):
 
 
 def compare(pipe, policy, attach, oracle, **kwargs):
-    pipe.set_progress_bar_config(disable=True)
+    in_double(pipe).set_progress_bar_config(disable=True)
     with cineray.enable_cache(pipe, policy) as handle:
         ours = run(pipe, **kwargs)
     attach(pipe.transformer, oracle)

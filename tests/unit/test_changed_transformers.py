@@ -6,7 +6,7 @@ import shutil
 import peft
 import pytest
 import torch
-from every_model import EVERY_MODEL, blocks_of, build, call
+from every_model import EVERY_MODEL, blocks_of, build, call, in_double
 
 import cineray
 from cineray.pipeline.cached_layers import layers_of
@@ -35,7 +35,7 @@ def compile_blocks(transformer, backend):
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("name", EVERY_MODEL)
 def test_compiled_blocks(name):
-    pipe = build(name)
+    pipe = in_double(build(name))
     with cineray.enable_cache(pipe, OFTEN):
         uncompiled = call(pipe, STEPS)
     compile_blocks(pipe.transformer, "aot_eager")
@@ -46,7 +46,7 @@ def test_compiled_blocks(name):
         cached = call(pipe, STEPS)
     assert handle.trace.summary()["skipped_steps"] == 3
     torch.testing.assert_close(cached, uncompiled, atol=1e-4, rtol=1e-4)
-    later = build(name)
+    later = in_double(build(name))
     with cineray.enable_cache(later, OFTEN):
         compile_blocks(later.transformer, "aot_eager")
         assert torch.equal(call(later, STEPS), cached)

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import build_hunyuan, build_wan
+from every_model import in_double
 from test_dicache_policy import SEEN
 
 import cineray
@@ -160,7 +161,7 @@ def test_a_run_goes_on_at_the_pace_of_its_first_step_within_the_clip():
 @pytest.mark.parametrize(("builder", "threshold"), [(build_wan, 0.1), (build_hunyuan, 0.03)])
 @pytest.mark.parametrize("branches", ["joint", "separate"])
 def test_samples_that_are_in_different_runs_do_not_disturb_each_other(builder, threshold, branches):
-    pipe, policy = builder(), replace(SKIPPING, threshold=threshold, branches=branches)
+    pipe, policy = in_double(builder()), replace(SKIPPING, threshold=threshold, branches=branches)
     noise = [torch.randn(1, 4, 2, 4, 4, generator=torch.Generator().manual_seed(s)) for s in (1, 2)]
     noise[1] = noise[1] * 3  # another pace of change
     prompts, alone = ["a red circle", "white square black"], []

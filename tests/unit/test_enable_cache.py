@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import build_hunyuan, build_wan
-from every_model import EVERY_MODEL, build, call
+from every_model import EVERY_MODEL, build, call, in_double
 
 import cineray
 from cineray.caching.trace import load_trace
@@ -71,7 +71,7 @@ def test_joint_branches_follow_the_first():
 @pytest.mark.parametrize("builder", [build_wan, build_hunyuan])
 def test_each_sample_of_a_batch_has_its_own_schedule_and_pixels(builder):
     """A batch of two gives what two batches of one give, whatever the other sample does."""
-    pipe = builder()
+    pipe = in_double(builder())
     pipe.set_progress_bar_config(disable=True)
     policy = "dicache(threshold=0.05,warmup=0.1,branches=separate)"
     prompts, alone, schedules = ["a red circle", "white square black"], [], []

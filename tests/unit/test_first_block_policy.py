@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import build_hunyuan, build_wan
+from every_model import in_double
 
 import cineray
 from cineray.caching.first_block import FirstBlockConfig, FirstBlockPolicy
@@ -43,7 +44,7 @@ def test_the_loop_equals_diffusers_own_first_block_cache(build):
         sizes = {"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 20}
         return pipe("a red circle", **sizes, generator=generator, output_type="latent")[0]
 
-    pipe = build()
+    pipe = in_double(build())
     pipe.set_progress_bar_config(disable=True)
     with cineray.enable_cache(pipe, "fbcache(threshold=0.2)") as handle:
         ours = call(pipe)

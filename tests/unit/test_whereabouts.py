@@ -108,17 +108,23 @@ def test_a_bare_transformer_needs_a_context_or_a_scheduler():
         transformer(latents, torch.tensor([3]), torch.tensor([7]))
 
 
-def test_where_branches_have_calls_of_their_own_a_call_must_say_which_it_is():
-    """The scheduler knows the step, not the branch."""
+def test_where_branches_have_calls_of_their_own_their_order_tells_which_is_which():
+    """The scheduler knows the step; in a transformer alone nobody does."""
     pipe = build_wan()
     pipe.scheduler.set_timesteps(4)
-    text = torch.randn(1, 512, 64)
+    texts = torch.randn(2, 1, 512, 64)
+    latents = torch.randn(1, 4, 2, 4, 4)
+    with cineray.enable_cache(pipe, ALWAYS) as handle, torch.no_grad():
+        for timestep in pipe.scheduler.timesteps:
+            for text in texts:
+                pipe.transformer(latents, timestep[None], text)
+    assert steps_of(handle) == steps_of(handle, "uncond") == [0, 1, 2, 3]
     with (
-        cineray.enable_cache(pipe, ALWAYS),
+        cineray.enable_cache(pipe.transformer, ALWAYS),
         pytest.raises(ValueError, match="does not say which step it is"),
         torch.no_grad(),
     ):
-        pipe.transformer(torch.randn(1, 4, 2, 4, 4), pipe.scheduler.timesteps[:1], text)
+        pipe.transformer(latents, pipe.scheduler.timesteps[:1], texts[0])
 
 
 def test_a_position_is_as_good_as_a_name():
