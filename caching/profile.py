@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cineray.files import read_regular
+from cineray.text import printable
+
+MAX_PROFILE_BYTES = 4 * 2**20  # 1,000 steps of two branches are 40 kB
 SHIPPED = Path(__file__).resolve().parent / "profiles"
 
 
@@ -24,6 +28,9 @@ def _finite(value: float) -> float:
 
 
 Finite = Annotated[float, AfterValidator(_finite)]
+NotNegative = Annotated[Finite, Field(ge=0)]
+Fraction = Annotated[Finite, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0, le=1_000_000)]
 Ratios = dict[Literal["cond", "uncond"], tuple[Finite, ...]]
 
 
@@ -64,8 +71,8 @@ class TeaCacheFit(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    coefficients: tuple[Finite, ...]
-    threshold: Finite
+    coefficients: Annotated[tuple[Finite, ...], Field(min_length=1, max_length=32)]
+    threshold: NotNegative
 
 
 class TeaCacheProfile(Profile):
@@ -83,10 +90,10 @@ class MagCacheProfile(Profile):
 
     policy: Literal["magcache"] = "magcache"
     ratios: Annotated[Ratios, AfterValidator(_rows_of_one_length)]
-    threshold: Finite
-    max_skips: int
-    retention: Finite = 0.2
-    never_skip: tuple[int, ...] = ()
+    threshold: NotNegative
+    max_skips: Count
+    retention: Fraction = 0.2
+    never_skip: tuple[Count, ...] = ()
 
 
 class DiCacheProfile(Profile):
@@ -102,7 +109,7 @@ class DiCacheProfile(Profile):
     weights: tuple[Finite, ...]
     usual_change: tuple[Finite, ...]
     gamma_clip: tuple[Finite, Finite]
-    threshold: Finite
+    threshold: NotNegative
 
     @model_validator(mode="after")
     def _one_number_a_step(self) -> "DiCacheProfile":
@@ -110,6 +117,8 @@ class DiCacheProfile(Profile):
             raise ValueError("weights and usual_change must have one number for each of 2 or more steps")
         if min(self.weights) <= 0 or min(self.usual_change) <= 0:
             raise ValueError("weights and usual_change must be above 0")
+        if self.gamma_clip[0] > self.gamma_clip[1]:
+            raise ValueError("gamma_clip must be two numbers, low and high")
         return self
 
     def at(self, num_steps: int) -> tuple[list[float], list[float]]:
@@ -159,10 +168,11 @@ def find_profile(kind: type[AnyProfile], name_or_file: str, family: str, transfo
         path = shipped.get(name_or_file, Path(name_or_file))
         profile = _load(kind, path, f"a shipped profile ({', '.join(shipped)}) nor a file")
         if not profile.fits(family, transformer):
-            wants = ", ".join(f"{k} {v}" for k, v in profile.transformer.items())
-            has = ", ".join(f"{k} {transformer.get(k)}" for k in profile.transformer)
+            wants = printable(", ".join(f"{k} {v}" for k, v in profile.transformer.items()), 200)
+            has = printable(", ".join(f"{k} {transformer.get(k)}" for k in profile.transformer), 200)
+            shown, of = printable(name_or_file, 200), printable(profile.family, 60)
             raise ValueError(
-                f"cache: {policy} profile {name_or_file} is for another model: {profile.family} with {wants}; this one "
+                f"cache: {policy} profile {shown} is for another model: {of} with {wants}; this one "
                 f"is {family} with {has}; calibrate one with `cineray calibrate {policy}`"
             )
         return profile
@@ -181,14 +191,17 @@ def find_profile(kind: type[AnyProfile], name_or_file: str, family: str, transfo
 
 
 def _load(kind: type[AnyProfile], path: Path, else_it_is: str) -> AnyProfile:
-    policy = kind.model_fields["policy"].default
+    policy, shown = kind.model_fields["policy"].default, printable(path, 200)
     try:
-        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+        return kind.model_validate_json(read_regular(path, MAX_PROFILE_BYTES).removeprefix(b"\xef\xbb\xbf"))
     except FileNotFoundError:
-        raise ValueError(f"cache: {policy} profile {path} is neither {else_it_is}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cache: {policy} profile {path} cannot be read: {error}") from None
+        raise ValueError(f"cache: {policy} profile {shown} is neither {else_it_is}") from None
+    except OSError as error:
+        raise ValueError(f"cache: {policy} profile {shown} cannot be read: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where, reason = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"cache: {path} is not a {policy} profile: {where + ': ' if where else ''}{reason}") from None
+        where = printable(".".join(map(str, first["loc"])), 100)
+        reason = printable(first["msg"].removeprefix("Value error, "), 200)
+        raise ValueError(f"cache: {shown} is not a {policy} profile: {where + ': ' if where else ''}{reason}") from None
+    except ValueError as error:  # a null character in the name
+        raise ValueError(f"cache: {policy} profile {shown} cannot be read: {error}") from None

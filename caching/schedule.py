@@ -1,5 +1,6 @@
 """Policies that do not look: a fixed interval, and the replay of a trace."""
 
+import math
 from dataclasses import dataclass
 
 from cineray.caching.forecast import Alignment, Forecasting
@@ -23,7 +24,9 @@ class IntervalConfig:
     gamma_clip: tuple[float, float] = (1.0, 2.0)
 
     def __post_init__(self) -> None:
+        low, high = self.gamma_clip
         for name, good, allowed in (
+            ("gamma_clip", math.isfinite(low) and math.isfinite(high) and low <= high, "two numbers, low and high"),
             ("interval", self.interval >= 1, "1 or more steps"),
             (
                 "probe_depth",

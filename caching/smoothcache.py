@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cineray.files import parse_json, read_regular
-from cineray.text import shorten
+from cineray.text import printable, shorten
 
-MAX_SCHEDULE_BYTES = 8 * 2**20  # a row of 1,000 steps for each layer of 100 blocks has one
-_KEY = re.compile(r"(?P<layer>[A-Za-z_][A-Za-z0-9_.]*)(?:-(?P<block>[0-9]{1,6}))?")
+MAX_SCHEDULE_BYTES = 16 * 2**20  # 1,000 steps of 3 layers in 1,000 blocks are 9 MB
+_KEY = re.compile(r"(?P<layer>[A-Za-z_][A-Za-z0-9_.]*)(?:-(?P<block>0|[1-9][0-9]{0,5}))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def load_schedule(path: Path, layers: Sequence[str], num_blocks: int) -> LayerSc
     """Reads a schedule for a model with these layer types and that many blocks.
 
     Raises:
-        ValueError: no such file, not a schedule, rows of different lengths, or layers that the model does not have.
+        ValueError: no such file, or as `parse_schedule`.
     """
     return parse_schedule(read_schedule(path), path, layers, num_blocks)
 
@@ -82,37 +82,42 @@ def read_schedule(path: Path) -> bytes:
     """
     try:
         return read_regular(path, MAX_SCHEDULE_BYTES)
-    except OSError as error:
-        raise ValueError(f"schedule {path} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"schedule {printable(path, 200)} cannot be read: {reason}") from None
 
 
-def parse_schedule(raw: bytes, path: Path, layers: Sequence[str], num_blocks: int) -> LayerSchedule:
+def parse_schedule(content: bytes, path: Path, layers: Sequence[str], num_blocks: int) -> LayerSchedule:
     """The schedule that a file's bytes stand for.
 
+    Args:
+        path: of the file, for messages.
+
     Raises:
-        ValueError: as `load_schedule`.
+        ValueError: not a schedule, rows of different lengths, or layers that the model does not have.
     """
+    name = f"schedule {printable(path, 200)}"
     try:
-        content = parse_json(raw)
+        found = parse_json(content)
     except ValueError as error:
-        raise ValueError(f"schedule {path} is not JSON: {error}") from None
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f'schedule {path} must be an object such as {{"attn1": [1, 0, 1]}}')
+        raise ValueError(f"{name} is not JSON: {printable(error, 200)}") from None
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f'{name} must be an object such as {{"attn1": [1, 0, 1]}}')
     rows = {}
-    for key, row in content.items():
+    for key, row in found.items():
         match = _KEY.fullmatch(key)
         known = match is not None and match["layer"] in layers and int(match["block"] or 0) < num_blocks
         if not known:
             raise ValueError(
-                f"schedule {path}: layer {shorten(key)} is not in this model; it has {', '.join(layers)} in "
-                f"{num_blocks} blocks, numbered from 0"
+                f"{name}: layer {shorten(key)} is not in this model; it has {', '.join(layers)} in {num_blocks} "
+                "blocks, numbered from 0"
             )
         if not isinstance(row, list) or not row or any(v not in (0, 1) for v in row):
-            raise ValueError(f"schedule {path}: row {shorten(key)} must be a list of 0 and 1")
+            raise ValueError(f"{name}: row {key!r} must be a list of 0 and 1")
         if row[0] != 1:
-            raise ValueError(f"schedule {path}: row {shorten(key)} must begin with 1: there is nothing to reuse yet")
+            raise ValueError(f"{name}: row {key!r} must begin with 1: there is nothing to reuse yet")
         rows[key] = tuple(bool(v) for v in row)
-    lengths = {len(row) for row in rows.values()}
+    lengths = sorted({len(row) for row in rows.values()})
     if len(lengths) != 1:
-        raise ValueError(f"schedule {path}: rows must have one length, got {sorted(lengths)} steps")
+        raise ValueError(f"{name}: rows must have one length, got {shorten(str(lengths))[1:-1]} steps")
     return LayerSchedule(rows)

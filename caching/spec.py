@@ -19,6 +19,11 @@ from cineray.caching.smoothcache import LayerSchedule, parse_schedule, read_sche
 from cineray.caching.taylorseer import TAYLORSEER, TaylorSeerConfig
 from cineray.caching.teacache import TeaCacheConfig
 from cineray.caching.trace import parse_trace, read_trace
+from cineray.text import printable, shorten
+
+# No option counts more than this: a render has at most 1,000 steps, a model at most 1,000 blocks.
+MAX_COUNT = 1_000_000
+MAX_NUMBERS = 16  # in one option; a polynomial of TeaCache has five
 
 FAMILIES: tuple[str, ...] = ("wan", "hunyuan-video", "flux", "dit", "stable-audio", "open-sora")
 # Ours (docs/caching.md): one decision for both guidance branches; one look, at the start of a run of skips; steps weigh
@@ -117,10 +122,12 @@ def parse_spec(text: str) -> CacheSpec:
     valid = ", ".join(NAMES)
     match = _SPEC.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"cache {text!r} is not of the form name, name(option=value,...) or name:FILE; names: {valid}")
+        raise ValueError(
+            f"cache {shorten(text)} is not of the form name, name(option=value,...) or name:FILE; names: {valid}"
+        )
     name, file = match["name"], match["file"]
     if name not in CONFIGS and name != "none" and name not in _WITH_FILE:
-        raise ValueError(f"cache: unknown policy {name!r}; valid: {valid}")
+        raise ValueError(f"cache: unknown policy {shorten(name)}; valid: {valid}")
     if (name in _WITH_FILE) != (file is not None):
         wants = f"a file, as {name}:{_WITH_FILE[name]}" if name in _WITH_FILE else "no file"
         raise ValueError(f"cache: {name} takes {wants}")
@@ -130,8 +137,10 @@ def parse_spec(text: str) -> CacheSpec:
         key, equals, value = (part.strip() for part in option.partition("="))
         if key not in allowed or not equals:
             raise ValueError(
-                f"cache: unknown option {option!r} of {name}; valid: {', '.join(allowed) or 'it has none'}"
+                f"cache: unknown option {shorten(option)} of {name}; valid: {', '.join(allowed) or 'it has none'}"
             )
+        if key in options:
+            raise ValueError(f"cache: option {key} of {name} is given twice: {shorten(options[key])}, {shorten(value)}")
         options[key] = value
     return CacheSpec(name=name, options=options, file=file)
 
@@ -149,7 +158,7 @@ def resolve(spec: CacheSpec | PolicyConfig, model: ModelFacts) -> AnyPlan:
         return _replay(Path(spec.file or ""), model)
     if spec.name == "smoothcache":
         path = Path(spec.file or "")
-        content = read_schedule(path)
+        content = read_schedule(path)  # once: what is checked, named and used are the same bytes
         schedule = parse_schedule(content, path, model.layers, model.num_blocks)
         return LayerPlan(text=f"smoothcache({_digest(content)})", schedule=schedule, num_blocks=model.num_blocks)
     presets = CONFIGS[spec.name]
@@ -168,11 +177,18 @@ def _value(policy: str, config: type, name: str, text: str) -> Any:
     kind = get_type_hints(config)[name]
     takes_several = tuple in (get_origin(kind), *map(get_origin, get_args(kind)))
     raw: Any = text.split(":") if takes_several else text
-    try:
-        return TypeAdapter(kind).validate_python(raw)
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise ValueError(f"cache: option {name} of {policy}: {reason}, got {text!r}") from None
+    if takes_several and len(raw) > MAX_NUMBERS:
+        reason = f"must have at most {MAX_NUMBERS} numbers"
+    else:
+        try:
+            value = TypeAdapter(kind).validate_python(raw)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+        else:
+            if not isinstance(value, int) or abs(value) <= MAX_COUNT:
+                return value  # what it may be beyond that, the policy's own class says
+            reason = f"must be at most {MAX_COUNT}"
+    raise ValueError(f"cache: option {name} of {policy}: {reason}, got {shorten(text)}")
 
 
 def _check_depth(probe_depth: int, model: ModelFacts) -> None:
@@ -214,13 +230,15 @@ def _plan(name: str, config: PolicyConfig, model: ModelFacts) -> CachePlan | Ser
 
 def _replay(path: Path, model: ModelFacts) -> CachePlan:
     content = read_trace(path)
-    trace = parse_trace(content, path)
+    trace, shown = parse_trace(content, path), printable(path, 200)
     if trace.num_blocks != model.num_blocks:
         raise ValueError(
-            f"cache: trace {path} is of a model with {trace.num_blocks} blocks; this one has {model.num_blocks}"
+            f"cache: trace {shown} is of a model with {trace.num_blocks} blocks; this one has {model.num_blocks}"
         )
     if trace.by_layer:
-        raise ValueError(f"cache: trace {path} is of {trace.policy}, whose schedule file can be used again instead")
+        raise ValueError(
+            f"cache: trace {shown} is of {printable(trace.policy, 100)}, whose schedule file can be used again instead"
+        )
     _check_depth(trace.probe_depth, model)
     return CachePlan(
         text=f"replay({_digest(content)})",

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from cineray.caching.forecast import Forecasting
 from cineray.caching.observation import BRANCH_ORDER
 from cineray.files import parse_json, read_regular, shaped
+from cineray.text import printable
 
 MAX_COUNT = 10**6  # of steps, blocks, samples: far above any model's
 
@@ -138,8 +139,9 @@ def read_trace(path: Path) -> bytes:
     """
     try:
         return read_regular(path)
-    except OSError as error:
-        raise ValueError(f"trace {path} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"trace {printable(path, 200)} cannot be read: {reason}") from None
 
 
 def parse_trace(content: bytes, path: Path) -> Trace:
@@ -151,7 +153,7 @@ def parse_trace(content: bytes, path: Path) -> Trace:
     try:
         return trace_from(parse_json(content))
     except ValueError as error:
-        raise ValueError(f"{path} is not a cineray trace: {error}") from None
+        raise ValueError(f"{printable(path, 200)} is not a cineray trace: {printable(error, 200)}") from None
 
 
 def _check_entries(entries: list[TraceEntry]) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cineray.pipeline.request import InputError
+from cineray.text import shorten
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 Offload = Literal["none", "model", "sequential"]
@@ -28,11 +29,11 @@ class LoadOptions:
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
-            raise InputError(f"device must be cpu or cuda, got {self.device!r}")
+            raise InputError(f"device must be cpu or cuda, got {shorten(str(self.device))}")
         if self.dtype != "auto" and self.dtype not in DTYPE_NAMES:
-            raise InputError(f"dtype must be auto or one of {', '.join(DTYPE_NAMES)}, got {self.dtype!r}")
+            raise InputError(f"dtype must be auto or one of {', '.join(DTYPE_NAMES)}, got {shorten(str(self.dtype))}")
         if self.offload not in ("none", "model", "sequential"):
-            raise InputError(f"offload must be none, model or sequential, got {self.offload!r}")
+            raise InputError(f"offload must be none, model or sequential, got {shorten(str(self.offload))}")
         if self.offload != "none" and self.device != "cuda":
             raise InputError(f"offload {self.offload} moves weights between CPU and GPU; it needs --device cuda")
 

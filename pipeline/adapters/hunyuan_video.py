@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cineray.pipeline.adapters import hunyuan_configs
 from cineray.pipeline.adapters.model import SHIPPED, TINY_CLIP, BlockLayout, KnownCheckpoint, Model, ShardedArguments
 from cineray.pipeline.adapters.protocol import Branch, Conditions, Defaults, ModelConfigs, draw_noise, without_gradients
 from cineray.pipeline.request import ClipRequest, SizeRule
@@ -23,6 +24,9 @@ class HunyuanVideo:
     # HunyuanVideoPipeline.__call__'s defaults; 24 frames per second as in Tencent's sample_video.py
     defaults = Defaults(width=1280, height=720, num_frames=129, fps=24, guidance_scale=6.0)
     vae_in_float32 = False
+    components = hunyuan_configs.COMPONENTS
+
+    misfit = staticmethod(hunyuan_configs.misfit)
 
     def unsupported(self, configs: ModelConfigs) -> str | None:
         return None

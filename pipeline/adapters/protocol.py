@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
+from cineray.pipeline.adapters.component import Component
 from cineray.pipeline.request import ClipRequest, SizeRule
 
 if TYPE_CHECKING:  # they take seconds to import; a driver on Ray reads what a model can do, and does without them
@@ -70,6 +71,11 @@ class Adapter(Protocol):
     family: str
     defaults: Defaults
     vae_in_float32: bool
+    components: tuple[Component, ...]  # of its pipeline
+
+    def misfit(self, parts: Mapping[str, Any]) -> str | None:
+        """Where the configurations of two components (name -> configuration) do not fit together, or None."""
+        ...
 
     def unsupported(self, configs: ModelConfigs) -> str | None:
         """Why this checkpoint of the family cannot be rendered, or None."""

@@ -6,8 +6,10 @@ gives the same bits.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from cineray.pipeline.adapters import wan_configs
 from cineray.pipeline.adapters.model import SHIPPED, TINY_CLIP, BlockLayout, KnownCheckpoint, Model, ShardedArguments
 from cineray.pipeline.adapters.protocol import Branch, Conditions, Defaults, ModelConfigs, draw_noise, without_gradients
 from cineray.pipeline.picture import first_frame
@@ -82,7 +84,9 @@ class WanTextToVideo:
     # generate.py of Wan 2.1: 480p for the 1.3B model, 81 frames at 16 per second, 50 steps, guidance 5
     defaults = Defaults(width=832, height=480, num_frames=81, fps=16, guidance_scale=5.0)
     vae_in_float32 = True
+    components = wan_configs.TEXT_TO_VIDEO
 
+    misfit = staticmethod(partial(wan_configs.misfit, takes_image=False))
     unsupported = staticmethod(_unsupported)
     num_tokens = staticmethod(_num_tokens)
     prompt_inputs = staticmethod(_prompt_inputs)
@@ -106,7 +110,9 @@ class WanImageToVideo:
     family = "wan-i2v"
     defaults = Defaults(width=832, height=480, num_frames=81, fps=16, guidance_scale=5.0)
     vae_in_float32 = True
+    components = wan_configs.IMAGE_TO_VIDEO
 
+    misfit = staticmethod(partial(wan_configs.misfit, takes_image=True))
     unsupported = staticmethod(_unsupported)
     num_tokens = staticmethod(_num_tokens)
     prompt_inputs = staticmethod(_prompt_inputs)

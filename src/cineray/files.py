@@ -5,7 +5,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -26,6 +26,19 @@ def read_regular(path: Path, max_bytes: int = MAX_JSON_BYTES, follow_links: bool
     Raises:
         OSError: it is not there, not regular, a link, longer than `max_bytes`, or cannot be read; `strerror` says so.
     """
+    with open_regular(path, follow_links) as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(errno.EFBIG, f"has more than {max_bytes} bytes", str(path))
+    return content
+
+
+def open_regular(path: Path, follow_links: bool = True) -> BinaryIO:
+    """Opens a regular file for reading.
+
+    Raises:
+        OSError: it is not there, not regular, a link, or cannot be opened; `strerror` says so.
+    """
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
     try:
         descriptor = os.open(path, flags)
@@ -33,14 +46,10 @@ def read_regular(path: Path, max_bytes: int = MAX_JSON_BYTES, follow_links: bool
         if error.errno == errno.ELOOP and not follow_links:
             raise OSError(errno.ELOOP, "is a symbolic link", str(path)) from None
         raise
-    with os.fdopen(descriptor, "rb") as file:
-        about = os.fstat(descriptor)
-        if not stat.S_ISREG(about.st_mode):
-            raise OSError(errno.EINVAL, "is not a regular file", str(path))
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise OSError(errno.EFBIG, f"has more than {max_bytes} bytes", str(path))
-    return content
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def parse_json(text: bytes | str) -> Any:
