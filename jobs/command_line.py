@@ -1,5 +1,6 @@
 """The command line: what a person types, and what the process answers."""
 
+import functools
 import json
 import sys
 from dataclasses import asdict
@@ -57,7 +58,8 @@ def render(
     run = AskedRun(checkpoint=checkpoint, load_options=load_options(asked), options=options, out=out, lossless=lossless)
     about = {"defaults": asdict(defaults)}
     try:
-        report = render_run(run, lambda: requests_of(asked, defaults, checkpoint), takes_long_to_check(asked), about)
+        check = functools.partial(requests_of, asked, defaults, checkpoint, options.layout.sequence_ranks)
+        report = render_run(run, check, takes_long_to_check(asked), about)
     except LeasedError as error:
         print(f"cineray: {error}; wait until it has ended, or give another --out", file=sys.stderr)
         return EXIT_LEASED
@@ -74,6 +76,9 @@ def render(
     if report.stopped_by is not None:
         print(_INTERRUPTED, file=sys.stderr)
         return 128 + report.stopped_by
+    if report.num_missing:
+        tell(f"cineray: {report.num_missing} clips were asked for, and nothing became of them; finished clips are kept")
+        return EXIT_FAILED_CLIPS
     return EXIT_FAILED_CLIPS if counts["failed"] or counts["quarantined"] else EXIT_DONE
 
 
@@ -141,7 +146,7 @@ def _run(arguments: list[str]) -> int:
         return code if isinstance(code, int) else EXIT_DONE
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "cineray"
-        print(f"{command}: {error.format_message()} See: {command} --help", file=sys.stderr)
+        tell(f"{command}: {error.format_message()} See: {command} --help")
         return EXIT_BAD_INPUT
     except (KeyboardInterrupt, click.Abort):
         print(_INTERRUPTED, file=sys.stderr)

@@ -112,7 +112,7 @@ def _measure(meter: QualityMeter, policy: str, sweep: Sweep | None, target: floa
 def measured_on(model: LoadedModel, requests: list[ClipRequest]) -> dict[str, Any]:
     """What the numbers depend on beside the policies."""
     options = render_options(model.options, lossless=False)
-    clips = [fingerprint(request, "none", model.digest, options) for request in requests]
+    clips = [fingerprint(model.adapter.effective(request), "none", model.digest, options) for request in requests]
     return {
         "model": model.checkpoint.name,
         "weights": model.digest,

@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from cineray.files import read_regular
 from cineray.text import shorten
 
 # Sixteen times the 512 tokens that Wan reads at about 4 characters each would be 32k; nobody types that.
@@ -13,7 +16,8 @@ MAX_PROMPT_CHARS = 20_000
 MAX_SIDE_PX = 8192
 MAX_FRAMES = 4097
 MAX_STEPS = 1000  # the schedulers' num_train_timesteps
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**32 - 1  # PyTorch's generator on the CPU, which draws the noise, takes the low 32 bits of a seed alone
+MAX_IMAGE_BYTES = 2**30  # far above any camera's; a file without end is not read for ever
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")  # less tab and line ends; lone surrogates
 CLIP_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -34,6 +38,18 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         return "\n".join(self.lines)
+
+
+def explain(error: BaseException, limit: int = 300) -> str:
+    """An exception of whatever type in one line: what it says, after its type where the message is not one of ours."""
+    try:
+        said = " ".join(str(error).split())[:limit]
+    except Exception as worse:  # its own __str__ fails
+        said = f"(it cannot be shown: {type(worse).__name__})"
+    if said and isinstance(error, InputError):
+        return said
+    name = type(error).__name__
+    return f"{name}: {said}" if said else name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +83,12 @@ class SizeRule:
     takes_negative_prompt: bool
 
 
+def _shown(value: float) -> str:
+    """A number as it is, unless it has a thousand digits."""
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:10]}... ({len(text)} characters)"
+
+
 def _nearest(value: int, step: int, offset: int) -> str:
     low = max(offset, (value - offset) // step * step + offset)
     return f"{low} or {low + step}" if low > 0 else f"{step}"
@@ -76,9 +98,9 @@ def problems(request: ClipRequest, rule: SizeRule) -> list[str]:
     """Everything about the request that the model cannot do, each in one phrase; empty if it can be rendered."""
     found = []
 
-    def within(name: str, value: float, low: float, high: float) -> bool:
+    def within(name: str, value: float, low: float, high: float, why: str = "") -> bool:
         if not low <= value <= high:
-            found.append(f"{name} must be {low} to {high}, got {value}")
+            found.append(f"{name} must be {low} to {high}{why}, got {_shown(value)}")
             return False
         return True
 
@@ -104,7 +126,7 @@ def problems(request: ClipRequest, rule: SizeRule) -> list[str]:
             near = _nearest(side, rule.side_step, 0)
             found.append(f"{name} must be a multiple of {rule.side_step}, got {side}; nearest: {near}")
     within("steps", request.num_inference_steps, 1, MAX_STEPS)
-    within("seed", request.seed, 0, MAX_SEED)
+    within("seed", request.seed, 0, MAX_SEED, " (2^32 - 1: noise is drawn from 32 bits)")
     within("guidance", request.guidance_scale, 0, 100)
     within("fps", request.fps, 1, 240)
     if rule.takes_image and request.image is None:
@@ -128,16 +150,36 @@ def is_plain(clip_id: str, prompt: str, seed: int) -> bool:
     )
 
 
+def image_problem(image: str) -> str | None:
+    """Why a file cannot be a clip's first frame, as far as that is seen without reading it; None if it may be."""
+    try:
+        mode = os.stat(image).st_mode
+        if stat.S_ISREG(mode) and os.access(image, os.R_OK):
+            return None
+        reason = "cannot be read: Permission denied" if stat.S_ISREG(mode) else "is not a file"
+    except FileNotFoundError:
+        reason = "is not a file"
+    except (OSError, ValueError) as error:  # a name that is too long; one that has a NUL in it
+        reason = f"cannot be read: {(isinstance(error, OSError) and error.strerror) or error}"
+    return f"image {shorten(image)} {reason}"
+
+
 def fingerprint(request: ClipRequest, policy: str, model_digest: str, render_options: dict[str, object]) -> str:
     """Twelve hex digits over everything that changes pixels and nothing else.
 
     The id, the frame rate, the device and the layout are left out.
 
     Args:
+        request: as `Adapter.effective` gives it: less what has no effect on pixels.
         policy: the cache policy with all its options, as text.
         render_options: what is common to a run: dtype, VAE tiling, lossless.
+
+    Raises:
+        OSError: the image cannot be read.
     """
-    image = hashlib.sha256(Path(request.image).read_bytes()).hexdigest() if request.image else None
+    image = None
+    if request.image:
+        image = hashlib.sha256(read_regular(Path(request.image), MAX_IMAGE_BYTES)).hexdigest()
     covered = {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
