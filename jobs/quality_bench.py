@@ -113,8 +113,8 @@ def _measure(meter: QualityMeter, policy: str, sweep: Sweep | None, target: floa
 def measured_on(model: LoadedModel, requests: list[ClipRequest]) -> dict[str, Any]:
     """What the numbers depend on beside the policies."""
     options = render_options(model.options, lossless=False)
-    pictures = Pictures()
-    clips = [fingerprint(pictures.pinned(request), "none", model.digest, options) for request in requests]
+    pictures, effective = Pictures(), model.adapter.effective
+    clips = [fingerprint(effective(pictures.pinned(request)), "none", model.digest, options) for request in requests]
     return {
         "model": model.checkpoint.name,
         "weights": model.digest,

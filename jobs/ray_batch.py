@@ -146,6 +146,7 @@ class RayBatch:
             if clip is not None:
                 self.folder.check(f"clip {clip.id} was to be rendered")
                 self.denoising[clip.task.name] = clip
+                self.progress.warn(clip.id, clip.task.warnings)
                 self.folder.log_event("running", id=clip.id, fingerprint=clip.task.mark, gang=gang.name)
                 gang.assign(clip.task)
 
@@ -179,8 +180,7 @@ class RayBatch:
                     nodes = sorted(gang.nodes)
                     self.folder.log_event("built", actor=gang.name, pids=gang.pids, nodes=nodes)
             return
-        faults = [gang.ends.get(index) for index, end in enumerate(ends) if end.kind == "raised"]
-        verdict = judge(ends, raised_alike=all(isinstance(fault, ClipFault) for fault in faults))
+        verdict = judge(ends)
         clip = self._clip_of(gang)
         if clip is not None and verdict.clip == "failed":
             self._fail(clip, verdict.reason)
@@ -234,8 +234,8 @@ class RayBatch:
             finisher.lost = None
 
     def _settle_prompt(self, key: str, answer: Any) -> None:
-        if answer is None:
-            self.queue.add_prompt(key)
+        if not isinstance(answer, ClipFault | MemberEnd):
+            self.queue.add_prompt(key, answer)
             return
         for clip in [clip for clip in self.queue.waiting if clip.task.prompt_key == key]:
             self.queue.waiting.remove(clip)
