@@ -61,21 +61,28 @@ def takes_long_to_check(asked: Asked) -> bool:
         return False  # the check says what is wrong
 
 
-def requests_of(asked: Asked, defaults: "RunDefaults", checkpoint: "Checkpoint") -> tuple[int, Iterable["ClipRequest"]]:
+def requests_of(
+    asked: Asked, defaults: "RunDefaults", checkpoint: "Checkpoint", num_ranks: int = 1
+) -> tuple[int, Iterable["ClipRequest"]]:
     """(number of clips, the clips as a stream), all of them checked.
+
+    Args:
+        num_ranks: that share a clip's tokens.
 
     Raises:
         InputError: bad lines of the manifest, bad prompts, or both given.
     """
-    from cineray.jobs.manifest import check_manifest, check_prompts, stream_requests
+    from cineray.jobs.manifest import check_manifest, check_prompts
     from cineray.jobs.progress import checking_lines
+    from cineray.jobs.terminal import tell
     from cineray.pipeline.request import InputError
 
     if asked.manifest is None:
-        requests = check_prompts(list(asked.prompts), defaults, checkpoint)
+        requests = check_prompts(list(asked.prompts), defaults, checkpoint, num_ranks)
         return len(requests), requests
     if asked.prompts:
         raise InputError("give prompts or --manifest, not both")
-    with checking_lines(asked.manifest.name) as on_line:
-        num_clips = check_manifest(asked.manifest, defaults, checkpoint, on_line)
-    return num_clips, stream_requests(asked.manifest, defaults)
+    with checking_lines(asked.manifest.name) as on_row:
+        checked = check_manifest(asked.manifest, defaults, checkpoint, on_row, num_ranks)
+    tell(*(f"cineray: {note}" for note in checked.notes))
+    return checked.num_clips, checked.requests()

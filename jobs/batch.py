@@ -10,13 +10,13 @@ from cineray.jobs.commit import Doubt, commit_clip, find_clip
 from cineray.jobs.lease import Lease, LeasedError
 from cineray.jobs.output_folder import OutputError, OutputFolder
 from cineray.jobs.progress import RenderProgress
-from cineray.jobs.record import clip_record, policy_text, record_notes, render_options
+from cineray.jobs.record import clip_record, clip_warnings, mark_of, render_options
 from cineray.jobs.results import ClipResult, ResultLog, Status
 from cineray.jobs.step_keeper import StepKeeper, Yielded
 from cineray.pipeline.loading import LoadedModel
-from cineray.pipeline.picture import PictureError, Pictures
+from cineray.pipeline.picture import Pictures
 from cineray.pipeline.render import render_clip
-from cineray.pipeline.request import ClipRequest, InputError, fingerprint
+from cineray.pipeline.request import ClipRequest, explain
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +34,7 @@ class Batch:
 
 
 def render_batch(batch: Batch, requests: Iterable[ClipRequest], results: ResultLog) -> None:
-    """Renders what is not there yet, one clip after the other; a clip that fails does not stop the others.
+    """Renders what is not there yet, one clip after the other; whatever one raises, the others go on.
 
     Asked to stop, it puts the clip in the works down after its step.
 
@@ -56,17 +56,12 @@ def render_batch(batch: Batch, requests: Iterable[ClipRequest], results: ResultL
 
 def _render_or_find(batch: Batch, request: ClipRequest, options: dict[str, object]) -> ClipResult:
     began = time.monotonic()
+    status: Status = "existing"
+    mark, video, error, record = None, None, None, {}
     try:
         request = batch.pictures.pinned(request)
-    except PictureError as reason:  # it was whole when its line was checked
-        batch.folder.log_event("failed", id=request.id, error=str(reason))
-        batch.progress.count_clip(f"{request.id}: failed: {reason}")
-        return ClipResult.of(request, "failed", time.monotonic() - began, error=str(reason))
-    mark = fingerprint(request, policy_text(request, batch.model.checkpoint), batch.model.digest, options)
-    video = batch.folder.video_path(request, mark)
-    status: Status = "existing"
-    error, record = None, {}
-    try:
+        mark = mark_of(request, batch.model.checkpoint, batch.model.digest, options)
+        video = batch.folder.video_path(request, mark)
         stands = find_clip(batch.folder, request, mark)
         if isinstance(stands, dict):
             record = stands
@@ -76,17 +71,15 @@ def _render_or_find(batch: Batch, request: ClipRequest, options: dict[str, objec
             batch.folder.check(f"clip {request.id} was to be rendered")
             batch.progress.begin_clip(request.id, request.num_inference_steps)
             record, status = _render(batch, request, mark, options), "done"
-    except (OutputError, LeasedError):
+    except (OutputError, LeasedError, Yielded):
         raise
-    except InputError as reason:
-        error, status = str(reason), "failed"
-    except (RuntimeError, ValueError, OSError) as reason:  # out of memory, a bad image, ffmpeg
-        error, status = f"{type(reason).__name__}: {' '.join(str(reason).split())[:300]}", "failed"
+    except Exception as reason:  # out of memory, a bad image, ffmpeg; and whatever a tokenizer or a model may raise
+        error, status = explain(reason), "failed"
     wall_s = time.monotonic() - began
     batch.folder.log_event(
         status, id=request.id, fingerprint=mark, wall_s=round(wall_s, 3), **({"error": error} if error else {})
     )
-    note = f": {said}" if (said := record_notes(record)) else ""
+    note = f": {record['warning']}" if "warning" in record else ""
     batch.progress.count_clip(
         f"{request.id}: {status} in {wall_s:.1f} s" + (f": {error}" if error else f" -> {video}{note}")
     )
@@ -97,8 +90,11 @@ def _render(batch: Batch, request: ClipRequest, mark: str, options: dict[str, ob
     """Renders, writes and commits one clip; returns its record."""
     state = batch.folder.step_path(request.id, mark)
     keeper = StepKeeper(state, mark, None, batch.checkpoint_s, batch.is_asked_to_stop)
+    adapter = batch.model.adapter
+    warnings = [*clip_warnings(request), *adapter.unused(request), *adapter.cut_prompts(batch.model.pipe, request)]
+    batch.progress.warn(request.id, warnings)
     clip = render_clip(batch.model, request, batch.progress.step, keeper)
-    record = clip_record(request, mark, batch.model, options, clip, resumed_at=keeper.resumed_at)
+    record = clip_record(request, mark, batch.model, options, clip, resumed_at=keeper.resumed_at, warnings=warnings)
     batch.lease.check()
     commit_clip(batch.folder, request, mark, clip, record, batch.lossless)
     with suppress(OSError):  # the clip is committed, whatever lies there

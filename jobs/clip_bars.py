@@ -1,6 +1,7 @@
 """The bar over a batch's clips, on a terminal; plain lines where there is none. Always on stderr."""
 
 import sys
+from collections.abc import Sequence
 from typing import Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -9,6 +10,7 @@ from cineray.jobs.terminal import new_console, tell
 from cineray.text import printable
 
 MAX_BAR_TEXT = 60  # beside a bar, which has a line of the terminal
+MAX_TOLD = 1000  # warnings that are not told again
 
 
 class ClipBars:
@@ -29,6 +31,7 @@ class ClipBars:
             disable=not self.is_terminal,
             transient=True,
         )
+        self._told: set[str] = set()
         self._clips = self.bars.add_task("clips", total=num_clips)
 
     def __enter__(self) -> Self:
@@ -40,10 +43,19 @@ class ClipBars:
 
     def say(self, message: str) -> None:
         """A line above the bars."""
+        message = printable(message)
         if self.is_terminal:
             self._console.print(printable(message), markup=False, emoji=False, highlight=False, soft_wrap=True)
         else:  # rich would take 0.3 ms
             tell(message)
+
+    def warn(self, clip_id: str, warnings: Sequence[str]) -> None:
+        """Says what holds for a clip; what holds for many alike, once."""
+        for warning in warnings:
+            if warning not in self._told:
+                self.say(f"{clip_id}: {warning}")
+            if len(self._told) < MAX_TOLD:
+                self._told.add(warning)
 
     def count_clip(self, message: str | None) -> None:
         """One clip more is over; says so unless there is nothing to say."""

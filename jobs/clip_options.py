@@ -52,8 +52,8 @@ _OPTIONS = [
     click.option(
         "--manifest",
         type=_PATH,
-        metavar="FILE.jsonl",
-        help="One JSON object per line instead of prompts; see docs/manifest.md.",
+        metavar="FILE|-",
+        help="Clips instead of prompts: .jsonl, .json, .csv or .txt, or - for stdin; see docs/manifest.md.",
     ),
     click.option(
         "--model",
@@ -63,7 +63,9 @@ _OPTIONS = [
         help="A name of `cineray models`, a diffusers folder or a hub id.",
     ),
     click.option("--steps", type=int, metavar="N", help="Denoising steps.  [default: 50]"),
-    click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of each clip's noise."),
+    click.option(
+        "--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of each clip's noise, below 2^32."
+    ),
     click.option("--width", type=int, metavar="W", help="Pixels.  [default: the model's]"),
     click.option("--height", type=int, metavar="H", help="Pixels.  [default: the model's]"),
     click.option("--frames", type=int, metavar="F", help="4k+1 frames.  [default: the model's]"),

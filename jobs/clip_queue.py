@@ -2,20 +2,20 @@
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from cineray.jobs.commit import Doubt, EntryError, find_clip
-from cineray.jobs.output_folder import OutputFolder
-from cineray.jobs.record import policy_text, render_options
+from cineray.jobs.output_folder import OutputError, OutputFolder
+from cineray.jobs.record import clip_warnings, mark_of, render_options
 from cineray.jobs.results import ClipResult
 from cineray.jobs.retry import is_quarantined
 from cineray.jobs.stages import RunSpec, Task
 from cineray.jobs.trouble import MAX_REASON_CHARS, MAX_REASONS, Trouble, read_trouble
 from cineray.pipeline.checkpoint import Checkpoint
-from cineray.pipeline.picture import PictureError, Pictures
-from cineray.pipeline.request import ClipRequest, fingerprint, prompt_key
+from cineray.pipeline.picture import Pictures
+from cineray.pipeline.request import ClipRequest, explain, prompt_key
 from cineray.pipeline.weights import Identity
 from cineray.text import printable
 
@@ -62,13 +62,13 @@ class ClipQueue:
         self._depth = depth
         self._pictures = Pictures()
         self._in_use: dict[str, int] = {}
-        self._encoded: OrderedDict[str, None] = OrderedDict()
+        self._encoded: OrderedDict[str, tuple[str, ...]] = OrderedDict()
         self.waiting: deque[Clip] = deque()
         self.is_exhausted = False
         self.doubted: list[str] = []  # lines about videos that are rendered again, until they are told
 
     def fill(self) -> list[ClipResult]:
-        """Reads ahead; returns clips that an earlier run has committed, and those that cannot be rendered."""
+        """Reads ahead; returns clips that an earlier run has committed, and those that cannot even be looked up."""
         known, began_s = [], time.monotonic()
         for _ in range(MAX_SCANNED):
             full = len(self.waiting) >= self._depth
@@ -79,35 +79,40 @@ class ClipQueue:
                 self.is_exhausted = True
                 break
             try:
-                task = self._task(self._pictures.pinned(request))
-            except PictureError as reason:  # it was whole when its line was checked
-                known.append(ClipResult.of(request, "failed", 0.0, error=str(reason)))
-                continue
-            video = self._folder.video_path(request, task.mark)
-            try:
-                stands = find_clip(self._folder, request, task.mark)
-            except EntryError as reason:
-                self.write_trouble(Clip(task=task, strikes=[str(reason)]), "failed")
-                known.append(ClipResult.of(request, "failed", 0.0, error=str(reason)))
-                continue
-            if isinstance(stands, dict):
-                known.append(ClipResult.of(request, "existing", 0.0, str(video), stands))
-                continue
-            if isinstance(stands, Doubt):
-                self.doubted.append(f"{request.id}: {video} is rendered again: {stands.reason}")
-            key = task.prompt_key
-            self._in_use[key] = self._in_use.get(key, 0) + 1
-            self.waiting.append(Clip(task=task, strikes=self._earlier_strikes(task)))
+                result = self._existing_or_queued(request)
+            except OutputError:
+                raise
+            except Exception as reason:  # its image is gone, its video cannot be read
+                result = ClipResult.of(request, "failed", 0.0, error=explain(reason))
+            if result is not None:
+                known.append(result)
         return known
+
+    def _existing_or_queued(self, request: ClipRequest) -> ClipResult | None:
+        task = self._task(self._pictures.pinned(request))
+        video = self._folder.video_path(request, task.mark)
+        try:
+            stands = find_clip(self._folder, request, task.mark)
+        except EntryError as reason:
+            self.write_trouble(Clip(task=task, strikes=[str(reason)]), "failed")
+            return ClipResult.of(request, "failed", 0.0, error=str(reason))
+        if isinstance(stands, dict):
+            return ClipResult.of(request, "existing", 0.0, str(video), stands)
+        if isinstance(stands, Doubt):
+            self.doubted.append(f"{request.id}: {video} is rendered again: {stands.reason}")
+        key = task.prompt_key
+        self._in_use[key] = self._in_use.get(key, 0) + 1
+        self.waiting.append(Clip(task=task, strikes=self._earlier_strikes(task)))
+        return None
 
     def prompts_wanted(self) -> list[Task]:
         """Clips in hand whose prompt is not encoded yet, one for each prompt."""
         wanted = {clip.task.prompt_key: clip.task for clip in self.waiting}
         return [task for key, task in wanted.items() if key not in self._encoded]
 
-    def add_prompt(self, key: str) -> None:
-        """A prompt has been encoded; forgets the oldest that no clip in hand needs."""
-        self._encoded[key] = None
+    def add_prompt(self, key: str, warnings: Sequence[str] = ()) -> None:
+        """A prompt has been encoded, with these warnings; forgets the oldest that no clip in hand needs."""
+        self._encoded[key] = tuple(warnings)
         self._encoded.move_to_end(key)
         for old in list(self._encoded):
             if len(self._encoded) <= MAX_PROMPTS:
@@ -125,6 +130,9 @@ class ClipQueue:
         for position, clip in enumerate(self.waiting):
             if clip.task.prompt_key in self._encoded:
                 del self.waiting[position]
+                request, cut = clip.task.request, self._encoded[clip.task.prompt_key]
+                unused = self._checkpoint.adapter.unused(request)
+                clip.task = replace(clip.task, warnings=(*clip_warnings(request), *unused, *cut))
                 clip.began_s = clip.began_s or time.monotonic()
                 return clip
         return None
@@ -160,8 +168,8 @@ class ClipQueue:
             self._folder.forget_prompt(key)
 
     def _task(self, request: ClipRequest) -> Task:
-        policy, digest = policy_text(request, self._checkpoint), self._identity.digest
-        mark = fingerprint(request, policy, digest, self._options)
+        digest = self._identity.digest
+        mark = mark_of(request, self._checkpoint, digest, self._options)
         key = prompt_key(self._checkpoint.adapter.prompt_inputs(request), digest, self._spec.options.dtype_name)
         return Task(request=request, mark=mark, prompt_key=key)
 

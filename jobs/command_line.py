@@ -1,5 +1,6 @@
 """The command line: what a person types, and what the process answers."""
 
+import functools
 import os
 import sys
 import traceback
@@ -60,7 +61,8 @@ def render(
     run = AskedRun(checkpoint=checkpoint, load_options=load_options(asked), options=options, out=out, lossless=lossless)
     about = {"defaults": asdict(defaults)}
     try:
-        report = render_run(run, lambda: requests_of(asked, defaults, checkpoint), takes_long_to_check(asked), about)
+        check = functools.partial(requests_of, asked, defaults, checkpoint, options.layout.sequence_ranks)
+        report = render_run(run, check, takes_long_to_check(asked), about)
     except LeasedError as error:
         tell(f"cineray: {error}; wait until it has ended, or give another --out")
         return EXIT_LEASED
@@ -77,6 +79,9 @@ def render(
     if report.stopped_by is not None:
         tell(_INTERRUPTED)
         return 128 + report.stopped_by
+    if report.num_missing:
+        tell(f"cineray: {report.num_missing} clips were asked for, and nothing became of them; finished clips are kept")
+        return EXIT_FAILED_CLIPS
     return EXIT_FAILED_CLIPS if counts["failed"] or counts["quarantined"] else EXIT_DONE
 
 

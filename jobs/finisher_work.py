@@ -9,7 +9,6 @@ import torch
 from cineray.caching.trace import trace_from
 from cineray.jobs.commit import commit_clip
 from cineray.jobs.output_folder import OutputError, OutputFolder
-from cineray.jobs.rank_work import CLIP_ERRORS, explain
 from cineray.jobs.record import clip_record, policy_text, render_options
 from cineray.jobs.stages import ClipFault, RunSpec, Task
 from cineray.jobs.step_keeper import MAX_NOTES_BYTES, StepNotes
@@ -19,8 +18,9 @@ from cineray.pipeline.checkpoint import open_checkpoint
 from cineray.pipeline.encoded_prompts import encode_prompt, is_encoded
 from cineray.pipeline.loading import TRANSFORMER, LoadedModel, load_model
 from cineray.pipeline.render import DenoisedClip, decode_clip
+from cineray.pipeline.request import explain
 from cineray.pipeline.step_state import read_step_state
-from cineray.pipeline.video import VideoError, check_ffmpeg
+from cineray.pipeline.video import check_ffmpeg
 
 
 class FinisherWork:
@@ -35,21 +35,23 @@ class FinisherWork:
         check_ffmpeg()
         self._model = load_model(open_checkpoint(self._spec.model), self._spec.options, without=TRANSFORMER)
 
-    def encode(self, task: Task) -> ClipFault | None:
+    def encode(self, task: Task) -> tuple[str, ...] | ClipFault:
+        """Leaves the encoded prompts on disk; returns what of them is not read, a sentence for each."""
         assert self._model is not None
         torch.set_num_threads(rank_threads())
         folder = OutputFolder.existing(self._spec.out)
         path = folder.prompt_path(task.prompt_key)
         try:
+            cut = self._model.adapter.cut_prompts(self._model.pipe, task.request)
             if not is_encoded(path):
                 with folder.explained(f"keeping the prompt of clip {task.request.id}"):
                     encode_prompt(self._model, task.request, path)
         except OutputError:
             raise
-        except CLIP_ERRORS as reason:
+        except Exception as reason:
             folder.check(f"the prompt of clip {task.request.id} was encoded")  # a fault of the folder is not the clip's
             return ClipFault(reason=explain(reason))
-        return None
+        return tuple(cut)
 
     def finish(self, task: Task) -> dict[str, Any] | ClipFault | None:
         """Decodes the latents that lie on disk, writes the video and commits it.
@@ -73,11 +75,13 @@ class FinisherWork:
                 _tell_unused(request.id, f"they decode to frames of shape {rendered.frames.shape}")
                 return None
             options = render_options(self._spec.options, self._spec.lossless)
-            record = clip_record(request, task.mark, self._model, options, rendered, self._spec.layout, resumed_at)
+            record = clip_record(
+                request, task.mark, self._model, options, rendered, self._spec.layout, resumed_at, task.warnings
+            )
             commit_clip(folder, request, task.mark, rendered, record, self._spec.lossless)
         except OutputError:
             raise
-        except (*CLIP_ERRORS, VideoError) as reason:
+        except Exception as reason:
             folder.check(f"clip {request.id} was written")
             return ClipFault(reason=explain(reason))
         with suppress(OSError):  # the clip is committed, whatever lies there

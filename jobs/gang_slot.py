@@ -173,7 +173,7 @@ class GangSlot:
             if isinstance(answer, MemberEnd):
                 return answer
             if isinstance(answer, ClipFault):
-                return MemberEnd(kind="raised", reason=answer.reason)
+                return MemberEnd(kind="raised", reason=answer.reason, fault=answer.fault)
             return MemberEnd(kind="answered")
 
         silent = MemberEnd(kind="silent")

@@ -1,4 +1,8 @@
-"""JSON lines to clip requests, checked as a stream: a million lines need no more memory than 64 bits for each id."""
+"""A manifest to clip requests: every row is checked, and what was checked is what is rendered.
+
+The rows go through a temporary file, so a million of them need no more memory than 64 bits for each id, and a manifest
+that is changed, or that was a pipe, is not read again.
+"""
 
 from array import array
 from collections.abc import Callable, Iterator
@@ -6,37 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError
 
 from cineray.caching.spec import AnyPlan, LayerPlan
+from cineray.jobs.manifest_forms import EXAMPLE, Numbered, read_rows
+from cineray.jobs.manifest_row import Row
+from cineray.jobs.manifest_source import opened
+from cineray.jobs.row_file import RowFile
 from cineray.pipeline.checkpoint import Checkpoint
 from cineray.pipeline.picture import PictureError, Pictures
 from cineray.pipeline.request import ClipRequest, InputError, is_plain, problems
-from cineray.text import shorten
+from cineray.text import printable, shorten
 
-MAX_LINE_BYTES = 1_000_000  # a prompt may have 20,000 characters of up to 12 bytes each when escaped
-MAX_REPORTED = 20  # bad lines shown; the rest is counted
+MAX_REPORTED = 20  # bad rows shown; the rest is counted
+MAX_BAD = 1_000_000  # then the rest is not read: a pipe of nonsense may have no end
+MAX_REASON = 400  # characters of what is wrong with one row
 MAX_REMEMBERED = 1000  # combinations of sizes and the like that were found good
-
-
-class ManifestLine(BaseModel):
-    """One row as written; None means the run's default."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    prompt: str
-    id: str | StrictInt | None = None
-    negative_prompt: str | None = None
-    seed: int | None = None
-    width: int | None = None
-    height: int | None = None
-    frames: int | None = None
-    steps: int | None = None
-    guidance: StrictFloat | StrictInt | None = Field(default=None, allow_inf_nan=False)
-    fps: int | None = None
-    cache: str | None = None
-    image: str | None = None
-    image_fit: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,27 +44,27 @@ class RunDefaults:
     image_fit: str = "stretch"
 
 
-def to_request(line: ManifestLine, number: int, defaults: RunDefaults, folder: Path) -> ClipRequest:
+def to_request(row: Row, defaults: RunDefaults, folder: Path) -> ClipRequest:
     """Fills in the defaults; a relative `image` is meant from the manifest's `folder`."""
 
     def given(value, default):
         return default if value is None else value
 
-    image = given(line.image, defaults.image)
+    image = given(row.image, defaults.image)
     return ClipRequest(
-        id=clip_id(line, number),
-        prompt=line.prompt,
-        negative_prompt=given(line.negative_prompt, defaults.negative_prompt),
-        seed=given(line.seed, defaults.seed),
-        width=given(line.width, defaults.width),
-        height=given(line.height, defaults.height),
-        num_frames=given(line.frames, defaults.num_frames),
-        num_inference_steps=given(line.steps, defaults.num_inference_steps),
-        guidance_scale=float(given(line.guidance, defaults.guidance_scale)),
-        fps=given(line.fps, defaults.fps),
-        cache=given(line.cache, defaults.cache),
+        id=row.clip_id,
+        prompt=row.prompt,
+        negative_prompt=given(row.negative_prompt, defaults.negative_prompt),
+        seed=given(row.seed, defaults.seed),
+        width=given(row.width, defaults.width),
+        height=given(row.height, defaults.height),
+        num_frames=given(row.frames, defaults.num_frames),
+        num_inference_steps=given(row.steps, defaults.num_inference_steps),
+        guidance_scale=float(given(row.guidance, defaults.guidance_scale)),
+        fps=given(row.fps, defaults.fps),
+        cache=given(row.cache, defaults.cache),
         image=None if image is None else str(folder / image),
-        image_fit=given(line.image_fit, defaults.image_fit),
+        image_fit=given(row.image_fit, defaults.image_fit),
     )
 
 
@@ -84,10 +72,14 @@ class RequestCheck:
     """Says all that keeps a request from being rendered by a model, each in one phrase.
 
     A manifest names the same few policies and pictures a million times; each is read once.
+
+    Args:
+        num_ranks: that share a clip's tokens.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, num_ranks: int = 1) -> None:
         self._checkpoint = checkpoint
+        self._num_ranks = num_ranks
         self._rule = checkpoint.size_rule
         self._policies: dict[str, AnyPlan | str | None] = {}  # a text says what is wrong
         self._pictures = Pictures()
@@ -95,6 +87,9 @@ class RequestCheck:
     def __call__(self, request: ClipRequest) -> list[str]:
         found = problems(request, self._rule)
         found += self._policy_problems(request)
+        num_tokens = self._checkpoint.adapter.num_tokens(self._checkpoint.configs, request)
+        if not found and num_tokens < self._num_ranks:
+            found.append(f"a clip of {num_tokens} tokens cannot be shared by {self._num_ranks} ranks; each needs one")
         if request.image is not None and self._rule.takes_image:
             try:
                 self._pictures.facts(request.image)
@@ -104,9 +99,11 @@ class RequestCheck:
 
     def _policy_problems(self, request: ClipRequest) -> list[str]:
         if request.cache not in self._policies:
+            if len(self._policies) >= MAX_REMEMBERED:
+                self._policies.clear()
             try:
                 self._policies[request.cache] = self._checkpoint.plan_cache(request.cache)
-            except ValueError as error:
+            except (ValueError, OSError) as error:  # OSError: a file's name that is too long
                 self._policies[request.cache] = str(error)
         plan = self._policies[request.cache]
         if isinstance(plan, str):
@@ -116,26 +113,26 @@ class RequestCheck:
         return []
 
 
-class LineCheck:
-    """Says what keeps a line from being rendered.
+class RowCheck:
+    """Says what keeps a row from being rendered.
 
-    Lines of a large manifest differ in id, prompt and seed, and are alike in all else: that is checked once.
+    Rows of a large manifest differ in id, prompt and seed, and are alike in all else: that is checked once.
     """
 
-    def __init__(self, defaults: RunDefaults, checkpoint: Checkpoint, folder: Path) -> None:
+    def __init__(self, defaults: RunDefaults, check: RequestCheck, folder: Path) -> None:
         self._defaults = defaults
         self._folder = folder
-        self._check = RequestCheck(checkpoint)
+        self._check = check
         self._good: set[tuple[object, ...]] = set()
 
-    def __call__(self, line: ManifestLine, number: int) -> list[str]:
-        rest = (line.negative_prompt, line.width, line.height, line.frames, line.steps, line.guidance, line.fps)
-        rest = (*rest, line.cache, line.image_fit)
-        seed = self._defaults.seed if line.seed is None else line.seed
-        if line.image is None and rest in self._good and is_plain(clip_id(line, number), line.prompt, seed):
+    def __call__(self, row: Row) -> list[str]:
+        rest = (row.negative_prompt, row.width, row.height, row.frames, row.steps, row.guidance, row.fps)
+        rest = (*rest, row.cache, row.image_fit)
+        seed = self._defaults.seed if row.seed is None else row.seed
+        if row.image is None and rest in self._good and is_plain(row.clip_id, row.prompt, seed):
             return []
-        found = self._check(to_request(line, number, self._defaults, self._folder))
-        if not found and line.image is None and len(self._good) < MAX_REMEMBERED:
+        found = self._check(to_request(row, self._defaults, self._folder))
+        if not found and row.image is None and len(self._good) < MAX_REMEMBERED:
             self._good.add(rest)
         return found
 
@@ -155,154 +152,141 @@ class _Ids:
         return set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
 
 
-def clip_id(line: ManifestLine, number: int) -> str:
-    """What the line says, else its number."""
-    return str(number if line.id is None else line.id)
+class BadRows:
+    """What is wrong with which rows: the first MAX_REPORTED, and how many there are."""
+
+    def __init__(self, name: str, unit: str) -> None:
+        self._name = name
+        self.unit = unit
+        self.num_rows = 0
+        self._reasons: dict[int, list[str]] = {}
+
+    def add(self, number: int, reasons: list[str], is_known: bool = False) -> None:
+        """Args: is_known: the row is bad for another reason, and was added for it."""
+        self.num_rows += not is_known
+        if number in self._reasons:
+            self._reasons[number] += reasons
+        elif not is_known and (len(self._reasons) < MAX_REPORTED or number < max(self._reasons)):
+            self._reasons[number] = reasons
+            if len(self._reasons) > MAX_REPORTED:
+                del self._reasons[max(self._reasons)]
+
+    def raise_any(self) -> None:
+        """Raises InputError if there are any."""
+        if not self.num_rows:
+            return
+        lines = [
+            f"{self._name} {self.unit} {number}: {printable('; '.join(reasons), MAX_REASON)}"
+            for number, reasons in sorted(self._reasons.items())
+        ]
+        more = self.num_rows - len(lines)
+        if more:
+            unread = "; the rest was not read" if self.num_rows >= MAX_BAD else ""
+            lines.append(f"{self._name}: {more} more bad {self.unit}s{unread}")
+        raise InputError(*lines)
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """(line number from 1, line) of every line that is not blank; None for one above MAX_LINE_BYTES."""
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            if len(line) > MAX_LINE_BYTES:
-                while line and not line.endswith(b"\n"):
-                    line = file.readline(MAX_LINE_BYTES)
-                yield number, None
-            elif line.strip():
-                yield number, line
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckedManifest:
+    """The clips of a manifest, all of which have been checked; it is not looked at any more.
 
+    Args:
+        notes: what was left out on purpose, for the user.
+    """
 
-def _parse(line: bytes | None) -> ManifestLine | list[str]:
-    if line is None:
-        return [f"the line must have at most {MAX_LINE_BYTES} bytes"]
-    try:
-        return ManifestLine.model_validate_json(line)
-    except ValidationError as error:
-        return list(dict.fromkeys(_phrase(e) for e in error.errors(include_url=False)))
+    rows: RowFile
+    defaults: RunDefaults
+    folder: Path
+    notes: tuple[str, ...]
 
+    @property
+    def num_clips(self) -> int:
+        return len(self.rows)
 
-def _phrase(error) -> str:
-    field = str(error["loc"][0]) if error["loc"] else ""
-    if error["type"] == "json_invalid":
-        return f"not JSON: {error['msg'].removeprefix('Invalid JSON: ')}"
-    if error["type"] == "extra_forbidden":
-        return f"unknown field {shorten(field)}; allowed: {', '.join(ManifestLine.model_fields)}"
-    if error["type"] == "missing":
-        return f"{field} is required"
-    if not field:
-        return 'each line must be a JSON object such as {"prompt": "..."}'
-    kinds = {"str": "a text", "int": "a whole number"}
-    kind = "a number" if field == "guidance" else kinds["str" if field in _TEXT_FIELDS else "int"]
-    return f"{field} must be {kind}, got {shorten(repr(error['input']))}"
+    def requests(self) -> Iterator[ClipRequest]:
+        """One at a time, in their order.
 
-
-_TEXT_FIELDS = {"prompt", "id", "negative_prompt", "cache", "image", "image_fit"}
+        Raises:
+            InputError: the temporary file cannot be read any more.
+        """
+        for _, *values in self.rows:
+            yield to_request(Row(*values), self.defaults, self.folder)
 
 
 def check_manifest(
-    path: Path, defaults: RunDefaults, checkpoint: Checkpoint, on_line: Callable[[int], None] = lambda number: None
-) -> int:
-    """Reads the whole manifest once and keeps nothing of it.
+    path: Path,
+    defaults: RunDefaults,
+    checkpoint: Checkpoint,
+    on_row: Callable[[int], None] = lambda number: None,
+    num_ranks: int = 1,
+) -> CheckedManifest:
+    """Reads the whole manifest, once; `-` is standard input.
 
     Args:
-        on_line: called with each line number, for a progress display.
-
-    Returns:
-        The number of clips.
+        on_row: called with each row's number, for a progress display.
+        num_ranks: that share a clip's tokens.
 
     Raises:
-        InputError: no file, no clips, or bad lines; one line of message per bad line with its number and reason.
+        InputError: it cannot be read, has no clips, or bad rows; one line of message per bad row with its number and
+            reason.
     """
-    _check_readable(path)
-    ids = _Ids()
-    bad, num_clips = _check_lines(path, LineCheck(defaults, checkpoint, path.parent), ids.add, on_line)
-    if repeated := ids.repeated():
-        # once more, to say which lines; one that was changed meanwhile is found out when it is rendered
-        bad, num_clips = _check_lines(path, LineCheck(defaults, checkpoint, path.parent), _SeenIds(repeated), on_line)
-    if bad:
-        raise InputError(*bad)
-    if num_clips == 0:
-        raise InputError(f'{path} has no clips; write one JSON object per line, such as {{"prompt": "..."}}')
-    return num_clips
+    notes: list[str] = []
+    with opened(path) as source:
+        unit, numbered = read_rows(source, notes.append)
+        bad = BadRows(source.name, unit)
+        rows, ids = spool(numbered, RowCheck(defaults, RequestCheck(checkpoint, num_ranks), source.folder), bad, on_row)
+        if repeated := ids.repeated():
+            _find_repeated(rows, repeated, bad)
+        bad.raise_any()
+        if not rows:
+            raise InputError(f"{source.name} has no clips; write one JSON object per line, such as {EXAMPLE}")
+        return CheckedManifest(rows=rows, defaults=defaults, folder=source.folder, notes=tuple(notes))
 
 
-class _SeenIds:
-    """Says which ids were there before; remembers those alone whose hash is known to repeat."""
-
-    def __init__(self, repeated: set[int]) -> None:
-        self._repeated = repeated
-        self._seen: set[str] = set()
-
-    def __call__(self, clip_id: str) -> str | None:
-        if hash(clip_id) not in self._repeated:
-            return None
-        if clip_id in self._seen:
-            return f"id {shorten(clip_id)} is used by an earlier line; ids must be unique"
-        self._seen.add(clip_id)
-        return None
-
-
-def _check_lines(
-    path: Path, check: LineCheck, check_id: Callable[[str], str | None], on_line: Callable[[int], None]
-) -> tuple[list[str], int]:
-    """(a message for each bad line, and at last one for those above MAX_REPORTED; number of clips)."""
-    bad, num_bad, num_clips = [], 0, 0
-    for number, line in read_lines(path):
-        on_line(number)
-        num_clips += 1
-        parsed = _parse(line)
-        if isinstance(parsed, list):
-            reasons = parsed
-        else:
-            reasons = check(parsed, number)
-            repeats = check_id(clip_id(parsed, number))
-            if repeats is not None:
-                reasons.append(repeats)
+def spool(
+    numbered: Numbered, check: Callable[[Row], list[str]], bad: BadRows, on_row: Callable[[int], None]
+) -> tuple[RowFile, _Ids]:
+    """Puts all rows that can be read into a file of their own, each behind a flag that says whether it is bad."""
+    rows, ids = RowFile("the clips of the manifest"), _Ids()
+    for number, row in numbered:
+        on_row(number)
+        reasons = row if isinstance(row, list) else check(row)
         if reasons:
-            num_bad += 1
-            if num_bad <= MAX_REPORTED:
-                bad.append(f"{path} line {number}: {'; '.join(reasons)}")
-    if num_bad > MAX_REPORTED:
-        bad.append(f"{path}: {num_bad - MAX_REPORTED} more bad lines")
-    return bad, num_clips
+            bad.add(number, reasons)
+            if bad.num_rows >= MAX_BAD:
+                break
+        if isinstance(row, Row):
+            ids.add(row.clip_id)
+            rows.add((True, number, "", row.id) if reasons else (False, *row))  # a bad one may be a megabyte
+    return rows, ids
 
 
-def stream_requests(path: Path, defaults: RunDefaults) -> Iterator[ClipRequest]:
-    """The requests of a manifest that `check_manifest` has passed, one at a time.
+def _find_repeated(rows: RowFile, repeated: set[int], bad: BadRows) -> None:
+    """Adds the rows whose id an earlier one has; remembers those ids alone whose hash is known to repeat."""
+    seen: set[str] = set()
+    for is_bad, *values in rows:
+        row = Row(*values)
+        if hash(row.clip_id) not in repeated:
+            continue
+        if row.clip_id in seen:
+            reason = f"id {shorten(row.clip_id)} is used by an earlier {bad.unit}; ids must be unique"
+            bad.add(row.number, [reason], is_known=is_bad)
+        seen.add(row.clip_id)
 
-    Raises:
-        InputError: a line has become unreadable since it was checked.
-    """
-    for number, line in read_lines(path):
-        parsed = _parse(line)
-        if isinstance(parsed, list):
-            raise InputError(f"{path} line {number} was changed while it was being rendered: {'; '.join(parsed)}")
-        yield to_request(parsed, number, defaults, path.parent)
 
-
-def check_prompts(prompts: list[str], defaults: RunDefaults, checkpoint: Checkpoint) -> list[ClipRequest]:
+def check_prompts(
+    prompts: list[str], defaults: RunDefaults, checkpoint: Checkpoint, num_ranks: int = 1
+) -> list[ClipRequest]:
     """Requests of prompts typed on the command line; ids count from 1.
 
     Raises:
         InputError: no prompt, or a prompt or option that cannot be rendered.
     """
     if not prompts:
-        raise InputError("nothing to render: give prompts or --manifest FILE.jsonl")
-    requests = [
-        to_request(ManifestLine(prompt=prompt), number, defaults, Path()) for number, prompt in enumerate(prompts, 1)
-    ]
-    check = RequestCheck(checkpoint)
+        raise InputError("nothing to render: give prompts or --manifest FILE")
+    requests = [to_request(Row(number, prompt), defaults, Path()) for number, prompt in enumerate(prompts, 1)]
+    check = RequestCheck(checkpoint, num_ranks)
     bad = [f"prompt {request.id}: {'; '.join(reasons)}" for request in requests if (reasons := check(request))]
     if bad:
         raise InputError(*bad[:MAX_REPORTED])
     return requests
-
-
-def _check_readable(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            file.read(1)
-    except OSError as error:
-        raise InputError(f"manifest {path} cannot be read: {error.strerror}") from None

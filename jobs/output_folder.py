@@ -36,7 +36,8 @@ from cineray.jobs.own_files import (
     require,
     write_all,
 )
-from cineray.pipeline.request import ClipRequest, InputError
+from cineray.pipeline.request import CLIP_ID, ClipRequest, InputError
+from cineray.text import shorten
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
@@ -102,7 +103,7 @@ class OutputFolder:
             return folder
 
     def video_path(self, request: ClipRequest, fingerprint: str) -> Path:
-        return self.path / f"{request.id}.{fingerprint}.mp4"
+        return self.path / f"{_checked(request.id)}.{fingerprint}.mp4"
 
     def check(self, doing: str) -> None:
         """Looks at the folder, and writes a block: before a clip is denoised, and after one could not be written.
@@ -152,7 +153,7 @@ class OutputFolder:
 
     def step_path(self, clip_id: str, fingerprint: str) -> Path:
         """Where a clip that is being denoised keeps its latest step state."""
-        return self._in_state("steps", f"{clip_id}.{fingerprint}.safetensors")
+        return self._in_state("steps", f"{_checked(clip_id)}.{fingerprint}.safetensors")
 
     def prompt_path(self, key: str) -> Path:
         return self._in_state("prompts", f"{key}.safetensors")
@@ -162,7 +163,7 @@ class OutputFolder:
 
     def trouble_path(self, clip_id: str, fingerprint: str) -> Path:
         """Where the strikes of a clip are written down."""
-        return self.state / "trouble" / f"{clip_id}.{fingerprint}.json"  # `write_json` makes the folder
+        return self.state / "trouble" / f"{_checked(clip_id)}.{fingerprint}.json"  # `write_json` makes the folder
 
     def _in_state(self, kind: str, name: str) -> Path:
         with self.explained(f"making {self.state / kind}"), self._opened(".state", kind):
@@ -176,7 +177,7 @@ class OutputFolder:
             OutputError: the folder cannot be written.
         """
         with self.explained(f"writing clip {request.id}"), self._opened(".tmp"):
-            temporary = self.path / ".tmp" / f"{request.id}.{_unique()}.mp4"
+            temporary = self.path / ".tmp" / f"{_checked(request.id)}.{_unique()}.mp4"
         try:
             yield temporary
         finally:
@@ -338,6 +339,17 @@ class OutputFolder:
                 with os.fdopen(new_file(name, tmp), "wb") as copy:
                     shutil.copyfileobj(log, copy)
                 replace_file(name, tmp, _EVENTS, folder)
+
+
+def _checked(clip_id: str) -> str:
+    """The id that a path is made of; requests are checked long before, and none may ever lead out of the folder.
+
+    Raises:
+        ValueError: it could.
+    """
+    if not CLIP_ID.fullmatch(clip_id):
+        raise ValueError(f"a clip with the id {shorten(clip_id)} has no place in an output folder")
+    return clip_id
 
 
 def is_video(entry: "os.PathLike[str]") -> bool:

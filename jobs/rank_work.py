@@ -1,6 +1,7 @@
 """What a rank of a gang does: meets the others, loads the weights, denoises clip after clip."""
 
 import os
+import re
 import socket
 import sys
 import threading
@@ -20,12 +21,16 @@ from cineray.pipeline.checkpoint import open_checkpoint
 from cineray.pipeline.encoded_prompts import EncodedPipe
 from cineray.pipeline.gang import Gang
 from cineray.pipeline.loading import TEXT_ENCODERS, LoadedModel, load_model
-from cineray.pipeline.render import denoise_clip
-from cineray.pipeline.request import InputError
+from cineray.pipeline.render import denoise_prepared, prepare_clip
+from cineray.pipeline.request import explain
 from cineray.pipeline.tensor_file import TensorFileError
 
-# what a clip's own input can raise; all else a rank raises is held against the gang
+# what a step of a clip raises because of its size or its cache; other errors are the clip's if every rank has the same
 CLIP_ERRORS = (ValueError, OSError, torch.OutOfMemoryError)
+# what ranks say of each other and of their devices: gloo, NCCL and CUDA raise plain RuntimeErrors
+_OF_MACHINE = re.compile(
+    r"gloo|nccl|rendezvous|connection|socket|broken pipe|timed? ?out|cuda error|cublas|cudnn|device-side", re.IGNORECASE
+)
 LOCALHOST = "127.0.0.1"  # a node's address in a Ray that listens there alone
 JOIN_TIMEOUT_S = 600.0  # ranks load their weights before they meet; a 28 GB checkpoint from a slow disk
 
@@ -104,7 +109,16 @@ class RankWork:
                 pipe = self._encoded_pipe(folder.prompt_path(task.prompt_key))
             if isinstance(pipe, NoPrompt):
                 return pipe
-            clip = denoise_clip(self._model, task.request, on_step, gang=self._gang, keeper=keeper, pipe=pipe)
+            prepared = prepare_clip(self._model, task.request, pipe)
+        except OutputError:
+            raise
+        except Exception as reason:
+            if is_of_machine(reason):
+                raise
+            folder.check(f"clip {task.request.id} was prepared")  # a fault of the folder is not the clip's
+            return ClipFault(reason=explain(reason))
+        try:
+            clip = denoise_prepared(self._model, task.request, prepared, on_step, gang=self._gang, keeper=keeper)
             if self._gang.mesh.leads:
                 with folder.explained(f"keeping the latents of clip {task.request.id}"):
                     keeper.save_finished(clip, steps)
@@ -113,9 +127,11 @@ class RankWork:
             return PutDown(step=put_down.step, kept=put_down.kept, busy_s=busy_s)
         except OutputError:
             raise
-        except CLIP_ERRORS as reason:
-            folder.check(f"clip {task.request.id} was denoised")  # a fault of the folder is not the clip's
-            return ClipFault(reason=explain(reason))
+        except Exception as reason:
+            if is_of_machine(reason):
+                raise
+            folder.check(f"clip {task.request.id} was denoised")
+            return ClipFault(reason=explain(reason), fault="input" if isinstance(reason, CLIP_ERRORS) else "step")
         return Denoised(busy_s=time.monotonic() - began)
 
     def _encoded_pipe(self, path: Path) -> EncodedPipe | NoPrompt:
@@ -135,10 +151,13 @@ class RankWork:
         return pipe
 
 
-def explain(reason: BaseException) -> str:
-    """One line: what went wrong, and its type where the message is not one of ours."""
-    said = " ".join(str(reason).split())[:300]
-    return said if isinstance(reason, InputError) else f"{type(reason).__name__}: {said}"
+def is_of_machine(error: Exception) -> bool:
+    """Whether an error tells of other ranks or of the device, and so says nothing about the clip."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    if isinstance(error, ConnectionError | TimeoutError | EOFError | torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and _OF_MACHINE.search(str(error)) is not None
 
 
 def _join_timeout() -> timedelta:

@@ -21,7 +21,6 @@ from cineray.jobs.gang_slot import GangSlot
 from cineray.jobs.lease import Lease
 from cineray.jobs.metrics import RunMetrics
 from cineray.jobs.output_folder import OutputFolder
-from cineray.jobs.record import record_notes
 from cineray.jobs.results import ClipResult, ResultLog, Status
 from cineray.jobs.retry import MemberEnd, is_given_up, is_hung, judge
 from cineray.jobs.slots import Slots
@@ -146,6 +145,7 @@ class RayBatch:
             if clip is not None:
                 self.folder.check(f"clip {clip.id} was to be rendered")
                 self.denoising[clip.task.name] = clip
+                self.progress.warn(clip.id, clip.task.warnings)
                 self.folder.log_event("running", id=clip.id, fingerprint=clip.task.mark, gang=gang.name)
                 gang.assign(clip.task)
 
@@ -179,8 +179,7 @@ class RayBatch:
                     nodes = sorted(gang.nodes)
                     self.folder.log_event("built", actor=gang.name, pids=gang.pids, nodes=nodes)
             return
-        faults = [gang.ends.get(index) for index, end in enumerate(ends) if end.kind == "raised"]
-        verdict = judge(ends, raised_alike=all(isinstance(fault, ClipFault) for fault in faults))
+        verdict = judge(ends)
         clip = self._clip_of(gang)
         if clip is not None and verdict.clip == "failed":
             self._fail(clip, verdict.reason)
@@ -234,8 +233,8 @@ class RayBatch:
             finisher.lost = None
 
     def _settle_prompt(self, key: str, answer: Any) -> None:
-        if answer is None:
-            self.queue.add_prompt(key)
+        if not isinstance(answer, ClipFault | MemberEnd):
+            self.queue.add_prompt(key, answer)
             return
         for clip in [clip for clip in self.queue.waiting if clip.task.prompt_key == key]:
             self.queue.waiting.remove(clip)
@@ -252,7 +251,7 @@ class RayBatch:
             wall_s = time.monotonic() - (clip.began_s or 0.0)
             video = str(self.folder.video_path(clip.task.request, clip.task.mark))
             result = ClipResult.of(clip.task.request, "done", wall_s, video, answer)
-            self._tell(result, warning=record_notes(answer))
+            self._tell(result, warning=answer.get("warning"))
 
     def _strike(self, clip: Clip, reason: str, is_excused: bool = False, queue_to: deque[Clip] | None = None) -> None:
         self.metrics.retries.inc()

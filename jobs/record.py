@@ -12,12 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 import cineray
 from cineray.distributed.layout import Layout
 from cineray.files import read_json, shaped
-from cineray.jobs.results import warnings_in
 from cineray.pipeline.cache_bytes import forecast_cache_bytes
 from cineray.pipeline.checkpoint import Checkpoint
 from cineray.pipeline.load_options import LoadOptions
 from cineray.pipeline.picture import fit_warning
-from cineray.pipeline.request import ClipRequest
+from cineray.pipeline.request import ClipRequest, fingerprint
 
 MAX_RECORD_BYTES = 4 * 2**20  # the longest prompts take a tenth of it
 _Count = Annotated[int, Field(ge=0, le=10**6)]
@@ -99,25 +98,41 @@ def policy_text(request: ClipRequest, checkpoint: Checkpoint) -> str:
     return "none" if plan is None else plan.text
 
 
+def mark_of(request: ClipRequest, checkpoint: Checkpoint, digest: str, options: dict[str, object]) -> str:
+    """The clip's fingerprint.
+
+    Args:
+        digest: of the weights.
+        options: as `render_options` gives them.
+
+    Raises:
+        OSError: the image cannot be read any more.
+        ValueError: nor can the file of its cache policy.
+    """
+    return fingerprint(checkpoint.adapter.effective(request), policy_text(request, checkpoint), digest, options)
+
+
 def clip_record(
     request: ClipRequest,
-    fingerprint: str,
+    mark: str,
     model: "LoadedModel",
     options: dict[str, object],
     clip: "RenderedClip",
     layout: Layout | None = None,
     resumed_at: Sequence[int] = (),
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """All that is known about a rendered clip but its timings.
 
     Args:
         resumed_at: steps at which the clip went on after a stop.
+        warnings: what was asked for and the pixels do not show.
     """
     trace = trace_summary(request, clip) | {"forecast_bytes": cache_bytes(request, model)}
     record = {
         "version": 1,
         "id": request.id,
-        "fingerprint": fingerprint,
+        "fingerprint": mark,
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
         "seed": request.seed,
@@ -145,8 +160,8 @@ def clip_record(
         record["resumed_at"] = list(resumed_at)
     if request.image is not None:
         record["image_fit"] = request.image_fit
-    if warnings := clip_warnings(request):
-        record["warnings"] = warnings
+    if warnings:
+        record["warnings"] = list(warnings)
     warning = cache_warning(trace)
     return record | ({"warning": warning} if warning else {})
 
@@ -157,11 +172,6 @@ def clip_warnings(request: ClipRequest) -> list[str]:
     if stretched := fit_warning(request):
         found.append(stretched)
     return found
-
-
-def record_notes(record: dict[str, Any]) -> str | None:
-    """All that is to be said of a clip that is there."""
-    return "; ".join(str(note) for note in (record.get("warning"), *warnings_in(record)) if note) or None
 
 
 def cache_bytes(request: ClipRequest, model: "LoadedModel") -> int | None:

@@ -14,10 +14,13 @@ class MemberEnd:
 
     Args:
         kind: "answered"; "raised" an error of its own; "died"; "silent": said nothing before the others were judged.
+        fault: of what it raised. "input": the clip's, whose input cannot be used; "step": a step of the clip went
+            wrong, for a reason of its own unless every rank says the same; "peers": another rank, or the machine.
     """
 
     kind: Literal["answered", "raised", "died", "silent"]
     reason: str = ""
+    fault: Literal["input", "step", "peers"] = "peers"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,21 +36,25 @@ class Verdict:
     keep_gang: bool
 
 
-def judge(ends: Sequence[MemberEnd], raised_alike: bool) -> Verdict:
+def judge(ends: Sequence[MemberEnd]) -> Verdict:
     """Judges an attempt in which not every rank answered.
 
     A rank that dies makes its peers raise errors about connections: those say nothing about the clip.
 
     Args:
         ends: of all ranks, in their order.
-        raised_alike: the ranks that raised found fault with the clip's input, not with each other.
     """
     died = [f"rank {rank} died: {end.reason}" for rank, end in enumerate(ends) if end.kind == "died"]
     if died:
         return Verdict(clip="strike", reason="; ".join(died), keep_gang=False)
     raised = [end for end in ends if end.kind == "raised"]
-    if raised and raised_alike:
-        return Verdict(clip="failed", reason=raised[0].reason, keep_gang=len(raised) == len(ends))
+    all_raised = len(raised) == len(ends)
+    if raised and all(end.fault == "input" for end in raised):
+        return Verdict(clip="failed", reason=raised[0].reason, keep_gang=all_raised)
+    said = {end.reason for end in raised}
+    if all_raised and len(said) == 1 and all(end.fault != "peers" for end in raised):
+        # it would be raised again; but who knows in what state it left the ranks
+        return Verdict(clip="failed", reason=raised[0].reason, keep_gang=False)
     if raised:
         return Verdict(clip="strike", reason=raised[0].reason, keep_gang=False)
     return Verdict(clip="strike", reason="a rank did not answer", keep_gang=False)

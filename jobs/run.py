@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,19 +75,24 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunReport:
-    """What became of a run; `stopped_by` is the signal that ended it early, `given_up` why there was no going on."""
+    """What became of a run; `stopped_by` is the signal that ended it early, `given_up` why there was no going on.
+
+    `num_missing` clips were promised, and nothing became of them though the run went to its end.
+    """
 
     results: ResultLog
     wall_s: float
     gangs_busy: float | None = None
     stopped_by: int | None = None
     given_up: str | None = None
+    num_missing: int = 0
 
     @property
     def is_complete(self) -> bool:
         """Whether all that was asked for is there."""
         counts = self.results.counts
-        return self.stopped_by is None and self.given_up is None and not (counts["failed"] or counts["quarantined"])
+        has_ended = self.stopped_by is None and self.given_up is None and not self.num_missing
+        return has_ended and not (counts["failed"] or counts["quarantined"])
 
     def content(self) -> dict[str, Any]:
         """All but the clips."""
@@ -158,6 +163,8 @@ def render_run(
             with nullcontext(early) if early else ready as render:
                 folder.write_json("run.json", run)
                 report = render(Work(num_clips=num_clips, requests=iter(requests), folder=folder, lease=lease))
+                if report.stopped_by is None and report.given_up is None:
+                    report = replace(report, num_missing=num_clips - report.results.counts.total())
             lease.check()
             folder.write_json("run.json", run | report.content() | {"counts": report.results.counts})
             folder.forget(folder.state / "running.json")

@@ -9,7 +9,7 @@ import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 
@@ -46,6 +46,7 @@ class Task:
     request: ClipRequest
     mark: str  # fingerprint
     prompt_key: str
+    warnings: tuple[str, ...] = ()  # what was asked for and the pixels will not show
 
     @property
     def name(self) -> str:
@@ -80,9 +81,10 @@ class PutDown:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipFault:
-    """The clip's own input cannot be rendered; the process is well."""
+    """The clip cannot be rendered; the process is well. `fault` as `MemberEnd` says."""
 
     reason: str
+    fault: Literal["input", "step"] = "input"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,7 +162,7 @@ class Finisher:
         self._work.load()
 
     @ray.method(concurrency_group="encode")
-    def encode(self, task: Task) -> ClipFault | None:
+    def encode(self, task: Task) -> tuple[str, ...] | ClipFault:
         return self._work.encode(task)
 
     def finish(self, task: Task) -> dict[str, Any] | ClipFault | None:

@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pydantic import ValidationError
-
 import cineray
-from cineray.jobs.manifest import ManifestLine, read_lines
-from cineray.jobs.terminal import write
+from cineray.jobs.manifest import BadRows, spool
+from cineray.jobs.manifest_forms import read_rows
+from cineray.jobs.manifest_row import Row
+from cineray.jobs.manifest_source import STDIN, opened
+from cineray.jobs.terminal import tell, write
 from cineray.pipeline.request import InputError
 from cineray.text import printable
 
@@ -57,7 +57,7 @@ class Submission:
             )
         if bool(self.prompts) == bool(self.manifest):
             raise InputError("submit: give prompts or --manifest, one of them")
-        if self.manifest is not None and not self.manifest.is_file():
+        if self.manifest not in (None, STDIN) and not (self.manifest.is_file() or self.manifest.is_fifo()):
             raise InputError(f"submit: manifest {self.manifest} is not a file")
         if self.manifest is not None and self.negative_prompt is not None:
             raise InputError("submit: with --manifest, write negative_prompt into its lines")
@@ -98,28 +98,34 @@ def environment(env: Mapping[str, str], home: Path | None = None) -> dict[str, s
 
 
 def write_manifest(submission: Submission, folder: Path) -> None:
-    """Puts the clips into the folder that is uploaded.
+    """Puts the clips into the folder that is uploaded, as JSON lines whatever form they came in; ids stay.
 
     Raises:
-        InputError: an image's path is meant from the manifest's folder, which stays here.
+        InputError: rows that cannot be read; an image's path is meant from the manifest's folder, which stays here.
     """
+    rows = (Row(number, prompt) for number, prompt in enumerate(submission.prompts, 1))
     if submission.manifest is not None:
-        for number, line in read_lines(submission.manifest):
-            image = _image(line) if line and b'"image"' in line else None
-            if image is not None and not Path(image).is_absolute():
-                raise InputError(f"submit: {submission.manifest} line {number}: image must be an absolute path")
-        shutil.copyfile(submission.manifest, folder / MANIFEST)
-        return
-    extra = {} if submission.negative_prompt is None else {"negative_prompt": submission.negative_prompt}
-    rows = [json.dumps({"prompt": prompt, **extra}) + "\n" for prompt in submission.prompts]
-    (folder / MANIFEST).write_text("".join(rows), encoding="utf-8")
+        with opened(submission.manifest) as source:
+            notes: list[str] = []
+            unit, numbered = read_rows(source, notes.append)
+            bad = BadRows(source.name, unit)
+            spooled, _ = spool(numbered, _image_problem, bad, lambda number: None)
+            bad.raise_any()
+            tell(*(f"cineray: {note}" for note in notes))
+        rows = (Row(*values) for _, *values in spooled)
+    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+        for number, row in enumerate(rows, 1):
+            given = {name: value for name, value in row._asdict().items() if value is not None and name != "number"}
+            if submission.negative_prompt is not None:
+                given["negative_prompt"] = submission.negative_prompt
+            if row.id is None and row.number != number:
+                given["id"] = row.clip_id  # its number in the form it came in
+            file.write(json.dumps(given) + "\n")
 
 
-def _image(line: bytes) -> str | None:
-    try:
-        return ManifestLine.model_validate_json(line).image
-    except ValidationError:
-        return None  # the job's driver says what is wrong with it
+def _image_problem(row: Row) -> list[str]:
+    is_bad = row.image is not None and not Path(row.image).is_absolute()
+    return ["image must be an absolute path that every node sees"] if is_bad else []
 
 
 def as_text(arguments: Sequence[str], added: Mapping[str, str]) -> str:

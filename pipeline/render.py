@@ -74,6 +74,15 @@ def render_clip_on_gang(gang: Gang, model: LoadedModel, request: ClipRequest, on
     return decode_clip(model, denoise_clip(model, request, on_step, gang=gang), request, gang)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedClip:
+    """Noise [1, C, F, H, W] float32 and what the transformer is told; seconds of encoding."""
+
+    latents: torch.Tensor
+    conditions: Conditions
+    encode_s: float
+
+
 def denoise_clip(
     model: LoadedModel,
     request: ClipRequest,
@@ -91,17 +100,39 @@ def denoise_clip(
     Raises:
         NotFiniteError: the latents are not finite, on every rank alike.
     """
+    return denoise_prepared(model, request, prepare_clip(model, request, pipe), on_step, gang=gang, keeper=keeper)
+
+
+def prepare_clip(model: LoadedModel, request: ClipRequest, pipe: Any = None) -> PreparedClip:
+    """Encodes the prompt and draws the noise; on a gang every rank does it by itself.
+
+    Args:
+        pipe: as for `denoise_clip`.
+    """
     began = time.monotonic()
     generator = torch.Generator("cpu").manual_seed(request.seed)
     latents, conditions = model.adapter.prepare(model.pipe if pipe is None else pipe, request, generator)
-    encoded = time.monotonic()
+    return PreparedClip(latents=latents, conditions=conditions, encode_s=time.monotonic() - began)
+
+
+def denoise_prepared(
+    model: LoadedModel,
+    request: ClipRequest,
+    prepared: PreparedClip,
+    on_step: StepDone,
+    *,
+    gang: Gang | None = None,
+    keeper: Keeper | None = None,
+) -> DenoisedClip:
+    """The loop over steps, the same on every rank of a gang."""
+    began = time.monotonic()
+    latents, conditions = prepared.latents, prepared.conditions
     if gang is None:
         latents, trace = _denoise_alone(model, request, latents, conditions, on_step, keeper)
     else:
         latents, trace = gang.denoise(model, request, latents, conditions, on_step, keeper)
     check_finite(latents, "latents", "denoising", request.id, request.cache)
-    denoised = time.monotonic()
-    return DenoisedClip(latents=latents, trace=trace, encode_s=encoded - began, denoise_s=denoised - encoded)
+    return DenoisedClip(latents=latents, trace=trace, encode_s=prepared.encode_s, denoise_s=time.monotonic() - began)
 
 
 @overload

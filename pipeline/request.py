@@ -12,7 +12,7 @@ MAX_PROMPT_CHARS = 20_000
 MAX_SIDE_PX = 8192
 MAX_FRAMES = 4097
 MAX_STEPS = 1000  # the schedulers' num_train_timesteps
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**32 - 1  # PyTorch's generator on the CPU, which draws the noise, takes the low 32 bits of a seed alone
 IMAGE_FITS = ("stretch", "crop", "pad")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")  # less tab and line ends; lone surrogates
 CLIP_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -34,6 +34,18 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         return "\n".join(self.lines)
+
+
+def explain(error: BaseException, limit: int = 300) -> str:
+    """An exception of whatever type in one line: what it says, after its type where the message is not one of ours."""
+    try:
+        said = " ".join(str(error).split())[:limit]
+    except Exception as worse:  # its own __str__ fails
+        said = f"(it cannot be shown: {type(worse).__name__})"
+    if said and isinstance(error, InputError):
+        return said
+    name = type(error).__name__
+    return f"{name}: {said}" if said else name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +100,12 @@ class SizeRule:
     takes_negative_prompt: bool
 
 
+def _shown(value: float) -> str:
+    """A number as it is, unless it has a thousand digits."""
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:10]}... ({len(text)} characters)"
+
+
 def _nearest(value: int, step: int, offset: int) -> str:
     low = max(offset, (value - offset) // step * step + offset)
     return f"{low} or {low + step}" if low > 0 else f"{step}"
@@ -97,9 +115,9 @@ def problems(request: ClipRequest, rule: SizeRule) -> list[str]:
     """Everything about the request that the model cannot do, each in one phrase; empty if it can be rendered."""
     found = []
 
-    def within(name: str, value: float, low: float, high: float) -> bool:
+    def within(name: str, value: float, low: float, high: float, why: str = "") -> bool:
         if not low <= value <= high:
-            found.append(f"{name} must be {low} to {high}, got {value}")
+            found.append(f"{name} must be {low} to {high}{why}, got {_shown(value)}")
             return False
         return True
 
@@ -125,7 +143,7 @@ def problems(request: ClipRequest, rule: SizeRule) -> list[str]:
             near = _nearest(side, rule.side_step, 0)
             found.append(f"{name} must be a multiple of {rule.side_step}, got {side}; nearest: {near}")
     within("steps", request.num_inference_steps, 1, MAX_STEPS)
-    within("seed", request.seed, 0, MAX_SEED)
+    within("seed", request.seed, 0, MAX_SEED, " (2^32 - 1: noise is drawn from 32 bits)")
     within("guidance", request.guidance_scale, 0, 100)
     within("fps", request.fps, 1, 240)
     if rule.takes_image and request.image is None:
@@ -159,6 +177,7 @@ def fingerprint(request: ClipRequest, policy: str, model_digest: str, render_opt
     The id, the frame rate, the device and the layout are left out.
 
     Args:
+        request: as `Adapter.effective` gives it: less what has no effect on pixels.
         policy: the cache policy with all its options, as text.
         render_options: what is common to a run: dtype, VAE tiling, lossless.
 

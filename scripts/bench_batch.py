@@ -29,7 +29,7 @@ from cineray.jobs.clip_queue import ClipQueue
 from cineray.jobs.cluster import connected, plan_fleet
 from cineray.jobs.gang_progress import GangProgress
 from cineray.jobs.lease import Lease
-from cineray.jobs.manifest import check_manifest, stream_requests
+from cineray.jobs.manifest import check_manifest
 from cineray.jobs.metrics import RunMetrics
 from cineray.jobs.output_folder import OutputFolder
 from cineray.jobs.ray_batch import RayBatch
@@ -179,8 +179,8 @@ def new_queue(manifest: Path, folder: OutputFolder, checkpoint: Checkpoint, spec
         **{"device": "cpu", "dtype": "auto", "offload": "none", "vae_tiling": False},
     )
     defaults = run_defaults(asked, checkpoint, "none", None)
-    check_manifest(manifest, defaults, checkpoint)
-    return ClipQueue(stream_requests(manifest, defaults), folder, checkpoint, identify(checkpoint), spec, depth)
+    requests = check_manifest(manifest, defaults, checkpoint).requests()
+    return ClipQueue(requests, folder, checkpoint, identify(checkpoint), spec, depth)
 
 
 @main.command()

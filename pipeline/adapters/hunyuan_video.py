@@ -12,11 +12,23 @@ import numpy as np
 
 from cineray.pipeline.adapters import hunyuan_configs
 from cineray.pipeline.adapters.model import SHIPPED, TINY_CLIP, BlockLayout, KnownCheckpoint, Model, ShardedArguments
-from cineray.pipeline.adapters.protocol import Branch, Conditions, Defaults, ModelConfigs, draw_noise, without_gradients
+from cineray.pipeline.adapters.protocol import (
+    Branch,
+    Conditions,
+    Defaults,
+    ModelConfigs,
+    TextLimit,
+    cut_message,
+    draw_noise,
+    without_gradients,
+)
 from cineray.pipeline.request import ClipRequest, SizeRule
 
 if TYPE_CHECKING:
     import torch
+
+
+MAX_SEQUENCE_LENGTH = 256  # text tokens behind the template's; HunyuanVideoPipeline.__call__'s default
 
 
 class HunyuanVideo:
@@ -43,6 +55,26 @@ class HunyuanVideo:
         space = configs.vae.get("spatial_compression_ratio", 8) * configs.transformer.get("patch_size", 2)
         time = configs.vae.get("temporal_compression_ratio", 4) * configs.transformer.get("patch_size_t", 1)
         return ((request.num_frames - 1) // time + 1) * (request.height // space) * (request.width // space)
+
+    def effective(self, request: ClipRequest) -> ClipRequest:
+        return request
+
+    def unused(self, request: ClipRequest) -> list[str]:
+        return []
+
+    def cut_prompts(self, pipe: Any, request: ClipRequest) -> list[str]:
+        """As `HunyuanVideoPipeline._get_llama_prompt_embeds` cuts; CLIP's pooled embedding sees yet less."""
+        from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+
+        before, after = DEFAULT_PROMPT_TEMPLATE["template"].split("{}")
+        limit = TextLimit(
+            num_tokens=MAX_SEQUENCE_LENGTH,
+            before=before,
+            after=after,
+            num_before=DEFAULT_PROMPT_TEMPLATE["crop_start"],
+            num_after=1,  # <|eot_id|>
+        )
+        return cut_message(pipe.tokenizer, "prompt", request.prompt, limit)
 
     def prompt_inputs(self, request: ClipRequest) -> dict[str, Any]:
         return {"prompt": request.prompt}

@@ -87,6 +87,18 @@ class Adapter(Protocol):
         """Image tokens of a clip, on all ranks together."""
         ...
 
+    def effective(self, request: ClipRequest) -> ClipRequest:
+        """The request less what has no effect on its pixels: equal for requests that differ in nothing else."""
+        ...
+
+    def unused(self, request: ClipRequest) -> list[str]:
+        """What the request says and the pixels do not show, a sentence for each."""
+        ...
+
+    def cut_prompts(self, pipe: DiffusionPipeline, request: ClipRequest) -> list[str]:
+        """What of its prompts the text encoders do not read, a sentence for each; takes the pipeline's tokenizers."""
+        ...
+
     def prompt_inputs(self, request: ClipRequest) -> dict[str, Any]:
         """What `pipe.encode_prompt` is called with in `prepare`, but for the device: plain values alone."""
         ...
@@ -121,6 +133,48 @@ def without_gradients(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return call
+
+
+MAX_CUT_CHARS = 200  # of a prompt's end, in a message
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextLimit:
+    """How much of a prompt a text encoder reads.
+
+    Args:
+        num_tokens: that it reads of the text, with `num_end` of them behind it.
+        before, after: what the text is put between.
+        num_before, num_after: tokens that stand before and after the whole text, `before` and `after` among them.
+    """
+
+    num_tokens: int
+    num_end: int = 0
+    before: str = ""
+    after: str = ""
+    num_before: int = 0
+    num_after: int = 0
+
+
+def cut_message(tokenizer: Any, name: str, text: str, limit: TextLimit) -> list[str]:
+    """What is not read of a text, in one sentence; empty if all is."""
+    is_fast = bool(getattr(tokenizer, "is_fast", False))
+    encoded = tokenizer(f"{limit.before}{text}{limit.after}", return_offsets_mapping=is_fast)
+    num_text = len(encoded.input_ids) - limit.num_before - limit.num_after
+    num_read = limit.num_tokens - limit.num_end
+    if num_text <= num_read:
+        return []
+    first = limit.num_before + num_read
+    if is_fast:
+        cut = text[max(0, encoded.offset_mapping[first][0] - len(limit.before)) :]
+    else:
+        cut = tokenizer.decode(encoded.input_ids[first : len(encoded.input_ids) - limit.num_after])
+    cut = cut.strip()
+    if len(cut) > MAX_CUT_CHARS:
+        half = MAX_CUT_CHARS // 2
+        cut = f"{cut[:half]}...({len(cut) - 2 * half} more characters)...{cut[-half:]}"
+    num_said = num_text + limit.num_end
+    return [f'the text encoder reads {limit.num_tokens} tokens, the {name} has {num_said}; not read: "{cut}"']
 
 
 def draw_noise(pipe: Any, request: ClipRequest, generator: torch.Generator) -> torch.Tensor:

@@ -6,12 +6,22 @@ gives the same bits.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cineray.pipeline.adapters import wan_configs
 from cineray.pipeline.adapters.model import SHIPPED, TINY_CLIP, BlockLayout, KnownCheckpoint, Model, ShardedArguments
-from cineray.pipeline.adapters.protocol import Branch, Conditions, Defaults, ModelConfigs, draw_noise, without_gradients
+from cineray.pipeline.adapters.protocol import (
+    Branch,
+    Conditions,
+    Defaults,
+    ModelConfigs,
+    TextLimit,
+    cut_message,
+    draw_noise,
+    without_gradients,
+)
 from cineray.pipeline.picture import first_frame
 from cineray.pipeline.request import ClipRequest, SizeRule
 
@@ -19,6 +29,9 @@ if TYPE_CHECKING:
     import torch
 
 MAX_SEQUENCE_LENGTH = 512  # text tokens; WanPipeline.__call__'s default
+
+
+TEXT_LIMIT = TextLimit(num_tokens=MAX_SEQUENCE_LENGTH, num_end=1, num_after=1)  # T5's end token is kept
 
 
 def _size_rule(configs: ModelConfigs, takes_image: bool) -> SizeRule:
@@ -63,7 +76,34 @@ def _decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
     return vae.decode(latents / inverse_std + mean, return_dict=False)[0]
 
 
+def _effective(request: ClipRequest) -> ClipRequest:
+    """Without guidance its scale and the negative prompt do nothing; an empty negative prompt is none."""
+    if request.guidance_scale <= 1.0:
+        return replace(request, guidance_scale=1.0, negative_prompt=None)
+    if request.negative_prompt is not None and not request.negative_prompt.strip():
+        return replace(request, negative_prompt=None)
+    return request
+
+
+def _unused(request: ClipRequest) -> list[str]:
+    if request.guidance_scale <= 1.0 and (request.negative_prompt or "").strip():
+        return ["the negative prompt has no effect: guidance of 1 or less is off"]
+    return []
+
+
+def _cut_prompts(pipe: Any, request: ClipRequest) -> list[str]:
+    """As `WanPipeline._get_t5_prompt_embeds` cuts."""
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    found = []
+    for name, text in (("prompt", request.prompt), ("negative prompt", _effective(request).negative_prompt)):
+        if text:
+            found += cut_message(pipe.tokenizer, name, prompt_clean(text), TEXT_LIMIT)
+    return found
+
+
 def _prompt_inputs(request: ClipRequest) -> dict[str, Any]:
+    request = _effective(request)
     return {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
@@ -89,6 +129,9 @@ class WanTextToVideo:
     misfit = staticmethod(partial(wan_configs.misfit, takes_image=False))
     unsupported = staticmethod(_unsupported)
     num_tokens = staticmethod(_num_tokens)
+    effective = staticmethod(_effective)
+    unused = staticmethod(_unused)
+    cut_prompts = staticmethod(_cut_prompts)
     prompt_inputs = staticmethod(_prompt_inputs)
     set_timesteps = staticmethod(_set_timesteps)
     decode = staticmethod(_decode)
@@ -115,6 +158,9 @@ class WanImageToVideo:
     misfit = staticmethod(partial(wan_configs.misfit, takes_image=True))
     unsupported = staticmethod(_unsupported)
     num_tokens = staticmethod(_num_tokens)
+    effective = staticmethod(_effective)
+    unused = staticmethod(_unused)
+    cut_prompts = staticmethod(_cut_prompts)
     prompt_inputs = staticmethod(_prompt_inputs)
     set_timesteps = staticmethod(_set_timesteps)
     decode = staticmethod(_decode)

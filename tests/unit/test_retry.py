@@ -12,25 +12,25 @@ RAISED = MemberEnd(kind="raised", reason="Connection reset by peer")
 
 @pytest.mark.parametrize("others", [ANSWERED, SILENT, RAISED])
 def test_a_death_explains_what_the_other_ranks_say(others):
-    verdict = judge([others, DIED], raised_alike=True)
+    verdict = judge([others, DIED])
     assert (verdict.clip, verdict.reason, verdict.keep_gang) == ("strike", "rank 1 died: SIGKILL", False)
 
 
 def test_a_fault_that_every_rank_finds_is_the_clips_and_the_gang_goes_on():
-    fault = MemberEnd(kind="raised", reason="OSError: broken image")
-    verdict = judge([fault, fault], raised_alike=True)
+    fault = MemberEnd(kind="raised", reason="OSError: broken image", fault="input")
+    verdict = judge([fault, fault])
     assert (verdict.clip, verdict.reason, verdict.keep_gang) == ("failed", "OSError: broken image", True)
 
 
 @pytest.mark.parametrize("other", [ANSWERED, SILENT])
 def test_a_fault_that_one_rank_finds_is_the_clips_and_the_gang_is_out_of_step(other):
-    fault = MemberEnd(kind="raised", reason="OutOfMemoryError")
-    verdict = judge([other, fault], raised_alike=True)
+    fault = MemberEnd(kind="raised", reason="OutOfMemoryError", fault="input")
+    verdict = judge([other, fault])
     assert (verdict.clip, verdict.keep_gang) == ("failed", False)
 
 
 def test_an_error_between_ranks_is_a_strike():
-    verdict = judge([RAISED, SILENT], raised_alike=False)
+    verdict = judge([RAISED, SILENT])
     assert (verdict.clip, verdict.reason, verdict.keep_gang) == ("strike", "Connection reset by peer", False)
 
 

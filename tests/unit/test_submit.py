@@ -91,3 +91,22 @@ def test_a_client_with_a_token_says_so(tmp_path):
     (tmp_path / ".ray" / "auth_token").write_text("t")
     assert environment({}, tmp_path) == {"RAY_AUTH_MODE": "token"}
     assert environment({"RAY_AUTH_MODE": "disabled"}, tmp_path) == {}
+
+
+def test_a_table_travels_as_json_lines_and_its_clips_keep_their_ids(submission, tmp_path):
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("prompt,seed,id,image\n\na,3.0,,\nb,,x,/nfs/b.png\n", encoding="utf-16")
+    write_manifest(submission(prompts=(), manifest=manifest), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    assert rows == [
+        {"prompt": "a", "seed": 3, "id": "3"},
+        {"prompt": "b", "id": "x", "image": "/nfs/b.png"},
+    ]
+
+
+def test_rows_that_cannot_be_read_are_refused_here(submission, tmp_path):
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text('{"prompt": "a"}\n{"promt": "b"}\n')
+    with pytest.raises(ValueError, match="line 2: prompt is required; unknown field 'promt'"):
+        write_manifest(submission(prompts=(), manifest=manifest), tmp_path)
+    assert not (tmp_path / "manifest.jsonl").exists()
