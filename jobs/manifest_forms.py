@@ -13,12 +13,10 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from cineray.jobs.manifest_row import FIELDS, NotANumber, Row, read_cells, read_row, unknown_fields
-from cineray.jobs.manifest_source import ManifestSource
+from cineray.jobs.manifest_source import MAX_LINE_CHARS, ManifestSource, read_lines
 from cineray.pipeline.request import InputError
 from cineray.text import shorten
 
-MAX_LINE_CHARS = 1_000_000  # a prompt may have 20,000 characters of up to 12 each when escaped
-MAX_SKIPPED_CHARS = 64_000_000  # of a line that is too long anyway: then it is no manifest, or has no end
 EXAMPLE = '{"prompt": "..."}'
 Numbered = Iterator[tuple[int, Row | list[str]]]  # a list says what is wrong with the row
 
@@ -65,7 +63,7 @@ def _read_json(source: ManifestSource) -> Rows:
 
 def _read_json_lines(source: ManifestSource, chunks: Iterator[str]) -> Numbered:
     is_first = True
-    for number, line in _lines(source, chunks):
+    for number, line in read_lines(source, chunks):
         if isinstance(line, list):
             yield number, line
         else:
@@ -264,7 +262,7 @@ def _list_value(source: ManifestSource, text: _Text, number: int) -> Any:
 
 def _read_prompts(source: ManifestSource, say: Callable[[str], None]) -> Numbered:
     num_comments, is_first = 0, True
-    for number, line in _lines(source, source.chunks):
+    for number, line in read_lines(source, source.chunks):
         if isinstance(line, list):
             yield number, line
             continue
@@ -326,7 +324,7 @@ class _TableLines:
 
     def __init__(self, source: ManifestSource) -> None:
         self._name = source.name
-        self._lines = _lines(source, source.chunks, keeps_blank=True)
+        self._lines = read_lines(source, source.chunks, keeps_blank=True)
         self.number = 0
         self.bad: list[str] = []
 
@@ -380,49 +378,3 @@ def _columns(start: str, head: str, delimiters: tuple[str, ...]) -> tuple[str, l
     if not names[0]:
         raise InputError(f"{start}: the first column has no name; pandas leaves it out with to_csv(index=False)")
     return delimiter, names
-
-
-_NOT_UTF8 = re.compile("[\udc80-\udcff]")
-
-
-def _lines(
-    source: ManifestSource, chunks: Iterator[str], keeps_blank: bool = False
-) -> Iterator[tuple[int, str | list[str]]]:
-    """(line number from 1, line without its end), less blank ones; a list of what is wrong where it is no text."""
-    number = 0
-    for line in _split(source, chunks):
-        number += 1
-        if line is None:
-            yield number, [f"the line must have at most {MAX_LINE_CHARS} characters"]
-        elif not line.isascii() and (found := _NOT_UTF8.search(line)):
-            byte = ord(found[0]) - 0xDC00
-            yield number, [f"not UTF-8: byte 0x{byte:02x} at column {found.start() + 1}; save the file as UTF-8"]
-        elif keeps_blank or not _is_blank(line):
-            yield number, line
-
-
-def _is_blank(line: str) -> bool:
-    return not line.strip("\ufeff \t")
-
-
-def _split(source: ManifestSource, chunks: Iterator[str]) -> Iterator[str | None]:
-    """Lines; None for one that is too long, of which no more than a chunk is kept."""
-    rest, num_skipped = "", 0
-    for chunk in chunks:
-        first, *others = chunk.split("\n")
-        if num_skipped:
-            num_skipped += len(first)
-        elif len(rest) + len(first) > MAX_LINE_CHARS:
-            rest, num_skipped = "", len(rest) + len(first)
-        else:
-            rest += first
-        if num_skipped > MAX_SKIPPED_CHARS:
-            raise InputError(f"manifest {source.name} has a line of more than {num_skipped} characters: not a manifest")
-        if others:
-            yield None if num_skipped else rest
-            *whole, rest = others
-            num_skipped = 0
-            for line in whole:
-                yield line if len(line) <= MAX_LINE_CHARS else None
-    if num_skipped or rest:
-        yield None if num_skipped else rest

@@ -1,4 +1,4 @@
-"""Opens a manifest and decodes it: a file, a pipe or standard input, as text in pieces, whatever its size.
+"""Opens a manifest and decodes it: a file, a pipe or standard input, as text in pieces or lines, whatever its size.
 
 What the text means is for `manifest_forms` to say.
 """
@@ -7,6 +7,7 @@ import codecs
 import io
 import json
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from cineray.pipeline.request import InputError
 
 STDIN = Path("-")
 CHUNK_BYTES = 2**16
+MAX_LINE_CHARS = 1_000_000  # a prompt may have 20,000 characters of up to 12 each when escaped
+MAX_SKIPPED_CHARS = 64_000_000  # of a line that is too long anyway: then it is no manifest, or has no end
 _NO_TEXT = {
     b"PK\x03\x04": "is a zip archive or a spreadsheet; save the sheet as CSV",
     b"PAR1": "is a Parquet file; save the table as CSV or as JSON lines",
@@ -60,9 +63,13 @@ def opened(path: Path) -> Iterator[ManifestSource]:
         yield _source("standard input", "", Path(), sys.stdin.buffer)
         return
     try:
-        _refuse_odd(path, path.stat().st_mode)
-        file = path.open("rb")
+        mode = path.stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise InputError(f"manifest {path} cannot be read: {_reason(error)}") from None
+    _refuse_odd(path, mode)  # before it is opened, which a device might not like
+    try:
+        file = path.open("rb")
+    except OSError as error:
         raise InputError(f"manifest {path} cannot be read: {_reason(error)}") from None
     with file:
         mode = os.fstat(file.fileno()).st_mode
@@ -124,3 +131,49 @@ def _read(name: str, file: BinaryIO, size: int) -> bytes:
 
 def _reason(error: OSError | ValueError) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
+
+
+def read_lines(
+    source: ManifestSource, chunks: Iterator[str], keeps_blank: bool = False
+) -> Iterator[tuple[int, str | list[str]]]:
+    """(line number from 1, line without its end), less blank ones; a list of what is wrong where it is no text."""
+    number = 0
+    for line in _split(source, chunks):
+        number += 1
+        if line is None:
+            yield number, [f"the line must have at most {MAX_LINE_CHARS} characters"]
+        elif not line.isascii() and (found := _NOT_UTF8.search(line)):
+            byte = ord(found[0]) - 0xDC00
+            yield number, [f"not UTF-8: byte 0x{byte:02x} at column {found.start() + 1}; save the file as UTF-8"]
+        elif keeps_blank or not _is_blank(line):
+            yield number, line
+
+
+def _is_blank(line: str) -> bool:
+    return not line.strip("\ufeff \t")
+
+
+def _split(source: ManifestSource, chunks: Iterator[str]) -> Iterator[str | None]:
+    """Lines; None for one that is too long, of which no more than a chunk is kept."""
+    rest, num_skipped = "", 0
+    for chunk in chunks:
+        first, *others = chunk.split("\n")
+        if num_skipped:
+            num_skipped += len(first)
+        elif len(rest) + len(first) > MAX_LINE_CHARS:
+            rest, num_skipped = "", len(rest) + len(first)
+        else:
+            rest += first
+        if num_skipped > MAX_SKIPPED_CHARS:
+            raise InputError(f"manifest {source.name} has a line of more than {num_skipped} characters: not a manifest")
+        if others:
+            yield None if num_skipped else rest
+            *whole, rest = others
+            num_skipped = 0
+            for line in whole:
+                yield line if len(line) <= MAX_LINE_CHARS else None
+    if num_skipped or rest:
+        yield None if num_skipped else rest

@@ -191,7 +191,10 @@ def test_what_is_neither_a_file_nor_a_pipe_is_refused(tmp_path):
         (tmp_path / "a\0b", "null"),
         ("/dev/zero", "Is neither a file nor a pipe"),
     ):
-        with pytest.raises(InputError, match=f"cannot be read: .*{said}"), opened(type(tmp_path)(path)):
+        with (
+            pytest.raises(InputError, match=f"^manifest [^ ]* cannot be read: [^:]*{said}[^:]*$"),
+            opened(type(tmp_path)(path)),
+        ):
             pass
 
 
