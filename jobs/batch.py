@@ -10,11 +10,11 @@ from cineray.jobs.commit import Doubt, commit_clip, find_clip
 from cineray.jobs.lease import Lease, LeasedError
 from cineray.jobs.output_folder import OutputError, OutputFolder
 from cineray.jobs.progress import RenderProgress
-from cineray.jobs.record import clip_record, mark_of, record_notes, render_options
+from cineray.jobs.record import clip_record, clip_warnings, mark_of, render_options
 from cineray.jobs.results import ClipResult, ResultLog, Status
 from cineray.jobs.step_keeper import StepKeeper, Yielded
 from cineray.pipeline.loading import LoadedModel
-from cineray.pipeline.picture import PictureError, Pictures
+from cineray.pipeline.picture import Pictures
 from cineray.pipeline.render import render_clip
 from cineray.pipeline.request import ClipRequest, explain
 
@@ -56,15 +56,10 @@ def render_batch(batch: Batch, requests: Iterable[ClipRequest], results: ResultL
 
 def _render_or_find(batch: Batch, request: ClipRequest, options: dict[str, object]) -> ClipResult:
     began = time.monotonic()
-    try:
-        request = batch.pictures.pinned(request)
-    except PictureError as reason:  # it was whole when its line was checked
-        batch.folder.log_event("failed", id=request.id, error=str(reason))
-        batch.progress.count_clip(f"{request.id}: failed: {reason}")
-        return ClipResult.of(request, "failed", time.monotonic() - began, error=str(reason))
     status: Status = "existing"
     mark, video, error, record = None, None, None, {}
     try:
+        request = batch.pictures.pinned(request)
         mark = mark_of(request, batch.model.checkpoint, batch.model.digest, options)
         video = batch.folder.video_path(request, mark)
         stands = find_clip(batch.folder, request, mark)
@@ -84,7 +79,7 @@ def _render_or_find(batch: Batch, request: ClipRequest, options: dict[str, objec
     batch.folder.log_event(
         status, id=request.id, fingerprint=mark, wall_s=round(wall_s, 3), **({"error": error} if error else {})
     )
-    note = f": {said}" if (said := record_notes(record)) else ""
+    note = f": {record['warning']}" if "warning" in record else ""
     batch.progress.count_clip(
         f"{request.id}: {status} in {wall_s:.1f} s" + (f": {error}" if error else f" -> {video}{note}")
     )
@@ -96,7 +91,7 @@ def _render(batch: Batch, request: ClipRequest, mark: str, options: dict[str, ob
     state = batch.folder.step_path(request.id, mark)
     keeper = StepKeeper(state, mark, None, batch.checkpoint_s, batch.is_asked_to_stop)
     adapter = batch.model.adapter
-    warnings = [*adapter.unused(request), *adapter.cut_prompts(batch.model.pipe, request)]
+    warnings = [*clip_warnings(request), *adapter.unused(request), *adapter.cut_prompts(batch.model.pipe, request)]
     batch.progress.warn(request.id, warnings)
     clip = render_clip(batch.model, request, batch.progress.step, keeper)
     record = clip_record(request, mark, batch.model, options, clip, resumed_at=keeper.resumed_at, warnings=warnings)

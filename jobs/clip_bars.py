@@ -43,6 +43,7 @@ class ClipBars:
 
     def say(self, message: str) -> None:
         """A line above the bars."""
+        message = printable(message)
         if self.is_terminal:
             self._console.print(printable(message), markup=False, emoji=False, highlight=False, soft_wrap=True)
         else:  # rich would take 0.3 ms

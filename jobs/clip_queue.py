@@ -8,13 +8,13 @@ from typing import Literal
 
 from cineray.jobs.commit import Doubt, EntryError, find_clip
 from cineray.jobs.output_folder import OutputError, OutputFolder
-from cineray.jobs.record import mark_of, render_options
+from cineray.jobs.record import clip_warnings, mark_of, render_options
 from cineray.jobs.results import ClipResult
 from cineray.jobs.retry import is_quarantined
 from cineray.jobs.stages import RunSpec, Task
 from cineray.jobs.trouble import MAX_REASON_CHARS, MAX_REASONS, Trouble, read_trouble
 from cineray.pipeline.checkpoint import Checkpoint
-from cineray.pipeline.picture import PictureError, Pictures
+from cineray.pipeline.picture import Pictures
 from cineray.pipeline.request import ClipRequest, explain, prompt_key
 from cineray.pipeline.weights import Identity
 from cineray.text import printable
@@ -68,7 +68,7 @@ class ClipQueue:
         self.doubted: list[str] = []  # lines about videos that are rendered again, until they are told
 
     def fill(self) -> list[ClipResult]:
-        """Reads ahead; returns clips that an earlier run has committed, and those that cannot be rendered."""
+        """Reads ahead; returns clips that an earlier run has committed, and those that cannot even be looked up."""
         known, began_s = [], time.monotonic()
         for _ in range(MAX_SCANNED):
             full = len(self.waiting) >= self._depth
@@ -89,10 +89,7 @@ class ClipQueue:
         return known
 
     def _existing_or_queued(self, request: ClipRequest) -> ClipResult | None:
-        try:
-            task = self._task(self._pictures.pinned(request))
-        except PictureError as reason:  # it was whole when its line was checked
-            return ClipResult.of(request, "failed", 0.0, error=str(reason))
+        task = self._task(self._pictures.pinned(request))
         video = self._folder.video_path(request, task.mark)
         try:
             stands = find_clip(self._folder, request, task.mark)
@@ -133,8 +130,9 @@ class ClipQueue:
         for position, clip in enumerate(self.waiting):
             if clip.task.prompt_key in self._encoded:
                 del self.waiting[position]
-                unused = self._checkpoint.adapter.unused(clip.task.request)
-                clip.task = replace(clip.task, warnings=(*unused, *self._encoded[clip.task.prompt_key]))
+                request, cut = clip.task.request, self._encoded[clip.task.prompt_key]
+                unused = self._checkpoint.adapter.unused(request)
+                clip.task = replace(clip.task, warnings=(*clip_warnings(request), *unused, *cut))
                 clip.began_s = clip.began_s or time.monotonic()
                 return clip
         return None

@@ -126,8 +126,8 @@ class RowCheck:
         self._good: set[tuple[object, ...]] = set()
 
     def __call__(self, row: Row) -> list[str]:
-        rest = (row.negative_prompt, row.width, row.height, row.frames, row.steps, row.guidance, row.fps, row.cache)
-        rest = (*rest, row.image_fit)
+        rest = (row.negative_prompt, row.width, row.height, row.frames, row.steps, row.guidance, row.fps)
+        rest = (*rest, row.cache, row.image_fit)
         seed = self._defaults.seed if row.seed is None else row.seed
         if row.image is None and rest in self._good and is_plain(row.clip_id, row.prompt, seed):
             return []

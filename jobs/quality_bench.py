@@ -113,8 +113,9 @@ def _measure(meter: QualityMeter, policy: str, sweep: Sweep | None, target: floa
 def measured_on(model: LoadedModel, requests: list[ClipRequest]) -> dict[str, Any]:
     """What the numbers depend on beside the policies."""
     options = render_options(model.options, lossless=False)
-    pictures, effective = Pictures(), model.adapter.effective
-    clips = [fingerprint(effective(pictures.pinned(request)), "none", model.digest, options) for request in requests]
+    pictures, adapter = Pictures(), model.adapter
+    pinned = [adapter.effective(pictures.pinned(request)) for request in requests]
+    clips = [fingerprint(request, "none", model.digest, options) for request in pinned]
     return {
         "model": model.checkpoint.name,
         "weights": model.digest,

@@ -21,7 +21,6 @@ from cineray.jobs.gang_slot import GangSlot
 from cineray.jobs.lease import Lease
 from cineray.jobs.metrics import RunMetrics
 from cineray.jobs.output_folder import OutputFolder
-from cineray.jobs.record import record_notes
 from cineray.jobs.results import ClipResult, ResultLog, Status
 from cineray.jobs.retry import MemberEnd, is_given_up, is_hung, judge
 from cineray.jobs.slots import Slots
@@ -252,7 +251,7 @@ class RayBatch:
             wall_s = time.monotonic() - (clip.began_s or 0.0)
             video = str(self.folder.video_path(clip.task.request, clip.task.mark))
             result = ClipResult.of(clip.task.request, "done", wall_s, video, answer)
-            self._tell(result, warning=record_notes(answer))
+            self._tell(result, warning=answer.get("warning"))
 
     def _strike(self, clip: Clip, reason: str, is_excused: bool = False, queue_to: deque[Clip] | None = None) -> None:
         self.metrics.retries.inc()

@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 import cineray
 from cineray.distributed.layout import Layout
 from cineray.files import read_json, shaped
-from cineray.jobs.results import warnings_in
 from cineray.pipeline.cache_bytes import forecast_cache_bytes
 from cineray.pipeline.checkpoint import Checkpoint
 from cineray.pipeline.load_options import LoadOptions
@@ -161,8 +160,8 @@ def clip_record(
         record["resumed_at"] = list(resumed_at)
     if request.image is not None:
         record["image_fit"] = request.image_fit
-    if said := [*clip_warnings(request), *warnings]:
-        record["warnings"] = said
+    if warnings:
+        record["warnings"] = list(warnings)
     warning = cache_warning(trace)
     return record | ({"warning": warning} if warning else {})
 
@@ -173,11 +172,6 @@ def clip_warnings(request: ClipRequest) -> list[str]:
     if stretched := fit_warning(request):
         found.append(stretched)
     return found
-
-
-def record_notes(record: dict[str, Any]) -> str | None:
-    """All that is to be said of a clip that is there."""
-    return "; ".join(str(note) for note in (record.get("warning"), *warnings_in(record)) if note) or None
 
 
 def cache_bytes(request: ClipRequest, model: "LoadedModel") -> int | None:
