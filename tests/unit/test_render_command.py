@@ -266,7 +266,8 @@ def test_a_clip_that_fails_does_not_stop_the_others(render, pictures, monkeypatc
     code, stdout, stderr, out = render("--manifest", str(manifest), "--json", model="wan_i2v")
     assert code == 1
     assert [(c["id"], c["status"]) for c in json.loads(stdout)["clips"]] == [("first", "failed"), ("second", "done")]
-    assert "first: failed: image" in stderr
+    assert "first: failed in " in stderr
+    assert "s: image '" in stderr
     assert [p.name.split(".")[0] for p in out.glob("*.mp4")] == ["second"]
 
 
