@@ -1,11 +1,11 @@
-"""The clips that a driver has in hand: a few, pulled from the manifest as they are needed."""
+"""The manifest as a driver reads it: a few clips ahead, with what the output folder knows of each."""
 
 import time
-from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Literal
 
+from cineray.jobs.batch_events import NewClip
 from cineray.jobs.commit import Doubt, EntryError, find_clip
 from cineray.jobs.output_folder import OutputError, OutputFolder
 from cineray.jobs.record import clip_warnings, mark_of, render_options
@@ -21,27 +21,17 @@ from cineray.text import printable
 
 MAX_SCANNED = 200  # lines looked up at once: the driver has other things to do
 MAX_LOOK_S = 1.0  # and for so long: a picture, or a video that no sidecar knows, takes a tenth of a second
-MAX_PROMPTS = 256  # encoded prompts kept on disk, 4 MB each for the largest text encoders
-
-
-@dataclass(slots=True)
-class Clip:
-    """One clip in hand, and what it went through."""
-
-    task: Task
-    began_s: float | None = None
-    strikes: list[str] = field(default_factory=list)
-
-    @property
-    def id(self) -> str:
-        return self.task.request.id
 
 
 class ClipQueue:
-    """Clips that wait for a gang, in the manifest's order, those that must try again first.
+    """Reads clips and keeps the tasks of those that are in hand; where each stands is `BatchState`'s to know.
 
     Args:
-        requests: a stream; read only as far as `depth` clips ahead.
+        requests: a stream; read only as far as it is asked for.
+
+    Attributes:
+        tasks: of the clips in hand, by name.
+        doubted: lines about videos that are rendered again, until they are told.
     """
 
     def __init__(
@@ -51,7 +41,6 @@ class ClipQueue:
         checkpoint: Checkpoint,
         identity: Identity,
         spec: RunSpec,
-        depth: int,
     ) -> None:
         self._requests = requests
         self._folder = folder
@@ -59,113 +48,85 @@ class ClipQueue:
         self._identity = identity
         self._spec = spec
         self._options = render_options(spec.options, spec.lossless)
-        self._depth = depth
         self._pictures = Pictures()
-        self._in_use: dict[str, int] = {}
-        self._encoded: OrderedDict[str, tuple[str, ...]] = OrderedDict()
-        self.waiting: deque[Clip] = deque()
+        self.tasks: dict[str, Task] = {}
         self.is_exhausted = False
-        self.doubted: list[str] = []  # lines about videos that are rendered again, until they are told
+        self.doubted: list[str] = []
 
-    def fill(self) -> list[ClipResult]:
-        """Reads ahead; returns clips that an earlier run has committed, and those that cannot even be looked up."""
-        known, began_s = [], time.monotonic()
+    def read(self, num_clips: int) -> tuple[list[NewClip], list[ClipResult]]:
+        """Reads until there are so many new clips, or for a moment.
+
+        Returns:
+            Clips to render; clips that an earlier run has committed, and those that cannot even be looked up.
+        """
+        new: list[NewClip] = []
+        known: list[ClipResult] = []
+        began_s = time.monotonic()
         for _ in range(MAX_SCANNED):
-            full = len(self.waiting) >= self._depth
-            if self.is_exhausted or full or time.monotonic() - began_s > MAX_LOOK_S:
+            if len(new) >= num_clips or time.monotonic() - began_s > MAX_LOOK_S:
                 break
             request = next(self._requests, None)
             if request is None:
                 self.is_exhausted = True
                 break
             try:
-                result = self._existing_or_queued(request)
+                found = self._look_up(request)
             except OutputError:
                 raise
             except Exception as reason:  # its image is gone, its video cannot be read
-                result = ClipResult.of(request, "failed", 0.0, error=explain(reason))
-            if result is not None:
-                known.append(result)
-        return known
+                found = ClipResult.of(request, "failed", 0.0, error=explain(reason))
+            if isinstance(found, NewClip):
+                new.append(found)
+            else:
+                known.append(found)
+        return new, known
 
-    def _existing_or_queued(self, request: ClipRequest) -> ClipResult | None:
+    def _look_up(self, request: ClipRequest) -> NewClip | ClipResult:
         task = self._task(self._pictures.pinned(request))
         video = self._folder.video_path(request, task.mark)
         try:
             stands = find_clip(self._folder, request, task.mark)
         except EntryError as reason:
-            self.write_trouble(Clip(task=task, strikes=[str(reason)]), "failed")
+            self._write_trouble(task, "failed", [str(reason)])
             return ClipResult.of(request, "failed", 0.0, error=str(reason))
         if isinstance(stands, dict):
             return ClipResult.of(request, "existing", 0.0, str(video), stands)
         if isinstance(stands, Doubt):
             self.doubted.append(f"{request.id}: {video} is rendered again: {stands.reason}")
-        key = task.prompt_key
-        self._in_use[key] = self._in_use.get(key, 0) + 1
-        self.waiting.append(Clip(task=task, strikes=self._earlier_strikes(task)))
-        return None
+        self.tasks[task.name] = task
+        return NewClip(task.name, request.id, task.prompt_key, tuple(self._earlier_strikes(task)))
 
-    def prompts_wanted(self) -> list[Task]:
-        """Clips in hand whose prompt is not encoded yet, one for each prompt."""
-        wanted = {clip.task.prompt_key: clip.task for clip in self.waiting}
-        return [task for key, task in wanted.items() if key not in self._encoded]
+    def warned(self, name: str, unread: Sequence[str]) -> Task:
+        """The task of a clip that is assigned, with all that it must be warned of.
 
-    def add_prompt(self, key: str, warnings: Sequence[str] = ()) -> None:
-        """A prompt has been encoded, with these warnings; forgets the oldest that no clip in hand needs."""
-        self._encoded[key] = tuple(warnings)
-        self._encoded.move_to_end(key)
-        for old in list(self._encoded):
-            if len(self._encoded) <= MAX_PROMPTS:
-                break
-            if not self._in_use.get(old):
-                del self._encoded[old]
-                self._folder.forget_prompt(old)
+        Args:
+            unread: what the text encoder did not read of its prompts.
+        """
+        task = self.tasks[name]
+        unused = self._checkpoint.adapter.unused(task.request)
+        self.tasks[name] = replace(task, warnings=(*clip_warnings(task.request), *unused, *unread))
+        return self.tasks[name]
 
-    def forget_prompt(self, key: str) -> None:
-        """It cannot be read: `prompts_wanted` asks for it again."""
-        self._encoded.pop(key, None)
+    def record_failure(
+        self, name: str, status: Literal["failed", "quarantined", "retrying"], reasons: Sequence[str]
+    ) -> None:
+        """Writes down what a clip went through."""
+        self._write_trouble(self.tasks[name], status, reasons)
 
-    def take_ready(self) -> Clip | None:
-        """The first clip whose prompt is encoded."""
-        for position, clip in enumerate(self.waiting):
-            if clip.task.prompt_key in self._encoded:
-                del self.waiting[position]
-                request, cut = clip.task.request, self._encoded[clip.task.prompt_key]
-                unused = self._checkpoint.adapter.unused(request)
-                clip.task = replace(clip.task, warnings=(*clip_warnings(request), *unused, *cut))
-                clip.began_s = clip.began_s or time.monotonic()
-                return clip
-        return None
-
-    def put_back(self, clip: Clip) -> None:
-        self.waiting.appendleft(clip)
-
-    def strike(self, clip: Clip, reason: str) -> bool:
-        """Notes a lost attempt on disk; whether the clip is quarantined for it."""
-        clip.strikes.append(reason)
-        done = is_quarantined(len(clip.strikes))
-        self.write_trouble(clip, "quarantined" if done else "retrying")
-        return done
-
-    def write_trouble(self, clip: Clip, status: Literal["failed", "quarantined", "retrying"]) -> None:
-        path = self._folder.trouble_path(clip.id, clip.task.mark)
-        reasons = [printable(reason)[:MAX_REASON_CHARS] for reason in clip.strikes[-MAX_REASONS:]]
-        trouble = Trouble(id=clip.id, fingerprint=clip.task.mark, status=status, reasons=reasons)
-        self._folder.write_json(str(path.relative_to(self._folder.path)), trouble.model_dump())
-
-    def end(self, clip: Clip, is_done: bool) -> None:
+    def end(self, name: str, is_done: bool) -> Task:
         """The clip is out of hand."""
-        key = clip.task.prompt_key
-        self._in_use[key] -= 1
-        if not self._in_use[key]:
-            del self._in_use[key]
+        task = self.tasks.pop(name)
         if is_done:
-            self._folder.forget(self._folder.trouble_path(clip.id, clip.task.mark))
+            self._folder.forget(self._folder.trouble_path(task.request.id, task.mark))
+        return task
 
-    def close(self) -> None:
-        """Removes the encoded prompts."""
-        for key in self._encoded:
-            self._folder.forget_prompt(key)
+    def _write_trouble(
+        self, task: Task, status: Literal["failed", "quarantined", "retrying"], reasons: Sequence[str]
+    ) -> None:
+        path = self._folder.trouble_path(task.request.id, task.mark)
+        shown = [printable(reason)[:MAX_REASON_CHARS] for reason in reasons[-MAX_REASONS:]]
+        trouble = Trouble(id=task.request.id, fingerprint=task.mark, status=status, reasons=shown)
+        self._folder.write_json(str(path.relative_to(self._folder.path)), trouble.model_dump())
 
     def _task(self, request: ClipRequest) -> Task:
         digest = self._identity.digest

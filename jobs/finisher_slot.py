@@ -1,41 +1,37 @@
-"""A finisher actor as the driver sees it: loading, working, lost, started again."""
+"""A finisher actor as Ray sees it: calls that are out and what they answered, told to the driver as events."""
 
-import time
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import ray
 
+from cineray.jobs.batch_events import (
+    Event,
+    FinisherLost,
+    FinisherReady,
+    LatentsMissing,
+    PromptEncoded,
+    PromptFailed,
+    VideoCommitted,
+    VideoFailed,
+)
 from cineray.jobs.gang_slot import Resources, forget, outcome
-from cineray.jobs.retry import MemberEnd
-from cineray.jobs.stages import RunSpec, Task
+from cineray.jobs.retry import RankOutcome
+from cineray.jobs.stages import ClipFault, RunSpec, Task
 from cineray.pipeline.request import InputError
 
 
 @dataclass(slots=True)
 class FinisherSlot:
-    """The state of one finisher; the driver's loop moves it on.
-
-    Attributes:
-        finishing: the clip that is being decoded, then those that wait behind it in the actor.
-        began_s: monotonic time of the last sign of progress.
-        encoding: prompt keys that are being encoded.
-        lost: why the actor is no more, until the driver has dealt with it.
-        answers: what calls returned, until the driver has dealt with them.
-    """
+    """The actor of one slot and the calls that it has not answered yet."""
 
     number: int
     spec: RunSpec
     resources: Resources
     actor: Any = field(repr=False)  # of `Actors`
-    stage: Literal["gone", "loading", "ready"] = "gone"
-    finishing: dict[Any, Task] = field(default_factory=dict)
-    began_s: float = 0.0
-    encoding: dict[Any, Task] = field(default_factory=dict)
-    answers: list[tuple[Literal["encoded", "finished"], Task, Any]] = field(default_factory=list)
-    lost: str | None = None
-    num_losses_in_a_row: int = 0
-    is_given_up: bool = False
+    is_ready: bool = False
+    _finishing: dict[Any, Task] = field(default_factory=dict)
+    _encoding: dict[Any, Task] = field(default_factory=dict)
     _actor: Any = None
     _load: Any = None
     _life: Any = None
@@ -45,7 +41,12 @@ class FinisherSlot:
         return f"finisher-{self.number}"
 
     def refs(self) -> list[Any]:
-        return [ref for ref in (self._load, self._life, *self.finishing, *self.encoding) if ref is not None]
+        # its death last: what it answered before counts
+        return [ref for ref in (self._load, *self._finishing, *self._encoding, self._life) if ref is not None]
+
+    @property
+    def is_there(self) -> bool:
+        return self._actor is not None
 
     def build(self) -> None:
         self._actor = self.actor.options(
@@ -55,45 +56,51 @@ class FinisherSlot:
             max_task_retries=0,
         ).remote(self.name, self.spec)
         self._life, self._load = self._actor.live.remote(), self._actor.load.remote()
-        self.stage, self.lost = "loading", None
-        self.began_s = time.monotonic()
 
     def encode(self, task: Task) -> None:
-        self.encoding[self._actor.encode.remote(task)] = task
+        self._encoding[self._actor.encode.remote(task)] = task
 
     def finish(self, task: Task) -> None:
-        if not self.finishing:
-            self.began_s = time.monotonic()
-        self.finishing[self._actor.finish.remote(task)] = task
+        self._finishing[self._actor.finish.remote(task)] = task
 
-    def take(self, ref: Any) -> None:
-        """Takes in one of `refs` that is ready."""
+    def on_ready(self, ref: Any) -> list[Event]:
+        """Takes in one of `refs` that is ready; what that says.
+
+        Raises:
+            InputError: the finisher found fault with the model or the output folder.
+        """
         answer = outcome(ref)
-        died = isinstance(answer, MemberEnd) and answer.kind == "died"
-        if died:
-            self.lost = self.lost or answer.reason
+        if isinstance(answer, InputError):
+            raise answer
+        is_lost = isinstance(answer, RankOutcome) and (answer.kind == "died" or ref == self._load)
         if ref == self._life:
             self._life = None
-        elif ref == self._load:
-            self._load = None
-            if isinstance(answer, MemberEnd):
-                self.lost = self.lost or answer.reason
-            elif isinstance(answer, InputError):
-                raise answer
-            else:
-                self.stage = "ready"
-        elif ref in self.finishing:
-            if not died:
-                self.began_s = time.monotonic()
-                self.answers.append(("finished", self.finishing.pop(ref), answer))
-        elif not died:
-            self.answers.append(("encoded", self.encoding.pop(ref), answer))
-        else:
-            self.encoding.pop(ref)
+        if is_lost:
+            return [FinisherLost(self.number, answer.reason)]
+        if ref == self._load:
+            self._load, self.is_ready = None, True
+            return [FinisherReady(self.number)]
+        if ref in self._finishing:
+            return [self._finished(self._finishing.pop(ref), answer)]
+        if ref in self._encoding:
+            return [self._encoded(self._encoding.pop(ref), answer)]
+        return []
+
+    def _encoded(self, task: Task, answer: Any) -> Event:
+        if isinstance(answer, ClipFault | RankOutcome):
+            return PromptFailed(self.number, task.prompt_key, answer.reason)
+        return PromptEncoded(self.number, task.prompt_key, tuple(answer))
+
+    def _finished(self, task: Task, answer: Any) -> Event:
+        if answer is None:
+            return LatentsMissing(self.number, task.name)
+        if isinstance(answer, ClipFault | RankOutcome):
+            return VideoFailed(self.number, task.name, answer.reason)
+        return VideoCommitted(self.number, task.name, answer)
 
     def destroy(self) -> None:
         if self._actor is not None:
             ray.kill(self._actor, no_restart=True)
         forget(self.refs())
         self._actor = self._load = self._life = None
-        self.encoding, self.finishing, self.stage = {}, {}, "gone"
+        self._encoding, self._finishing, self.is_ready = {}, {}, False

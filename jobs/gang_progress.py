@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 
+from cineray.jobs.batch_state import GangState
 from cineray.jobs.clip_bars import MAX_BAR_TEXT, ClipBars
 from cineray.jobs.gang_slot import GangSlot
 from cineray.jobs.results import ClipResult
@@ -31,13 +32,14 @@ class GangProgress(ClipBars):
         seconds = "" if result.status == "existing" else f" in {result.wall_s:.1f} s"
         self.count_clip(f"{result.id}: {result.status}{seconds}{said}")
 
-    def update(self, gangs: Sequence[GangSlot]) -> None:
-        for gang in gangs:
+    def update(self, slots: Sequence[GangSlot], gangs: Sequence[GangState]) -> None:
+        """Shows what each gang does; `slots` know how far its clip is."""
+        for slot, gang in zip(slots, gangs, strict=True):
             bar = self._gangs.get(gang.number)
             if bar is None:
                 bar = self._gangs[gang.number] = self.bars.add_task(gang.name, total=None)
-            pulse = gang.pulse
-            said = gang.stage if gang.task is None else f"clip {printable(gang.task.request.id, MAX_BAR_TEXT)}"
+            pulse = slot.pulse
+            said = gang.stage.value if slot.task is None else f"clip {printable(slot.task.request.id, MAX_BAR_TEXT)}"
             self.bars.update(
                 bar,
                 description=f"{gang.name} {said}",
@@ -48,9 +50,9 @@ class GangProgress(ClipBars):
             return
         self._next_line_s = time.monotonic() + LINE_S
         at = [
-            f"{gang.name} clip {gang.task.request.id} step {gang.pulse.step} of {gang.pulse.num_steps}"
-            if gang.task is not None and gang.pulse is not None
-            else f"{gang.name} {gang.stage}"
-            for gang in gangs
+            f"{gang.name} clip {slot.task.request.id} step {slot.pulse.step} of {slot.pulse.num_steps}"
+            if slot.task is not None and slot.pulse is not None
+            else f"{gang.name} {gang.stage.value}"
+            for slot, gang in zip(slots, gangs, strict=True)
         ]
         self.say(f"{self.num_done} of {self.num_clips} clips; {', '.join(at)}")

@@ -1,4 +1,7 @@
-"""A gang of actors as the driver sees it: placed, met, busy, lost, built again. One slot outlives many gangs."""
+"""A gang of actors as Ray sees it: calls that are out and what they answered, told to the driver as events.
+
+One slot outlives many gangs. What follows from an event is `batch_state`'s to say.
+"""
 
 import time
 from collections.abc import Callable
@@ -10,8 +13,9 @@ from ray import exceptions
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cineray.jobs.retry import MemberEnd
-from cineray.jobs.stages import ClipFault, Place, Pulse, RunSpec, Task
+from cineray.jobs.batch_events import Event, GangEnded, GangPlaced, GangReady, PromptMissing, StepReached
+from cineray.jobs.retry import RankOutcome
+from cineray.jobs.stages import ClipFault, NoPrompt, Place, Pulse, PutDown, RunSpec, Task
 from cineray.pipeline.request import InputError
 
 # the last three are no subclasses of RayActorError
@@ -39,12 +43,11 @@ class Resources:
 
 @dataclass(slots=True)
 class GangSlot:
-    """The state of one slot; the driver's loop moves it on.
+    """The actors of one slot and the calls that they have not answered yet.
 
     Attributes:
         task: the clip that the gang has, while busy.
         ends: how each rank's part of the current call ended, by rank.
-        changed_s: monotonic time of the last sign of progress.
     """
 
     number: int
@@ -55,14 +58,9 @@ class GangSlot:
     task: Task | None = None
     ends: dict[int, Any] = field(default_factory=dict)
     pulse: Pulse | None = None
-    changed_s: float = 0.0
     first_end_s: float | None = None
-    num_losses_in_a_row: int = 0
     num_built: int = 0
-    is_asked_to_stop: bool = False
-    is_given_up: bool = False
-    nodes: frozenset[str] = frozenset()
-    pids: list[int] = field(default_factory=list)
+    _pids: tuple[int, ...] = ()
     _group: PlacementGroup | None = None
     _ranks: list[Any] = field(default_factory=list)
     _calls: dict[Any, int] = field(default_factory=dict)
@@ -107,83 +105,103 @@ class GangSlot:
         self._call("busy", lambda rank: rank.denoise.remote(task))
 
     def ask_to_stop(self) -> None:
-        """The gang puts its clip down after the current step; it takes no other."""
-        self.is_asked_to_stop = True
-        if self.stage == "busy":
-            # one rank is enough, but it may be the one that is lost
-            forget([rank.stop.remote() for rank in self._ranks])
+        """The gang puts its clip down after the current step."""
+        # one rank is enough, but it may be the one that is lost
+        forget([rank.stop.remote() for rank in self._ranks])
 
     def poll(self, now_s: float, every_s: float) -> None:
         if self.stage == "busy" and self._pulse_call is None and now_s - self._pulse_began_s >= every_s:
             self._pulse_began_s = now_s
             self._pulse_call = self._ranks[0].pulse.remote()
 
-    def take(self, ref: Any) -> None:
-        """Takes in one of `refs` that is ready."""
+    def on_ready(self, ref: Any) -> list[Event]:
+        """Takes in one of `refs` that is ready; what that says already."""
         now_s = time.monotonic()
         if ref == self._pulse_call:
             self._pulse_call = None
             answer = outcome(ref)
             if isinstance(answer, Pulse) and answer != self.pulse:
-                self.pulse, self.changed_s = answer, now_s
-            return
+                self.pulse = answer
+                return [StepReached(self.number, answer.step)]
+            return []
         index = self._lives.pop(ref, None)
         answer = outcome(ref)
         if index is None:
             index = self._calls.pop(ref)
-        elif not isinstance(answer, MemberEnd) or answer.kind != "died":
-            return
+        elif not isinstance(answer, RankOutcome) or answer.kind != "died":
+            return []
         known = self.ends.get(index)
-        if not (isinstance(known, MemberEnd) and known.kind == "died"):
+        if not (isinstance(known, RankOutcome) and known.kind == "died"):
             self.ends[index] = answer
-        if isinstance(answer, MemberEnd | ClipFault | InputError) and self.first_end_s is None:
+        if isinstance(answer, RankOutcome | ClipFault | InputError) and self.first_end_s is None:
             self.first_end_s = now_s
+        return []
 
-    def is_settled(self, now_s: float) -> bool:
-        """Whether the current call can be judged: all answered, or one failed and the others had their time."""
+    def settle(self, now_s: float) -> list[Event]:
+        """What the current call has come to, if it can be judged; goes on with building.
+
+        Raises:
+            InputError: a rank found fault with the model or the output folder: another attempt would end alike.
+        """
+        if self.stage == "gone" or not self._is_settled(now_s):
+            return []
+        for answer in self.ends.values():
+            if isinstance(answer, InputError):
+                raise answer
+        outcomes = self._outcomes()
+        if any(end.kind != "answered" for end in outcomes):
+            self._begin("idle")  # if it is to be kept
+            self.task = None
+            return [GangEnded(self.number, outcomes)]
+        return self._advance()
+
+    def _is_settled(self, now_s: float) -> bool:
+        """All answered, or one failed and the others had their time."""
         if self.first_end_s is None:
             return len(self.ends) == self.num_ranks
-        died = any(isinstance(end, MemberEnd) and end.kind == "died" for end in self.ends.values())
+        died = any(isinstance(end, RankOutcome) and end.kind == "died" for end in self.ends.values())
         return died or len(self.ends) == self.num_ranks or now_s - self.first_end_s > GRACE_S
 
-    def advance(self) -> None:
-        """Goes to the next stage of building after a call that every rank answered."""
+    def _advance(self) -> list[Event]:
+        """Goes on after a call that every rank answered."""
         if self.stage == "placing":
             places: list[Place] = [self.ends[index] for index in range(self.num_ranks)]
             order = sorted(range(self.num_ranks), key=lambda i: (places[i].node_id, places[i].device, i))
             self._ranks = [self._ranks[i] for i in order]
             self._lives = {ref: order.index(i) for ref, i in self._lives.items()}
-            self.nodes = frozenset(place.node_id for place in places)
-            self.pids = [places[i].pid for i in order]
+            self._pids = tuple(places[i].pid for i in order)
             self._begin("meeting")
             self._calls = {self._ranks[0].open_meeting.remote(): 0}
             self.ends = dict.fromkeys(range(1, self.num_ranks))  # they have nothing to say yet
-        elif self.stage == "meeting":
+            return [GangPlaced(self.number, frozenset(place.node_id for place in places))]
+        if self.stage == "meeting":
             host, port = self.ends[0]
             ranks = {id(rank): index for index, rank in enumerate(self._ranks)}
             self._call("joining", lambda rank: rank.join.remote(ranks[id(rank)], host, port))
-        else:
-            self._begin("idle")
-            self.task = None
+            return []
+        was_joining, answer = self.stage == "joining", self.ends[0]
+        self._begin("idle")
+        self.task = None
+        if was_joining:
+            return [GangReady(self.number, self._pids)]
+        if isinstance(answer, NoPrompt):
+            return [PromptMissing(self.number, answer.reason)]
+        if isinstance(answer, PutDown):
+            return [GangEnded(self.number, preempted_at=answer.step, is_kept=answer.kept)]
+        return [GangEnded(self.number)]
 
-    def member_ends(self) -> list[MemberEnd]:
-        """What `judge` needs."""
+    def _outcomes(self) -> tuple[RankOutcome, ...]:
+        """How each rank's part ended, as `classify_failure` takes it."""
 
-        def end(answer: Any) -> MemberEnd:
-            if isinstance(answer, MemberEnd):
+        def end(answer: Any) -> RankOutcome:
+            if isinstance(answer, RankOutcome):
                 return answer
             if isinstance(answer, ClipFault):
-                return MemberEnd(kind="raised", reason=answer.reason, fault=answer.fault)
-            return MemberEnd(kind="answered")
+                return RankOutcome(kind="raised", reason=answer.reason, fault=answer.fault)
+            return RankOutcome(kind="answered")
 
-        silent = MemberEnd(kind="silent")
-        return [end(self.ends[index]) if index in self.ends else silent for index in range(self.num_ranks)]
-
-    def raise_input_error(self) -> None:
-        """Raises what a rank said about the model or the output folder: another attempt would end alike."""
-        for answer in self.ends.values():
-            if isinstance(answer, InputError):
-                raise answer
+        silent = RankOutcome(kind="silent")
+        return tuple(end(self.ends[index]) if index in self.ends else silent for index in range(self.num_ranks))
 
     def destroy(self) -> None:
         """Kills every rank and gives the place back."""
@@ -193,7 +211,7 @@ class GangSlot:
             remove_placement_group(self._group)
         forget(self.refs())
         self._ranks, self._calls, self._lives, self._pulse_call, self._group = [], {}, {}, None, None
-        self.task, self.nodes, self.is_asked_to_stop = None, frozenset(), False
+        self.task = None
         self._begin("gone")
 
     def _call(self, stage: Stage, call: Callable[[Any], Any]) -> None:
@@ -205,7 +223,6 @@ class GangSlot:
         self.ends = {}
         self.first_end_s = None
         self.pulse = None
-        self.changed_s = time.monotonic()
 
 
 def forget(refs: list[Any]) -> None:
@@ -215,17 +232,17 @@ def forget(refs: list[Any]) -> None:
 
 
 def outcome(ref: Any) -> Any:
-    """What a call that is ready returned; a MemberEnd if it failed, an InputError if that was the reason."""
+    """What a call that is ready returned; a RankOutcome if it failed, an InputError if that was the reason."""
     try:
         return ray.get(ref)
     except DEATHS as death:
-        return MemberEnd(kind="died", reason=_first_line(death))
+        return RankOutcome(kind="died", reason=_first_line(death))
     except exceptions.RayTaskError as error:
         if isinstance(error.cause, InputError):
             return InputError(*error.cause.lines)
-        return MemberEnd(kind="raised", reason=f"{type(error.cause).__name__}: {_first_line(error.cause)}")
+        return RankOutcome(kind="raised", reason=f"{type(error.cause).__name__}: {_first_line(error.cause)}")
     except exceptions.RayError as error:
-        return MemberEnd(kind="raised", reason=f"{type(error).__name__}: {_first_line(error)}")
+        return RankOutcome(kind="raised", reason=f"{type(error).__name__}: {_first_line(error)}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 MAX_STRIKES = 3  # attempts of one clip that ended with a lost gang; then it is quarantined
-MAX_LOSSES_IN_A_ROW = 4  # of one slot, without a clip done between; then it is given up
+MAX_LOSSES_IN_A_ROW = 4  # of one slot, without a clip done between; then it is retired
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MemberEnd:
+class RankOutcome:
     """How one rank's part of an attempt ended.
 
     Args:
@@ -24,7 +24,7 @@ class MemberEnd:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
+class FailureDecision:
     """What to do with the clip and with the gang.
 
     Args:
@@ -36,35 +36,35 @@ class Verdict:
     keep_gang: bool
 
 
-def judge(ends: Sequence[MemberEnd]) -> Verdict:
-    """Judges an attempt in which not every rank answered.
+def classify_failure(outcomes: Sequence[RankOutcome]) -> FailureDecision:
+    """Classifies an attempt in which not every rank answered.
 
     A rank that dies makes its peers raise errors about connections: those say nothing about the clip.
 
     Args:
-        ends: of all ranks, in their order.
+        outcomes: of all ranks, in their order.
     """
-    died = [f"rank {rank} died: {end.reason}" for rank, end in enumerate(ends) if end.kind == "died"]
+    died = [f"rank {rank} died: {end.reason}" for rank, end in enumerate(outcomes) if end.kind == "died"]
     if died:
-        return Verdict(clip="strike", reason="; ".join(died), keep_gang=False)
-    raised = [end for end in ends if end.kind == "raised"]
-    all_raised = len(raised) == len(ends)
+        return FailureDecision(clip="strike", reason="; ".join(died), keep_gang=False)
+    raised = [end for end in outcomes if end.kind == "raised"]
+    all_raised = len(raised) == len(outcomes)
     if raised and all(end.fault == "input" for end in raised):
-        return Verdict(clip="failed", reason=raised[0].reason, keep_gang=all_raised)
+        return FailureDecision(clip="failed", reason=raised[0].reason, keep_gang=all_raised)
     said = {end.reason for end in raised}
     if all_raised and len(said) == 1 and all(end.fault != "peers" for end in raised):
         # it would be raised again; but who knows in what state it left the ranks
-        return Verdict(clip="failed", reason=raised[0].reason, keep_gang=False)
+        return FailureDecision(clip="failed", reason=raised[0].reason, keep_gang=False)
     if raised:
-        return Verdict(clip="strike", reason=raised[0].reason, keep_gang=False)
-    return Verdict(clip="strike", reason="a rank did not answer", keep_gang=False)
+        return FailureDecision(clip="strike", reason=raised[0].reason, keep_gang=False)
+    return FailureDecision(clip="strike", reason="a rank did not answer", keep_gang=False)
 
 
 def is_quarantined(num_strikes: int) -> bool:
     return num_strikes >= MAX_STRIKES
 
 
-def is_given_up(num_losses_in_a_row: int) -> bool:
+def is_retired(num_losses_in_a_row: int) -> bool:
     return num_losses_in_a_row >= MAX_LOSSES_IN_A_ROW
 
 

@@ -275,6 +275,8 @@ def _gangs(asked: AskedRun, start_now: bool = False) -> Iterator[Renderer]:
     if options.is_local and "ray" not in sys.modules:
         # read when ray is imported: it would listen on every interface, whatever address it is given
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    from cineray.jobs.batch_events import StartRequested
+    from cineray.jobs.batch_state import BatchState
     from cineray.jobs.clip_queue import ClipQueue
     from cineray.jobs.cluster import connected, missing_resources, plan_fleet
     from cineray.jobs.gang_progress import GangProgress
@@ -298,21 +300,23 @@ def _gangs(asked: AskedRun, start_now: bool = False) -> Iterator[Renderer]:
         checkpoint_s=options.checkpoint_s,
         collective_s=2 * options.hang_s,  # the driver notices first
     )
-    began, depth = time.monotonic(), 2 * options.num_gangs + 2
+    began = time.monotonic()
     with connected(None if options.is_local else options.address, fleet):
         missing = missing_resources(fleet)
         if missing and options.is_local:
             raise InputError(missing)
         slots = Slots.of(spec, fleet, actors_of())
+        state = BatchState(fleet.num_gangs, fleet.num_finishers, options.hang_s, depth=2 * options.num_gangs + 2)
 
         def render(work: Work) -> RunReport:
             results = ResultLog()
-            queue = ClipQueue(work.requests, work.folder, asked.checkpoint, identity, spec, depth)
+            queue = ClipQueue(work.requests, work.folder, asked.checkpoint, identity, spec)
             with GangProgress(work.num_clips) as progress:
                 if missing:
                     progress.say(f"{missing}; waiting: an autoscaler may bring one")
                 batch = RayBatch(
                     spec=spec,
+                    state=state,
                     slots=slots,
                     folder=work.folder,
                     lease=work.lease,
@@ -320,20 +324,20 @@ def _gangs(asked: AskedRun, start_now: bool = False) -> Iterator[Renderer]:
                     results=results,
                     progress=progress,
                     metrics=RunMetrics(),
-                    hang_s=options.hang_s,
                 )
                 batch.run()
             return RunReport(
                 results=results,
                 wall_s=time.monotonic() - began,
                 gangs_busy=batch.gangs_busy,
-                stopped_by=batch.stopped_by,
-                given_up=batch.given_up,
+                stopped_by=state.stopped_by,
+                given_up=state.aborted,
             )
 
         try:
             if start_now:
-                slots.build()
+                for effect in state.handle(StartRequested(), time.monotonic()):
+                    slots.perform(effect)
             yield render
         finally:
             slots.destroy()

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from cineray.jobs.batch_effects import BuildFinisher, BuildGang, Effect, KillFinisher, KillGang
 from cineray.jobs.cluster import Fleet
 from cineray.jobs.finisher_slot import FinisherSlot
 from cineray.jobs.gang_slot import GangSlot
@@ -27,11 +28,20 @@ class Slots:
         ]
         return cls(gangs, finishers)
 
-    def build(self) -> None:
-        """Starts what is not there, less the slots that were given up."""
-        for slot in (*self.finishers, *self.gangs):
-            if slot.stage == "gone" and not slot.is_given_up:
-                slot.build()
+    def perform(self, effect: Effect) -> bool:
+        """Starts or kills an actor, if that is the effect."""
+        match effect:
+            case BuildGang(number):
+                self.gangs[number].build()
+            case KillGang(number):
+                self.gangs[number].destroy()
+            case BuildFinisher(number):
+                self.finishers[number].build()
+            case KillFinisher(number):
+                self.finishers[number].destroy()
+            case _:
+                return False
+        return True
 
     def destroy(self) -> None:
         """Kills every actor."""

@@ -81,7 +81,7 @@ class PutDown:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipFault:
-    """The clip cannot be rendered; the process is well. `fault` as `MemberEnd` says."""
+    """The clip cannot be rendered; the process is well. `fault` as `RankOutcome` says."""
 
     reason: str
     fault: Literal["input", "step"] = "input"

@@ -24,6 +24,7 @@ import click
 
 from cineray.distributed.layout import Layout
 from cineray.jobs.asked_clips import run_defaults
+from cineray.jobs.batch_state import BatchState
 from cineray.jobs.clip_options import Asked
 from cineray.jobs.clip_queue import ClipQueue
 from cineray.jobs.cluster import connected, plan_fleet
@@ -147,14 +148,14 @@ def dispatch(clips: int, gangs: int, finishers: int, model: str) -> None:
             results = ResultLog()
             batch = RayBatch(
                 spec=spec,
+                state=BatchState(fleet.num_gangs, fleet.num_finishers, hang_s=300.0, depth=2 * gangs + 2),
                 slots=slots,
                 folder=folder,
                 lease=lease,
-                queue=new_queue(manifest, folder, checkpoint, spec, depth=2 * gangs + 2),
+                queue=new_queue(manifest, folder, checkpoint, spec),
                 results=results,
                 progress=progress,
                 metrics=RunMetrics(),
-                hang_s=300.0,
             )
             began_s = time.process_time()
             batch.run()
@@ -171,7 +172,7 @@ def dispatch(clips: int, gangs: int, finishers: int, model: str) -> None:
     )
 
 
-def new_queue(manifest: Path, folder: OutputFolder, checkpoint: Checkpoint, spec: RunSpec, depth: int) -> ClipQueue:
+def new_queue(manifest: Path, folder: OutputFolder, checkpoint: Checkpoint, spec: RunSpec) -> ClipQueue:
     """The queue of a run over a manifest."""
     asked = Asked(
         **dict.fromkeys(("steps", "width", "height", "frames", "guidance", "negative_prompt", "image")),
@@ -180,7 +181,7 @@ def new_queue(manifest: Path, folder: OutputFolder, checkpoint: Checkpoint, spec
     )
     defaults = run_defaults(asked, checkpoint, "none", None)
     requests = check_manifest(manifest, defaults, checkpoint).requests()
-    return ClipQueue(requests, folder, checkpoint, identify(checkpoint), spec, depth)
+    return ClipQueue(requests, folder, checkpoint, identify(checkpoint), spec)
 
 
 @main.command()

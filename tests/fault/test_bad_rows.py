@@ -16,7 +16,7 @@ from cineray.jobs.output_folder import OutputError, OutputFolder
 from cineray.jobs.progress import RenderProgress
 from cineray.jobs.rank_work import RankWork, is_of_machine
 from cineray.jobs.results import ResultLog
-from cineray.jobs.retry import MemberEnd, judge
+from cineray.jobs.retry import RankOutcome, classify_failure
 from cineray.jobs.run import RunReport
 from cineray.jobs.stages import ClipFault, Denoised, RunSpec
 from cineray.pipeline.checkpoint import open_checkpoint
@@ -178,8 +178,8 @@ def work(tmp_path, checkpoint_folder):
     finisher.load()
 
     def queued(*requests):
-        queue = ClipQueue(iter(requests), folder, checkpoint, identify(checkpoint), spec, 9)
-        return queue, queue.fill()
+        queue = ClipQueue(iter(requests), folder, checkpoint, identify(checkpoint), spec)
+        return queue, *queue.read(9)
 
     yield queued, rank, finisher
     rank._gang.close()
@@ -188,8 +188,8 @@ def work(tmp_path, checkpoint_folder):
 def test_actors_find_fault_with_the_clip_and_go_on(work, new_request):
     queued, rank, finisher = work
     requests = [new_request(id=name, prompt=f"a red {name}", num_frames=1) for name in ("key", "circle")]
-    queue, _ = queued(*requests)
-    bad, good = (clip.task for clip in queue.waiting)
+    queue, _, _ = queued(*requests)
+    bad, good = queue.tasks.values()
     pipe = finisher._model.pipe
     pipe.tokenizer = Hostile(pipe.tokenizer)
     assert finisher.encode(bad) == ClipFault(reason="KeyError: 'vocab'")
@@ -208,8 +208,8 @@ def test_actors_find_fault_with_the_clip_and_go_on(work, new_request):
 
 def test_a_rank_that_cannot_prepare_a_clip_says_it_is_the_input(work, new_request):
     queued, rank, finisher = work
-    queue, _ = queued(new_request(num_frames=1))
-    (task,) = (clip.task for clip in queue.waiting)
+    queue, _, _ = queued(new_request(num_frames=1))
+    (task,) = queue.tasks.values()
     finisher.encode(task)
     prepare = rank._model.pipe.prepare_latents
     rank._model.pipe.prepare_latents = None
@@ -220,22 +220,21 @@ def test_a_rank_that_cannot_prepare_a_clip_says_it_is_the_input(work, new_reques
 
 def test_a_clip_that_cannot_be_looked_up_fails_alone(work, new_request, tmp_path):
     queued, _, _ = work
-    queue, results = queued(new_request(id="a", image=str(tmp_path / "gone.png")), new_request(id="b"))
+    _, new, results = queued(new_request(id="a", image=str(tmp_path / "gone.png")), new_request(id="b"))
     assert [(result.id, result.status) for result in results] == [("a", "failed")]
-    assert [clip.id for clip in queue.waiting] == ["b"]
+    assert [clip.id for clip in new] == ["b"]
 
 
 def test_the_queue_gives_a_clip_what_is_to_be_said_of_it(work, new_request):
     queued, _, _ = work
-    queue, _ = queued(new_request(guidance_scale=1.0, negative_prompt="x"))
-    queue.add_prompt(queue.waiting[0].task.prompt_key, ("cut",))
+    queue, (new,), _ = queued(new_request(guidance_scale=1.0, negative_prompt="x"))
     said = "the negative prompt has no effect: guidance of 1 or less is off"
-    assert queue.take_ready().task.warnings == (said, "cut")
+    assert queue.warned(new.name, ("cut",)).warnings == queue.tasks[new.name].warnings == (said, "cut")
 
 
-STEP = MemberEnd(kind="raised", reason="KeyError: 'x'", fault="step")
-INPUT = MemberEnd(kind="raised", reason="OSError: broken image", fault="input")
-PEERS = MemberEnd(kind="raised", reason="Connection reset by peer")
+STEP = RankOutcome(kind="raised", reason="KeyError: 'x'", fault="step")
+INPUT = RankOutcome(kind="raised", reason="OSError: broken image", fault="input")
+PEERS = RankOutcome(kind="raised", reason="Connection reset by peer")
 
 
 @pytest.mark.parametrize(
@@ -244,16 +243,16 @@ PEERS = MemberEnd(kind="raised", reason="Connection reset by peer")
         ([STEP, STEP], "failed", False),
         ([STEP], "failed", False),
         ([STEP, replace(STEP, reason="KeyError: 'y'")], "strike", False),
-        ([STEP, MemberEnd(kind="silent")], "strike", False),
-        ([STEP, MemberEnd(kind="answered")], "strike", False),
+        ([STEP, RankOutcome(kind="silent")], "strike", False),
+        ([STEP, RankOutcome(kind="answered")], "strike", False),
         ([STEP, PEERS], "strike", False),
         ([PEERS, PEERS], "strike", False),
-        ([STEP, MemberEnd(kind="died", reason="SIGKILL")], "strike", False),
+        ([STEP, RankOutcome(kind="died", reason="SIGKILL")], "strike", False),
         ([INPUT, INPUT], "failed", True),
     ],
 )
 def test_an_error_of_a_step_is_the_clips_if_every_rank_says_the_same(ends, clip, keep_gang):
-    verdict = judge(ends)
+    verdict = classify_failure(ends)
     assert (verdict.clip, verdict.keep_gang) == (clip, keep_gang)
 
 

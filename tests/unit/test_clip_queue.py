@@ -26,12 +26,12 @@ def test_a_picture_that_is_broken_when_its_clip_is_due_fails_that_clip_alone(che
         checkpoint_s=60.0,
         collective_s=60.0,
     )
-    queue = ClipQueue(iter(requests), OutputFolder(spec.out), checkpoint, identify(checkpoint), spec, depth=4)
-    (failed,) = queue.fill()
+    queue = ClipQueue(iter(requests), OutputFolder(spec.out), checkpoint, identify(checkpoint), spec)
+    (new,), (failed,) = queue.read(4)
     assert (failed.id, failed.status) == ("bad", "failed")
     assert failed.error is not None
     assert "bad.png' cannot be used" in failed.error
-    (waiting,) = queue.waiting
-    assert waiting.id == "good"
-    assert waiting.task.request.picture is not None
-    assert (waiting.task.request.picture.width, queue.is_exhausted) == (32, True)
+    assert new.id == "good"
+    picture = queue.tasks[new.name].request.picture
+    assert picture is not None
+    assert (picture.width, queue.is_exhausted) == (32, True)

@@ -16,9 +16,9 @@ def test_a_fault_of_the_folder_that_one_rank_meets_ends_the_wait_for_the_others(
     slot = TwoRanks(number=0, spec=None, resources=Resources(num_cpus=1, num_gpus=0), actor=None)  # type: ignore[arg-type]
     monkeypatch.setattr(gang_slot, "outcome", lambda ref: OutputError("output folder o: .tmp is a file"))
     slot._calls = {"first rank": 0, "second rank": 1}
-    slot.take("first rank")
+    slot.stage = "busy"
+    assert slot.on_ready("first rank") == []
     assert slot.first_end_s is not None
-    assert not slot.is_settled(slot.first_end_s)
-    assert slot.is_settled(slot.first_end_s + GRACE_S + 1)
+    assert slot.settle(slot.first_end_s) == []
     with pytest.raises(OutputError):
-        slot.raise_input_error()
+        slot.settle(slot.first_end_s + GRACE_S + 1)

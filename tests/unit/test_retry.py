@@ -2,39 +2,39 @@
 
 import pytest
 
-from cineray.jobs.retry import MemberEnd, is_given_up, is_hung, is_quarantined, judge
+from cineray.jobs.retry import RankOutcome, classify_failure, is_hung, is_quarantined, is_retired
 
-ANSWERED = MemberEnd(kind="answered")
-SILENT = MemberEnd(kind="silent")
-DIED = MemberEnd(kind="died", reason="SIGKILL")
-RAISED = MemberEnd(kind="raised", reason="Connection reset by peer")
+ANSWERED = RankOutcome(kind="answered")
+SILENT = RankOutcome(kind="silent")
+DIED = RankOutcome(kind="died", reason="SIGKILL")
+RAISED = RankOutcome(kind="raised", reason="Connection reset by peer")
 
 
 @pytest.mark.parametrize("others", [ANSWERED, SILENT, RAISED])
 def test_a_death_explains_what_the_other_ranks_say(others):
-    verdict = judge([others, DIED])
+    verdict = classify_failure([others, DIED])
     assert (verdict.clip, verdict.reason, verdict.keep_gang) == ("strike", "rank 1 died: SIGKILL", False)
 
 
 def test_a_fault_that_every_rank_finds_is_the_clips_and_the_gang_goes_on():
-    fault = MemberEnd(kind="raised", reason="OSError: broken image", fault="input")
-    verdict = judge([fault, fault])
+    fault = RankOutcome(kind="raised", reason="OSError: broken image", fault="input")
+    verdict = classify_failure([fault, fault])
     assert (verdict.clip, verdict.reason, verdict.keep_gang) == ("failed", "OSError: broken image", True)
 
 
 @pytest.mark.parametrize("other", [ANSWERED, SILENT])
 def test_a_fault_that_one_rank_finds_is_the_clips_and_the_gang_is_out_of_step(other):
-    fault = MemberEnd(kind="raised", reason="OutOfMemoryError", fault="input")
-    verdict = judge([other, fault])
+    fault = RankOutcome(kind="raised", reason="OutOfMemoryError", fault="input")
+    verdict = classify_failure([other, fault])
     assert (verdict.clip, verdict.keep_gang) == ("failed", False)
 
 
 def test_an_error_between_ranks_is_a_strike():
-    verdict = judge([RAISED, SILENT])
+    verdict = classify_failure([RAISED, SILENT])
     assert (verdict.clip, verdict.reason, verdict.keep_gang) == ("strike", "Connection reset by peer", False)
 
 
 def test_limits():
     assert [is_quarantined(n) for n in range(5)] == [False, False, False, True, True]
-    assert [is_given_up(n) for n in range(6)] == [False] * 4 + [True] * 2
+    assert [is_retired(n) for n in range(6)] == [False] * 4 + [True] * 2
     assert [is_hung(10.0, 4.0, limit) for limit in (5.0, 6.0, 7.0)] == [True, False, False]

@@ -1,0 +1,185 @@
+"""A cluster that exists in numbers alone: performs the effects of a batch's state and thinks up what happens next."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from cineray.jobs import batch_effects as effects
+from cineray.jobs import batch_events as events
+from cineray.jobs.batch_state import BatchState, Stage
+from cineray.jobs.retry import RankOutcome
+
+DIED = (RankOutcome(kind="died", reason="killed"), RankOutcome(kind="silent"))
+
+
+@dataclass
+class World:
+    """Actors and a disk for one run; `happen` lets one thing happen to them.
+
+    Attributes:
+        placing, starting, idle: gangs by what they do; `busy` the clip that each of the others denoises.
+        finishing: clips in each finisher that is up, `encoding` its prompts.
+        ended: how each clip ended.
+    """
+
+    state: BatchState
+    clips: list[events.NewClip]
+    now_s: float = 0.0
+    placing: set[int] = field(default_factory=set)
+    starting: set[int] = field(default_factory=set)
+    idle: set[int] = field(default_factory=set)
+    busy: dict[int, str] = field(default_factory=dict)
+    asked: set[int] = field(default_factory=set)
+    loading: set[int] = field(default_factory=set)
+    finishing: dict[int, list[str]] = field(default_factory=dict)
+    encoding: dict[int, list[str]] = field(default_factory=dict)
+    ended: dict[str, str] = field(default_factory=dict)
+    said: list[str] = field(default_factory=list)
+    done: Counter[str] = field(default_factory=Counter)
+    records: dict[str, str] = field(default_factory=dict)
+    unread: list[events.NewClip] = field(default_factory=list)
+    keys: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.unread = list(self.clips)
+        self.keys = {clip.name: clip.prompt_key for clip in self.clips}
+
+    def tell(self, event: events.Event, after_s: float = 0.1) -> None:
+        """Lets time pass, tells the state, performs what it wants, and checks that all is where it must be."""
+        self.now_s += after_s
+        for effect in self.state.handle(event, self.now_s):
+            self.done[type(effect).__name__] += 1
+            self.perform(effect)
+        self.check()
+
+    def read(self) -> None:
+        """Hands over the clips that the state wants."""
+        wanted = self.state.num_wanted
+        if wanted:
+            new, self.unread = self.unread[:wanted], self.unread[wanted:]
+            self.tell(events.ClipsRead(tuple(new), is_last=not self.unread))
+
+    def perform(self, effect: effects.Effect) -> None:
+        match effect:
+            case effects.BuildGang(gang):
+                assert gang not in self.placing | self.starting | self.idle | set(self.busy)
+                self.placing.add(gang)
+            case effects.KillGang(gang):
+                for there in (self.placing, self.starting, self.idle, self.asked):
+                    there.discard(gang)
+                self.busy.pop(gang, None)
+            case effects.AssignClip(gang, clip):
+                assert gang in self.idle  # so it has no clip
+                assert clip not in self.busy.values()
+                self.idle.remove(gang)
+                self.busy[gang] = clip
+            case effects.RequestStop(gang):
+                assert gang in self.busy
+                self.asked.add(gang)
+            case effects.BuildFinisher(finisher):
+                assert finisher not in self.loading | set(self.finishing)
+                self.loading.add(finisher)
+            case effects.KillFinisher(finisher):
+                self.loading.discard(finisher)
+                self.finishing.pop(finisher, None)
+                self.encoding.pop(finisher, None)
+            case effects.EncodePrompt(finisher, clip):
+                assert self.keys[clip] not in [key for keys in self.encoding.values() for key in keys]
+                self.encoding[finisher].append(self.keys[clip])
+            case effects.FinishClip(finisher, clip):
+                assert clip not in [name for names in self.finishing.values() for name in names]
+                self.finishing[finisher].append(clip)
+            case effects.EndClip(clip, status):
+                assert clip not in self.ended  # committed, or given up, at most once
+                self.ended[clip] = status
+            case effects.RecordFailure(clip, status):
+                self.records[clip] = status
+            case effects.Say(message):
+                self.said.append(message)
+
+    def check(self) -> None:
+        """Each clip in one stage, and where its stage says."""
+        state = self.state
+        stages = {stage: sorted(c.name for c in state.clips.values() if c.stage is stage) for stage in Stage}
+        assert stages[Stage.WAITING] == sorted(state.waiting)
+        assert stages[Stage.DENOISED] == sorted(state.denoised)
+        assert stages[Stage.DENOISING] == sorted(self.busy.values())
+        assert stages[Stage.FINISHING] == sorted(name for names in self.finishing.values() for name in names)
+        known = [*state.clips, *self.ended, *(clip.name for clip in self.unread)]
+        assert sorted(known) == sorted(clip.name for clip in self.clips)  # none is lost, none is there twice
+
+    def possible(self, with_harm: bool) -> list[Callable[[], None]]:
+        """What can happen now."""
+        things: list[Callable[[], None]] = []
+
+        def can(event: events.Event, before: Callable[[], object] = lambda: None) -> None:
+            things.append(lambda: (before(), self.tell(event))[1])
+
+        for gang in sorted(self.placing):
+            can(
+                events.GangPlaced(gang, frozenset({f"node{gang % 2}"})),
+                lambda g=gang: (self.placing.remove(g), self.starting.add(g)),
+            )
+        for gang in sorted(self.starting):
+            can(events.GangReady(gang), lambda g=gang: (self.starting.remove(g), self.idle.add(g)))
+        for gang in sorted(self.busy):
+            if gang not in self.asked:
+                can(events.GangEnded(gang), lambda g=gang: (self.busy.pop(g), self.idle.add(g)))
+            else:
+                can(events.GangEnded(gang, preempted_at=3, is_kept=True), lambda g=gang: self.busy.pop(g))
+        for finisher in sorted(self.loading):
+            can(
+                events.FinisherReady(finisher),
+                lambda f=finisher: (
+                    self.loading.remove(f),
+                    self.finishing.update({f: []}),
+                    self.encoding.update({f: []}),
+                ),
+            )
+        for finisher, keys in sorted(self.encoding.items()):
+            for key in keys[:1]:
+                can(events.PromptEncoded(finisher, key), lambda f=finisher, k=key: self.encoding[f].remove(k))
+        for finisher, names in sorted(self.finishing.items()):
+            for name in names[:1]:
+                can(events.VideoCommitted(finisher, name), lambda f=finisher, n=name: self.finishing[f].remove(n))
+        can(events.Tick())
+        if with_harm:
+            self._add_harm(can)
+        return things
+
+    def _add_harm(self, can: Callable[..., None]) -> None:
+        for gang in sorted(self.starting | self.idle | set(self.busy)):
+            can(events.GangEnded(gang, outcomes=DIED), lambda g=gang: self._bury(g))
+        for gang in sorted(self.busy):
+            fault = (RankOutcome(kind="raised", reason="bad image", fault="input"),) * 2
+            can(
+                events.GangEnded(gang, outcomes=fault),
+                lambda g=gang: (self.busy.pop(g), self.idle.add(g)),
+            )
+            can(
+                events.PromptMissing(gang, "no such file"),
+                lambda g=gang: (self.busy.pop(g), self.idle.add(g)),
+            )
+        for finisher in sorted(self.finishing):
+            can(events.FinisherLost(finisher, "killed"))
+            for key in self.encoding[finisher][:1]:
+                can(events.PromptFailed(finisher, key, "odd"), lambda f=finisher, k=key: self.encoding[f].remove(k))
+            for name in self.finishing[finisher][:1]:
+                remove = lambda f=finisher, n=name: self.finishing[f].remove(n)  # noqa: E731
+                can(events.VideoFailed(finisher, name, "no frames"), remove)
+                can(events.LatentsMissing(finisher, name), remove)
+        can(events.NodesDraining(frozenset({"node0"})))
+        can(events.NodesDraining(frozenset()))
+
+    def _bury(self, gang: int) -> None:
+        self.busy.pop(gang, None)
+
+    def run_out(self, max_events: int = 10_000) -> None:
+        """Lets all go well until the run is over."""
+        self.tell(events.NodesDraining(frozenset()))  # Ray places no gang on a node that goes; this world would
+        for _ in range(max_events):
+            self.read()
+            if self.state.is_over:
+                return
+            self.possible(with_harm=False)[0]()
+        raise AssertionError(f"not over: {self.state.clips}")

@@ -1,0 +1,269 @@
+"""The rules of a batch on gangs, stepped by hand: no processes, no clock, milliseconds."""
+
+from collections import Counter
+
+import pytest
+from gang_world import DIED, World
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cineray.jobs import batch_events as events
+from cineray.jobs.batch_state import IN_FINISHER, PER_FINISHER, START_S, BatchState, GangStage
+from cineray.jobs.retry import MAX_LOSSES_IN_A_ROW, MAX_STRIKES, RankOutcome
+
+HANG_S = 10.0
+
+
+def world(num_clips=4, num_gangs=2, num_finishers=1, prompts=1, depth=6, strikes=()):
+    clips = [events.NewClip(f"c{i}", f"c{i}", f"p{i % prompts}", strikes) for i in range(num_clips)]
+    made = World(BatchState(num_gangs, num_finishers, HANG_S, depth), clips)
+    made.read()
+    return made
+
+
+def until(world, condition):
+    """Lets all go well until the condition holds."""
+    for _ in range(1000):
+        if condition():
+            return
+        world.read()
+        world.possible(with_harm=False)[0]()
+    raise AssertionError("it never came to that")
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.data(),
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.integers(0, 8),
+    st.integers(1, 3),
+)
+def test_no_clip_is_lost_or_ends_twice_whatever_happens(data, num_gangs, num_finishers, num_clips, prompts):
+    """`World` checks after every event; in the end, every clip has ended or the run has said why not."""
+    here = world(num_clips, num_gangs, num_finishers, prompts)
+    for _ in range(data.draw(st.integers(0, 60))):
+        if here.state.is_over:
+            break
+        here.read()
+        things = here.possible(with_harm=True)
+        things[data.draw(st.integers(0, len(things) - 1))]()
+    here.run_out()
+    assert here.state.aborted is not None or len(here.ended) == num_clips
+    assert {name for name, status in here.records.items() if status != "retrying"} == {
+        name for name, status in here.ended.items() if status != "done"
+    }
+
+
+def test_all_goes_well():
+    here = world(num_clips=5)
+    here.run_out()
+    assert set(here.ended.values()) == {"done"}
+    assert here.done["AssignClip"] == here.done["FinishClip"] == 5
+    assert here.done["EncodePrompt"] == 1  # one prompt, shared
+
+
+def test_nothing_to_render_starts_nothing():
+    here = world(num_clips=0)
+    assert here.state.is_over
+    assert not here.done
+
+
+def test_a_clip_whose_gang_dies_is_tried_again_first_and_the_gang_is_built_again():
+    here = world()
+    until(here, lambda: 0 in here.busy)
+    clip = here.busy.pop(0)
+    here.tell(events.GangEnded(0, outcomes=DIED))
+    assert here.state.waiting[0] == clip
+    assert here.state.clips[clip].strikes == ["gang-0: rank 0 died: killed"]
+    assert here.records[clip] == "retrying"
+    assert 0 in here.placing
+    here.run_out()
+    assert here.ended[clip] == "done"
+
+
+def test_three_lost_attempts_quarantine_the_clip_and_explain_the_gangs_losses():
+    here = world(num_gangs=1)
+    for _ in range(MAX_STRIKES):
+        until(here, lambda: here.busy.get(0) == "c0")
+        here.busy.pop(0)
+        here.tell(events.GangEnded(0, outcomes=DIED))
+    assert here.ended == {"c0": "quarantined"}
+    assert not here.state.gangs[0].is_retired
+    here.run_out()
+    assert here.ended == {"c0": "quarantined", "c1": "done", "c2": "done", "c3": "done"}
+
+
+def test_strikes_of_an_earlier_run_count():
+    here = world(num_gangs=1, num_clips=1, strikes=("gang-0: rank 0 died",) * (MAX_STRIKES - 1))
+    until(here, lambda: here.busy.get(0) == "c0")
+    here.busy.pop(0)
+    here.tell(events.GangEnded(0, outcomes=DIED))
+    assert here.ended == {"c0": "quarantined"}
+
+
+def test_a_gang_that_never_comes_up_is_retired_and_the_run_ends_with_the_reason():
+    here = world(num_gangs=1)
+    for _ in range(MAX_LOSSES_IN_A_ROW):
+        until(here, lambda: 0 in here.starting)
+        here.tell(events.GangEnded(0, outcomes=(RankOutcome(kind="raised", reason="no NCCL"),) * 2))
+    assert here.state.is_over
+    assert here.state.aborted == "every gang was lost several times in a row, at last: no NCCL"
+    assert not here.ended
+
+
+def test_one_retired_gang_of_two_does_not_end_the_run():
+    here = world()
+    for _ in range(MAX_LOSSES_IN_A_ROW):
+        until(here, lambda: 0 in here.starting)
+        here.tell(events.GangEnded(0, outcomes=DIED))
+    assert here.state.gangs[0].is_retired
+    here.run_out()
+    assert set(here.ended.values()) == {"done"}
+
+
+def test_a_clip_at_fault_fails_at_once_and_its_gang_goes_on():
+    here = world()
+    until(here, lambda: 0 in here.busy)
+    clip = here.busy.pop(0)
+    here.idle.add(0)
+    fault = RankOutcome(kind="raised", reason="no such image", fault="input")
+    here.tell(events.GangEnded(0, outcomes=(fault, fault)))
+    assert here.ended == {clip: "failed"}
+    assert here.done["KillGang"] == 0
+
+
+def test_a_prompt_that_cannot_be_read_is_encoded_again_and_the_gang_goes_on():
+    here = world(num_clips=1, num_gangs=1)
+    until(here, lambda: 0 in here.busy)
+    here.busy.pop(0)
+    here.idle.add(0)
+    here.tell(events.PromptMissing(0, "no such file"))
+    assert here.done["EncodePrompt"] == 2
+    assert here.done["KillGang"] == 0
+    here.run_out()
+    assert here.ended == {"c0": "done"}
+
+
+def test_a_step_that_stands_still_costs_the_gang_its_clip():
+    here = world()
+    until(here, lambda: 0 in here.busy)
+    clip = here.busy[0]
+    here.tell(events.StepReached(0, 1), HANG_S - 1)
+    here.tell(events.Tick(), HANG_S - 1)
+    assert here.busy.get(0) == clip  # the step was a sign of life
+    here.tell(events.Tick(), 2)
+    assert here.state.clips[clip].strikes == [f"gang-0: no sign of progress for {HANG_S:g} s"]
+    assert here.state.gangs[0].stage is GangStage.PLACING
+
+
+def test_nobody_waits_too_long_for_a_place_but_loading_has_an_end():
+    here = world()
+    here.tell(events.Tick(), 10 * START_S)
+    assert here.done["KillGang"] == 0
+    until(here, lambda: 0 in here.starting)
+    here.tell(events.Tick(), START_S + 1)
+    assert here.done["KillGang"] >= 1
+
+
+def test_a_draining_node_preempts_its_clip_without_a_strike():
+    here = world()
+    until(here, lambda: 0 in here.busy)
+    clip = here.busy[0]
+    here.tell(events.NodesDraining(frozenset({"node0"})))
+    assert here.asked == {0}
+    here.busy.pop(0)
+    here.tell(events.GangEnded(0, preempted_at=7, is_kept=True))
+    assert here.state.waiting[0] == clip
+    assert here.state.clips[clip].strikes == []
+    assert here.state.gangs[0].num_losses_in_a_row == 0
+
+
+def test_a_gang_that_dies_with_its_draining_node_is_no_strike_either():
+    here = world()
+    until(here, lambda: 0 in here.busy)
+    clip = here.busy[0]
+    here.tell(events.NodesDraining(frozenset({"node0"})))
+    here.busy.pop(0)
+    here.tell(events.GangEnded(0, outcomes=DIED))
+    assert here.state.clips[clip].strikes == []
+
+
+def test_a_stop_preempts_what_is_denoised_ends_what_is_decoded_and_starts_nothing():
+    here = world(num_clips=8)
+    until(here, lambda: here.finishing.get(0) and 0 in here.busy)
+    finishing = here.finishing[0][0]
+    assigned = here.done["AssignClip"]
+    here.tell(events.StopRequested(15))
+    assert here.asked == set(here.busy)
+    assert not here.state.is_over
+    here.run_out()
+    assert here.ended[finishing] == "done"
+    assert here.done["AssignClip"] == assigned
+    assert here.state.num_wanted == 0
+
+
+def test_gangs_wait_when_finishers_are_behind():
+    here = world(num_clips=9, depth=20)
+    until(here, lambda: len(here.busy) == 2 and 0 in here.finishing)
+    while here.busy:
+        gang = min(here.busy)
+        here.busy.pop(gang)
+        here.idle.add(gang)
+        here.tell(events.GangEnded(gang))
+    assert len(here.finishing[0]) == IN_FINISHER
+    assert len(here.finishing[0]) + len(here.state.denoised) >= PER_FINISHER
+    here.run_out()
+    assert set(here.ended.values()) == {"done"}
+
+
+def test_a_lost_finisher_costs_one_strike_and_its_clips_are_decoded_by_the_next():
+    here = world(num_clips=6, depth=10)
+    until(here, lambda: len(here.finishing.get(0, ())) == 2)
+    first, second = here.finishing[0]
+    here.tell(events.FinisherLost(0, "killed"))
+    assert here.state.clips[first].strikes == ["finisher-0: killed"]
+    assert here.state.clips[second].strikes == []
+    assert list(here.state.denoised)[:2] == [first, second]
+    here.run_out()
+    assert set(here.ended.values()) == {"done"}
+
+
+def test_a_decode_that_stands_still_costs_the_finisher():
+    here = world()
+    until(here, lambda: bool(here.finishing.get(0)))
+    here.tell(events.Tick(), 5 * HANG_S)
+    assert 0 in here.loading
+
+
+def test_clips_of_a_prompt_that_cannot_be_encoded_fail_together():
+    here = world(num_clips=4, prompts=2)
+    until(here, lambda: bool(here.encoding.get(0)))
+    key = here.encoding[0].pop(0)
+    here.tell(events.PromptFailed(0, key, "KeyError: 7"))
+    assert sorted(here.ended.values()) == ["failed", "failed"]
+    here.run_out()
+    assert sorted(here.ended.values()) == ["done", "done", "failed", "failed"]
+
+
+def test_time_is_counted_where_gangs_could_have_worked():
+    here = world(num_clips=1, num_gangs=1)
+    until(here, lambda: 0 in here.busy)
+    before = here.state.busy_s
+    here.tell(events.Tick(), 5.0)
+    assert here.state.busy_s - before == pytest.approx(5.0)
+    assert here.state.could_be_busy_s >= here.state.busy_s
+
+
+def test_a_run_can_be_replayed_from_its_events():
+    """The same events at the same times give the same effects."""
+    here = world(num_clips=4)
+    log = []
+    handle = here.state.handle
+    here.state.handle = lambda event, now_s: (log.append((event, now_s)), handle(event, now_s))[1]
+    here.run_out()
+    again = BatchState(2, 1, HANG_S, 6)
+    read = events.ClipsRead(tuple(here.clips), is_last=True)
+    replayed = [effect for event, now_s in [(read, 0.1), *log] for effect in again.handle(event, now_s)]
+    assert again.is_over
+    assert Counter(type(effect).__name__ for effect in replayed) == here.done
