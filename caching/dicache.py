@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from cineray.caching.forecast import Alignment, Base, Branches, Forecasting
 from cineray.caching.observation import Observation
-from cineray.caching.policy import Decision, Signal
+from cineray.caching.policy import Decision, Reason, Signal
 from cineray.caching.profile import DiCacheProfile, find_profile, generic_profile, shipped_profile
 
-Look = Literal["step", "run"]
+Probing = Literal["step", "run"]  # at every step, or once per streak of skips
 DEFAULT_THRESHOLD = 0.1  # the paper's lowest (section 4.1)
 DEFAULT_CLIP = (1.0, 2.0)  # of WAN2.1/run_wan_dicache.py
 
@@ -27,7 +27,7 @@ class DiCacheConfig:
     Args:
         threshold: accumulated relative change of the probe's output at which a step is computed; 0 never skips.
             Default: the profile's, or 0.1.
-        probe_depth: blocks that run on every step that is looked at.
+        probe_depth: blocks that run on every step that is probed.
         warmup: fraction of the steps at the start that are computed.
         last_step_full: the last step is computed.
         alignment: how a skipped step's residual is forecast from the two newest computed ones: "none" reuses the
@@ -60,7 +60,7 @@ class DiCacheConfig:
     max_skips: int = 0
     skip_at_threshold: bool = False
     compute_first_after_warmup: bool = False
-    look: Look = "step"
+    look: Probing = "step"
     profile: str = "none"
     adaptivity: float = 1.0
     keep_every: int = 1
@@ -138,20 +138,20 @@ class DiCachePolicy:
     def decide(self, observation: Observation) -> Decision:
         forced = self._forced(observation)
         if forced is not None:
-            return Decision(compute=True, accumulated=0.0, reason=forced)
+            return Decision.compute_because(forced)
         if self.config.look == "run" and observation.num_skips_in_a_row:
-            return Decision(compute=True, accumulated=0.0, reason="threshold")  # a run of skips has ended
+            return Decision.compute_because(Reason.THRESHOLD)  # a streak of skips has ended
         change = observation.relative_change
         if change is None or not math.isfinite(change):
-            return Decision(compute=True, accumulated=0.0, reason="unknown")
+            return Decision.compute_because(Reason.UNKNOWN)
         accumulated, num_steps = observation.accumulated, 0
         for cost in self._costs(observation, change):
             if not self._stays_below(accumulated + cost):
                 break
             accumulated, num_steps = accumulated + cost, num_steps + 1
         if num_steps == 0:
-            return Decision(compute=True, accumulated=0.0, reason="threshold")
-        return Decision(compute=False, accumulated=accumulated, reason="skip", num_steps=num_steps)
+            return Decision.compute_because(Reason.THRESHOLD)
+        return Decision(compute=False, accumulated=accumulated, reason=Reason.SKIP, num_steps=num_steps)
 
     def _stays_below(self, accumulated: float) -> bool:
         threshold = self.config.threshold or 0.0
@@ -170,22 +170,22 @@ class DiCachePolicy:
         pace = (change / usual[step]) ** config.adaptivity
         return [pace * usual[i] * weights[i] for i in range(step, end)]
 
-    def _forced(self, observation: Observation) -> str | None:
+    def _forced(self, observation: Observation) -> Reason | None:
         config = self.config
         # The official code counts calls of the transformer, two per step with guidance; for some numbers of
         # steps the branches leave the warm-up at different steps.
         call = observation.step_index * observation.num_branches + observation.branch_index
         warmup_calls = int(observation.num_branches * observation.num_steps * config.warmup)
         if config.threshold == 0:
-            return "off"
+            return Reason.OFF
         if call < warmup_calls or (call == warmup_calls and config.compute_first_after_warmup):
-            return "warmup"
+            return Reason.WARMUP
         if config.last_step_full and observation.step_index == observation.num_steps - 1:
-            return "last"
+            return Reason.LAST
         if observation.num_pairs < (2 if config.look == "run" else 1):
-            return "empty"
+            return Reason.EMPTY
         if config.max_skips and observation.num_skips_in_a_row >= config.max_skips:
-            return "cap"
+            return Reason.CAP
         return None
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from cineray.caching.forecast import Forecasting
 from cineray.caching.observation import Observation
-from cineray.caching.policy import Decision, Signal
+from cineray.caching.policy import Decision, Reason, Signal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +43,6 @@ class FirstBlockPolicy:
     def decide(self, observation: Observation) -> Decision:
         change = observation.relative_change
         if observation.num_pairs == 0 or change is None or not math.isfinite(change):
-            return Decision(compute=True, accumulated=0.0, reason="empty" if not observation.num_pairs else "unknown")
+            return Decision.compute_because(Reason.UNKNOWN if observation.num_pairs else Reason.EMPTY)
         skip = change < self.config.threshold
-        return Decision(compute=not skip, accumulated=change, reason="skip" if skip else "threshold")
+        return Decision(compute=not skip, accumulated=change, reason=Reason.SKIP if skip else Reason.THRESHOLD)

@@ -12,7 +12,7 @@ from typing import Any
 
 from cineray.caching.forecast import Forecasting
 from cineray.caching.observation import Observation
-from cineray.caching.policy import Decision, Signal
+from cineray.caching.policy import Decision, Reason, Signal
 from cineray.caching.profile import MagCacheProfile, find_profile
 
 
@@ -112,26 +112,26 @@ class MagCachePolicy:
     def decide(self, observation: Observation) -> Decision:
         forced = self._forced(observation)
         if forced is not None:
-            return Decision(compute=True, accumulated=0.0, reason=forced)
+            return Decision.compute_because(forced)
         error = self._error(observation)
         below = error <= self.threshold if self.skip_at_threshold else error < self.threshold
         if not below:
-            return Decision(compute=True, accumulated=0.0, reason="threshold")
+            return Decision.compute_because(Reason.THRESHOLD)
         if observation.num_skips_in_a_row >= self.max_skips:
-            return Decision(compute=True, accumulated=0.0, reason="cap")
+            return Decision.compute_because(Reason.CAP)
         if self._source_step(observation.step_index, observation) in self.never_skip:
-            return Decision(compute=True, accumulated=0.0, reason="never")
-        return Decision(compute=False, accumulated=error, reason="skip")
+            return Decision.compute_because(Reason.NEVER)
+        return Decision(compute=False, accumulated=error, reason=Reason.SKIP)
 
-    def _forced(self, observation: Observation) -> str | None:
+    def _forced(self, observation: Observation) -> Reason | None:
         # the official code counts calls of the transformer, two per step with guidance
         call = observation.step_index * observation.num_branches + observation.branch_index
         num_calls = observation.num_steps * observation.num_branches
         if self.threshold == 0:
-            return "off"
+            return Reason.OFF
         if call < int(num_calls * self.retention + (0.5 if self.round_retention else 0)):
-            return "warmup"
-        return "empty" if observation.num_pairs == 0 else None
+            return Reason.WARMUP
+        return Reason.EMPTY if observation.num_pairs == 0 else None
 
     def _error(self, observation: Observation) -> float:
         """Sum over the steps since the last computed one, this one included, of |1 - product of ratios since then|."""

@@ -1,9 +1,27 @@
-"""The seam of *when*: a policy looks at an observation and says whether the deep blocks run."""
+"""The seam of *when*: a policy judges an observation and says whether the deep blocks run."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Literal, Protocol
 
 from cineray.caching.observation import Observation
+
+
+class Reason(StrEnum):
+    """Why a step is computed or skipped, as the trace says it. Ranks send each other its place here."""
+
+    OFF = "off"  # the threshold is 0: nothing is ever skipped
+    WARMUP = "warmup"
+    LAST = "last"
+    EMPTY = "empty"  # too few computed steps to forecast from
+    CAP = "cap"  # as many steps in a row were skipped as may be
+    NEVER = "never"  # the profile never skips this step
+    THRESHOLD = "threshold"
+    UNKNOWN = "unknown"  # no change to judge by, or no number
+    INTERVAL = "interval"
+    REPLAY = "replay"
+    SKIP = "skip"
+    STREAK = "run"  # skipped by what an earlier step decided
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,16 +31,20 @@ class Decision:
     Args:
         compute: run the deep blocks; else forecast them.
         accumulated: carried into the next observation.
-        num_steps: steps that a skip holds for, this one included; in the others nobody looks.
-        reason: one word for the trace.
+        num_steps: consecutive steps to skip, starting with this one; the probe does not run in the remaining ones.
         gamma: forces the alignment of the forecast; None lets it follow the probe.
     """
 
     compute: bool
     accumulated: float
-    reason: str
+    reason: Reason
     gamma: float | None = None
     num_steps: int = 1
+
+    @classmethod
+    def compute_because(cls, reason: Reason) -> "Decision":
+        """Runs the deep blocks; change begins to accumulate anew."""
+        return cls(compute=True, accumulated=0.0, reason=reason)
 
 
 # What the two sums of an observation compare: the probe's output with that of the step before (DiCache); what the

@@ -1,11 +1,11 @@
-"""Policies that do not look: a fixed interval, and the replay of a trace."""
+"""Policies that need no signal: a fixed interval, and the replay of a trace."""
 
 import math
 from dataclasses import dataclass
 
 from cineray.caching.forecast import Alignment, Forecasting
 from cineray.caching.observation import BRANCH_ORDER, Observation
-from cineray.caching.policy import Decision, Signal
+from cineray.caching.policy import Decision, Reason, Signal
 from cineray.caching.trace import Trace
 
 
@@ -56,13 +56,13 @@ class IntervalPolicy:
     def decide(self, observation: Observation) -> Decision:
         since_warmup = observation.step_index - int(observation.num_steps * self.config.warmup)
         if since_warmup < 0:
-            return Decision(compute=True, accumulated=0.0, reason="warmup")
+            return Decision.compute_because(Reason.WARMUP)
         if observation.num_pairs == 0:
-            return Decision(compute=True, accumulated=0.0, reason="empty")
+            return Decision.compute_because(Reason.EMPTY)
         if self.config.last_step_full and observation.step_index == observation.num_steps - 1:
-            return Decision(compute=True, accumulated=0.0, reason="last")
+            return Decision.compute_because(Reason.LAST)
         compute = since_warmup % self.config.interval == 0
-        return Decision(compute=compute, accumulated=0.0, reason="interval" if compute else "skip")
+        return Decision(compute=compute, accumulated=0.0, reason=Reason.INTERVAL if compute else Reason.SKIP)
 
 
 class ReplayPolicy:
@@ -78,5 +78,5 @@ class ReplayPolicy:
         branch = BRANCH_ORDER[observation.branch_index]
         entry = self._entries.get((observation.step_index, branch, observation.sample))
         if entry is None or entry.compute or observation.num_pairs == 0:
-            return Decision(compute=True, accumulated=0.0, reason="replay" if entry else "unknown")
-        return Decision(compute=False, accumulated=0.0, reason="replay", gamma=entry.gamma)
+            return Decision.compute_because(Reason.REPLAY if entry else Reason.UNKNOWN)
+        return Decision(compute=False, accumulated=0.0, reason=Reason.REPLAY, gamma=entry.gamma)

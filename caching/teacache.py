@@ -13,7 +13,7 @@ from typing import Any
 
 from cineray.caching.forecast import Forecasting
 from cineray.caching.observation import Observation
-from cineray.caching.policy import Decision, Signal
+from cineray.caching.policy import Decision, Reason, Signal
 from cineray.caching.profile import TeaCacheProfile, find_profile
 
 # family -> its signals; the second one comes with `ret_steps`
@@ -112,23 +112,23 @@ class TeaCachePolicy:
     def decide(self, observation: Observation) -> Decision:
         forced = self._forced(observation)
         if forced is not None:
-            return Decision(compute=True, accumulated=0.0, reason=forced)
+            return Decision.compute_because(forced)
         change = observation.relative_change
         if change is None or not math.isfinite(change):
-            return Decision(compute=True, accumulated=0.0, reason="unknown")
+            return Decision.compute_because(Reason.UNKNOWN)
         accumulated = observation.accumulated + polynomial(self.coefficients, change)
         if not accumulated < self.threshold:
-            return Decision(compute=True, accumulated=0.0, reason="threshold")
-        return Decision(compute=False, accumulated=accumulated, reason="skip")
+            return Decision.compute_because(Reason.THRESHOLD)
+        return Decision(compute=False, accumulated=accumulated, reason=Reason.SKIP)
 
-    def _forced(self, observation: Observation) -> str | None:
+    def _forced(self, observation: Observation) -> Reason | None:
         if self.threshold == 0:
-            return "off"  # a polynomial may be negative
+            return Reason.OFF  # a polynomial may be negative
         if observation.step_index < self.num_first:
-            return "warmup"
+            return Reason.WARMUP
         if self.last_step_full and observation.step_index == observation.num_steps - 1:
-            return "last"
-        return "empty" if observation.num_pairs == 0 else None
+            return Reason.LAST
+        return Reason.EMPTY if observation.num_pairs == 0 else None
 
 
 def polynomial(coefficients: tuple[float, ...], x: float) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from cineray.caching.consensus import Alone, Consensus
+from cineray.caching.consensus import Consensus, SingleProcess
 from cineray.caching.controller import CacheController
 from cineray.caching.forecast import Forecasting
 from cineray.caching.spec import AnyPlan, CachePlan, LayerPlan, PolicyConfig
@@ -81,7 +81,7 @@ def enable_cache(
             "enable_cache: the pipeline's transformers differ, and one trace cannot tell of both; enable a cache on "
             "each: enable_cache(pipe.transformer, ..., scheduler=pipe.scheduler), and the same for transformer_2"
         )
-    return _attach(transformers, plans, num_branches, scheduler_of(pipe_or_transformer, scheduler), Alone())
+    return _attach(transformers, plans, num_branches, scheduler_of(pipe_or_transformer, scheduler), SingleProcess())
 
 
 def transformers_of(pipe_or_transformer: Any) -> list[Any]:
@@ -117,7 +117,7 @@ def attach_cache(
         ValueError: a cache is enabled already, the transformer is sharded already (the cache must see shards), or
             layers are to be cached within compiled blocks.
     """
-    return _attach([transformer], [plan], num_branches, scheduler, consensus or Alone())
+    return _attach([transformer], [plan], num_branches, scheduler, consensus or SingleProcess())
 
 
 def _attach(
