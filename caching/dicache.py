@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from cineray.caching.forecast import Alignment, Base, Branches, Forecasting
 from cineray.caching.observation import Observation
-from cineray.caching.policy import Decision, Reason, Signal
+from cineray.caching.plan import CachePlan, ModelFacts, Presets, check_field, plan_blocks
+from cineray.caching.policy import Decision, Reason, Signal, forced
 from cineray.caching.profile import DiCacheProfile, find_profile, generic_profile, shipped_profile
 
 Probing = Literal["step", "run"]  # at every step, or once per streak of skips
@@ -66,9 +67,8 @@ class DiCacheConfig:
     keep_every: int = 1
 
     def __post_init__(self) -> None:
-        def check(good: bool, name: str, allowed: str) -> None:
-            if not good:
-                raise ValueError(f"DiCacheConfig: {name} must be {allowed}, got {getattr(self, name)!r}")
+        def check(is_good: bool, name: str, allowed: str) -> None:
+            check_field(self, name, is_good, allowed)
 
         threshold = 0.0 if self.threshold is None else self.threshold
         check(math.isfinite(threshold) and threshold >= 0, "threshold", "0 or more")
@@ -85,6 +85,11 @@ class DiCacheConfig:
         check(0 <= self.adaptivity <= 1, "adaptivity", "0 to 1")
         check(self.keep_every >= 1, "keep_every", "1 or more tokens")
         check(self.base == "input" or self.keep_every == 1, "keep_every", "1 where base is probe")
+
+    def plan(self, name: str, model: ModelFacts) -> CachePlan:
+        config, profile = self.for_model(model.family, model.transformer)
+        policy, forecasting = config.policy(profile), config.forecasting()
+        return plan_blocks(name, config, model, policy, forecasting, config.probe_depth)
 
     def for_model(self, family: str, transformer: Mapping[str, Any]) -> tuple["DiCacheConfig", DiCacheProfile | None]:
         """The same with everything that was left open filled in, and the profile.
@@ -136,9 +141,9 @@ class DiCachePolicy:
         return self.config.look == "run"
 
     def decide(self, observation: Observation) -> Decision:
-        forced = self._forced(observation)
-        if forced is not None:
-            return Decision.compute_because(forced)
+        reason = self._forced(observation)
+        if reason is not None:
+            return Decision.compute_because(reason)
         if self.config.look == "run" and observation.num_skips_in_a_row:
             return Decision.compute_because(Reason.THRESHOLD)  # a streak of skips has ended
         change = observation.relative_change
@@ -174,19 +179,15 @@ class DiCachePolicy:
         config = self.config
         # The official code counts calls of the transformer, two per step with guidance; for some numbers of
         # steps the branches leave the warm-up at different steps.
-        call = observation.step_index * observation.num_branches + observation.branch_index
         warmup_calls = int(observation.num_branches * observation.num_steps * config.warmup)
-        if config.threshold == 0:
-            return Reason.OFF
-        if call < warmup_calls or (call == warmup_calls and config.compute_first_after_warmup):
-            return Reason.WARMUP
-        if config.last_step_full and observation.step_index == observation.num_steps - 1:
-            return Reason.LAST
-        if observation.num_pairs < (2 if config.look == "run" else 1):
-            return Reason.EMPTY
-        if config.max_skips and observation.num_skips_in_a_row >= config.max_skips:
-            return Reason.CAP
-        return None
+        return forced(
+            observation,
+            is_off=config.threshold == 0,
+            is_warmup=observation.call_index < warmup_calls + config.compute_first_after_warmup,
+            last_step_full=config.last_step_full,
+            min_pairs=2 if config.look == "run" else 1,
+            max_skips=config.max_skips,
+        )
 
 
 def usual_cost(policy: DiCachePolicy, num_steps: int, probe_cost: float) -> float:
@@ -219,6 +220,11 @@ def usual_cost(policy: DiCachePolicy, num_steps: int, probe_cost: float) -> floa
     return cost / num_steps
 
 
+# Ours (docs/caching.md): one decision for both guidance branches; the probe runs once per streak of skips; each step
+# has a calibrated cost, which makes a warm-up unnecessary: two computed steps are what a forecast needs.
+OURS = Presets(
+    default=DiCacheConfig(branches="joint", look="run", profile="auto", warmup=0.0, last_step_full=True),
+)
 # The official rules. Thresholds: section 4.1 of the paper gives 0.2, 0.1 and 0.4; the Wan code's default is 0.08.
 # Warm-up, clips, comparison, last step: from the code.
 PAPER = {
@@ -226,3 +232,4 @@ PAPER = {
     "hunyuan-video": DiCacheConfig(threshold=0.1, gamma_clip=(1.0, 1.5), skip_at_threshold=True),
     "flux": DiCacheConfig(threshold=0.4, gamma_clip=(1.0, 1.5), last_step_full=True, compute_first_after_warmup=True),
 }
+OFFICIAL = Presets(by_family=PAPER)

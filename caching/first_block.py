@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from cineray.caching.forecast import Forecasting
 from cineray.caching.observation import Observation
+from cineray.caching.plan import CachePlan, ModelFacts, Presets, check_field, plan_blocks
 from cineray.caching.policy import Decision, Reason, Signal
 
 
@@ -20,16 +21,14 @@ class FirstBlockConfig:
     probe_depth: int = 1
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.threshold) and self.threshold >= 0):
-            raise ValueError(f"FirstBlockConfig: threshold must be 0 or more, got {self.threshold}")
-        if self.probe_depth < 1:
-            raise ValueError(f"FirstBlockConfig: probe_depth must be 1 or more blocks, got {self.probe_depth}")
+        check_field(self, "threshold", math.isfinite(self.threshold) and self.threshold >= 0, "0 or more")
+        check_field(self, "probe_depth", self.probe_depth >= 1, "1 or more blocks")
 
-    def policy(self) -> "FirstBlockPolicy":
-        return FirstBlockPolicy(self)
+    def plan(self, name: str, model: ModelFacts) -> CachePlan:
+        return plan_blocks(name, self, model, FirstBlockPolicy(self), Forecasting(base="probe"), self.probe_depth)
 
-    def forecasting(self) -> Forecasting:
-        return Forecasting(base="probe")
+
+PRESETS = Presets(default=FirstBlockConfig())
 
 
 @dataclass(frozen=True, slots=True)

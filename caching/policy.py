@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal, Protocol
+from typing import Protocol
 
 from cineray.caching.observation import Observation
 
@@ -47,11 +47,11 @@ class Decision:
         return cls(compute=True, accumulated=0.0, reason=reason)
 
 
-# What the two sums of an observation compare: the probe's output with that of the step before (DiCache); what the
-# probe blocks add with what they added at the last computed step (FBCache); the timestep's embedding, its projection to
-# modulations, or the first block's modulated input with that of the step before (TeaCache); or nothing, and no tensor
-# is touched.
-Signal = Literal["probe", "probe-residual", "timestep-embedding", "timestep-projection", "modulated-input", "none"]
+# What the two sums of an observation compare: "probe", the probe's output with that of the step before (DiCache);
+# "probe-residual", what the probe blocks add with what they added at the last computed step (FBCache); "none", nothing,
+# and no tensor is touched; or, with that of the step before, what the reader of this name in `pipeline` reads.
+Signal = str
+WITHOUT_READER: tuple[Signal, ...] = ("probe", "probe-residual", "none")
 
 
 class Policy(Protocol):
@@ -66,3 +66,33 @@ class Policy(Protocol):
         ...
 
     def decide(self, observation: Observation) -> Decision: ...
+
+
+def forced(
+    observation: Observation,
+    *,
+    is_off: bool = False,
+    is_warmup: bool = False,
+    last_step_full: bool = False,
+    min_pairs: int = 1,
+    max_skips: int = 0,
+) -> Reason | None:
+    """Why a step is computed whatever its change is; None if the change may say.
+
+    Args:
+        is_off: nothing is skipped at all.
+        last_step_full: the last step is computed.
+        min_pairs: residual pairs without which nothing is forecast.
+        max_skips: most steps skipped in a row; 0 means no limit.
+    """
+    if is_off:
+        return Reason.OFF
+    if is_warmup:
+        return Reason.WARMUP
+    if last_step_full and observation.step_index == observation.num_steps - 1:
+        return Reason.LAST
+    if observation.num_pairs < min_pairs:
+        return Reason.EMPTY
+    if max_skips and observation.num_skips_in_a_row >= max_skips:
+        return Reason.CAP
+    return None

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from cineray.caching.forecast import Alignment, Forecasting
 from cineray.caching.observation import BRANCH_ORDER, Observation
-from cineray.caching.policy import Decision, Reason, Signal
+from cineray.caching.plan import CachePlan, ModelFacts, Presets, check_field, plan_blocks
+from cineray.caching.policy import Decision, Reason, Signal, forced
 from cineray.caching.trace import Trace
 
 
@@ -25,24 +26,19 @@ class IntervalConfig:
 
     def __post_init__(self) -> None:
         low, high = self.gamma_clip
-        for name, good, allowed in (
-            ("gamma_clip", math.isfinite(low) and math.isfinite(high) and low <= high, "two numbers, low and high"),
-            ("interval", self.interval >= 1, "1 or more steps"),
-            (
-                "probe_depth",
-                self.probe_depth >= (self.alignment != "none"),
-                "1 or more blocks to align, else 0 or more",
-            ),
-            ("warmup", 0 <= self.warmup <= 1, "a fraction of the steps, 0 to 1"),
-        ):
-            if not good:
-                raise ValueError(f"IntervalConfig: {name} must be {allowed}, got {getattr(self, name)!r}")
+        least = int(self.alignment != "none")
+        is_range = math.isfinite(low) and math.isfinite(high) and low <= high
+        check_field(self, "gamma_clip", is_range, "two numbers, low and high")
+        check_field(self, "interval", self.interval >= 1, "1 or more steps")
+        check_field(self, "probe_depth", self.probe_depth >= least, "1 or more blocks to align, else 0 or more")
+        check_field(self, "warmup", 0 <= self.warmup <= 1, "a fraction of the steps, 0 to 1")
 
-    def policy(self) -> "IntervalPolicy":
-        return IntervalPolicy(self)
+    def plan(self, name: str, model: ModelFacts) -> CachePlan:
+        forecasting = Forecasting(alignment=self.alignment, gamma_clip=self.gamma_clip)
+        return plan_blocks(name, self, model, IntervalPolicy(self), forecasting, self.probe_depth)
 
-    def forecasting(self) -> Forecasting:
-        return Forecasting(alignment=self.alignment, gamma_clip=self.gamma_clip)
+
+PRESETS = Presets(default=IntervalConfig())
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +51,9 @@ class IntervalPolicy:
 
     def decide(self, observation: Observation) -> Decision:
         since_warmup = observation.step_index - int(observation.num_steps * self.config.warmup)
-        if since_warmup < 0:
-            return Decision.compute_because(Reason.WARMUP)
-        if observation.num_pairs == 0:
-            return Decision.compute_because(Reason.EMPTY)
+        reason = forced(observation, is_warmup=since_warmup < 0)
+        if reason is not None:
+            return Decision.compute_because(reason)
         if self.config.last_step_full and observation.step_index == observation.num_steps - 1:
             return Decision.compute_because(Reason.LAST)
         compute = since_warmup % self.config.interval == 0
