@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from conftest import build_wan
+from safetensors.torch import load_file, save_file
 
 from cineray.caching.trace import TraceEntry
 from cineray.distributed.layout import Layout
