@@ -1,4 +1,4 @@
-"""The seam between a controller and other processes: numbers are added up, one verdict is obeyed by all.
+"""The seam between a controller and other processes: numbers are added up, one rank's decision is obeyed by all.
 
 A gang of ranks brings its own object of this form; one process agrees with itself.
 """
@@ -18,15 +18,15 @@ class Consensus(Protocol):
         ...
 
     @property
-    def branches_elsewhere(self) -> bool:
+    def branches_are_split(self) -> bool:
         """Other ranks run the clip's other guidance branch at the same time."""
         ...
 
-    def first_token(self, num_tokens: int) -> int:
-        """Number, in the whole sequence, of the first of the `num_tokens` that are here."""
+    def count_tokens_before(self, num_tokens: int) -> int:
+        """Tokens of the whole sequence before the `num_tokens` that are here; every rank tells how many it has."""
         ...
 
-    def add(self, change: torch.Tensor, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def sum_over_ranks(self, change: torch.Tensor, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums over the ranks that share this branch's tokens, in one exchange.
 
         Args:
@@ -35,37 +35,37 @@ class Consensus(Protocol):
         """
         ...
 
-    def agree(self, numbers: list[float]) -> list[float]:
+    def leader_value(self, numbers: list[float]) -> list[float]:
         """The numbers of the first of this branch's ranks, on all of them."""
         ...
 
-    def agree_across_branches(self, numbers: list[float]) -> list[float]:
+    def leader_value_across_branches(self, numbers: list[float]) -> list[float]:
         """The numbers of the first rank of the first branch, on the ranks of all branches."""
         ...
 
-    def compare(self, numbers: list[float]) -> list[list[float]]:
+    def gather(self, numbers: list[float]) -> list[list[float]]:
         """The numbers of each of this branch's ranks."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Alone:
+class SingleProcess:
     """One process that has all tokens and runs all branches."""
 
     num_ranks: int = 1
-    branches_elsewhere: bool = False
+    branches_are_split: bool = False
 
-    def first_token(self, num_tokens: int) -> int:
+    def count_tokens_before(self, num_tokens: int) -> int:
         return 0
 
-    def add(self, change: torch.Tensor, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def sum_over_ranks(self, change: torch.Tensor, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return change, rest
 
-    def agree(self, numbers: list[float]) -> list[float]:
+    def leader_value(self, numbers: list[float]) -> list[float]:
         return numbers
 
-    def agree_across_branches(self, numbers: list[float]) -> list[float]:
+    def leader_value_across_branches(self, numbers: list[float]) -> list[float]:
         return numbers
 
-    def compare(self, numbers: list[float]) -> list[list[float]]:
+    def gather(self, numbers: list[float]) -> list[list[float]]:
         return [numbers]

@@ -12,10 +12,11 @@ from typing import Any, Literal
 
 from cineray.caching.forecast import Alignment, Base, Branches, Forecasting
 from cineray.caching.observation import Observation
-from cineray.caching.policy import Decision, Signal
+from cineray.caching.plan import CachePlan, ModelFacts, Presets, check_field, plan_blocks
+from cineray.caching.policy import Decision, Reason, Signal, forced
 from cineray.caching.profile import DiCacheProfile, find_profile, generic_profile, shipped_profile
 
-Look = Literal["step", "run"]
+Probing = Literal["step", "run"]  # at every step, or once per streak of skips
 DEFAULT_THRESHOLD = 0.1  # the paper's lowest (section 4.1)
 DEFAULT_CLIP = (1.0, 2.0)  # of WAN2.1/run_wan_dicache.py
 
@@ -27,7 +28,7 @@ class DiCacheConfig:
     Args:
         threshold: accumulated relative change of the probe's output at which a step is computed; 0 never skips.
             Default: the profile's, or 0.1.
-        probe_depth: blocks that run on every step that is looked at.
+        probe_depth: blocks that run on every step that is probed.
         warmup: fraction of the steps at the start that are computed.
         last_step_full: the last step is computed.
         alignment: how a skipped step's residual is forecast from the two newest computed ones: "none" reuses the
@@ -60,15 +61,14 @@ class DiCacheConfig:
     max_skips: int = 0
     skip_at_threshold: bool = False
     compute_first_after_warmup: bool = False
-    look: Look = "step"
+    look: Probing = "step"
     profile: str = "none"
     adaptivity: float = 1.0
     keep_every: int = 1
 
     def __post_init__(self) -> None:
-        def check(good: bool, name: str, allowed: str) -> None:
-            if not good:
-                raise ValueError(f"DiCacheConfig: {name} must be {allowed}, got {getattr(self, name)!r}")
+        def check(is_good: bool, name: str, allowed: str) -> None:
+            check_field(self, name, is_good, allowed)
 
         threshold = 0.0 if self.threshold is None else self.threshold
         check(math.isfinite(threshold) and threshold >= 0, "threshold", "0 or more")
@@ -85,6 +85,11 @@ class DiCacheConfig:
         check(0 <= self.adaptivity <= 1, "adaptivity", "0 to 1")
         check(self.keep_every >= 1, "keep_every", "1 or more tokens")
         check(self.base == "input" or self.keep_every == 1, "keep_every", "1 where base is probe")
+
+    def plan(self, name: str, model: ModelFacts) -> CachePlan:
+        config, profile = self.for_model(model.family, model.transformer)
+        policy, forecasting = config.policy(profile), config.forecasting()
+        return plan_blocks(name, config, model, policy, forecasting, config.probe_depth)
 
     def for_model(self, family: str, transformer: Mapping[str, Any]) -> tuple["DiCacheConfig", DiCacheProfile | None]:
         """The same with everything that was left open filled in, and the profile.
@@ -136,22 +141,22 @@ class DiCachePolicy:
         return self.config.look == "run"
 
     def decide(self, observation: Observation) -> Decision:
-        forced = self._forced(observation)
-        if forced is not None:
-            return Decision(compute=True, accumulated=0.0, reason=forced)
+        reason = self._forced(observation)
+        if reason is not None:
+            return Decision.compute_because(reason)
         if self.config.look == "run" and observation.num_skips_in_a_row:
-            return Decision(compute=True, accumulated=0.0, reason="threshold")  # a run of skips has ended
+            return Decision.compute_because(Reason.THRESHOLD)  # a streak of skips has ended
         change = observation.relative_change
         if change is None or not math.isfinite(change):
-            return Decision(compute=True, accumulated=0.0, reason="unknown")
+            return Decision.compute_because(Reason.UNKNOWN)
         accumulated, num_steps = observation.accumulated, 0
         for cost in self._costs(observation, change):
             if not self._stays_below(accumulated + cost):
                 break
             accumulated, num_steps = accumulated + cost, num_steps + 1
         if num_steps == 0:
-            return Decision(compute=True, accumulated=0.0, reason="threshold")
-        return Decision(compute=False, accumulated=accumulated, reason="skip", num_steps=num_steps)
+            return Decision.compute_because(Reason.THRESHOLD)
+        return Decision(compute=False, accumulated=accumulated, reason=Reason.SKIP, num_steps=num_steps)
 
     def _stays_below(self, accumulated: float) -> bool:
         threshold = self.config.threshold or 0.0
@@ -170,23 +175,19 @@ class DiCachePolicy:
         pace = (change / usual[step]) ** config.adaptivity
         return [pace * usual[i] * weights[i] for i in range(step, end)]
 
-    def _forced(self, observation: Observation) -> str | None:
+    def _forced(self, observation: Observation) -> Reason | None:
         config = self.config
         # The official code counts calls of the transformer, two per step with guidance; for some numbers of
         # steps the branches leave the warm-up at different steps.
-        call = observation.step_index * observation.num_branches + observation.branch_index
         warmup_calls = int(observation.num_branches * observation.num_steps * config.warmup)
-        if config.threshold == 0:
-            return "off"
-        if call < warmup_calls or (call == warmup_calls and config.compute_first_after_warmup):
-            return "warmup"
-        if config.last_step_full and observation.step_index == observation.num_steps - 1:
-            return "last"
-        if observation.num_pairs < (2 if config.look == "run" else 1):
-            return "empty"
-        if config.max_skips and observation.num_skips_in_a_row >= config.max_skips:
-            return "cap"
-        return None
+        return forced(
+            observation,
+            is_off=config.threshold == 0,
+            is_warmup=observation.call_index < warmup_calls + config.compute_first_after_warmup,
+            last_step_full=config.last_step_full,
+            min_pairs=2 if config.look == "run" else 1,
+            max_skips=config.max_skips,
+        )
 
 
 def usual_cost(policy: DiCachePolicy, num_steps: int, probe_cost: float) -> float:
@@ -219,6 +220,11 @@ def usual_cost(policy: DiCachePolicy, num_steps: int, probe_cost: float) -> floa
     return cost / num_steps
 
 
+# Ours (docs/caching.md): one decision for both guidance branches; the probe runs once per streak of skips; each step
+# has a calibrated cost, which makes a warm-up unnecessary: two computed steps are what a forecast needs.
+OURS = Presets(
+    default=DiCacheConfig(branches="joint", look="run", profile="auto", warmup=0.0, last_step_full=True),
+)
 # The official rules. Thresholds: section 4.1 of the paper gives 0.2, 0.1 and 0.4; the Wan code's default is 0.08.
 # Warm-up, clips, comparison, last step: from the code.
 PAPER = {
@@ -226,3 +232,4 @@ PAPER = {
     "hunyuan-video": DiCacheConfig(threshold=0.1, gamma_clip=(1.0, 1.5), skip_at_threshold=True),
     "flux": DiCacheConfig(threshold=0.4, gamma_clip=(1.0, 1.5), last_step_full=True, compute_first_after_warmup=True),
 }
+OFFICIAL = Presets(by_family=PAPER)

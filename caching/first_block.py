@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from cineray.caching.forecast import Forecasting
 from cineray.caching.observation import Observation
-from cineray.caching.policy import Decision, Signal
+from cineray.caching.plan import CachePlan, ModelFacts, Presets, check_field, plan_blocks
+from cineray.caching.policy import Decision, Reason, Signal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,16 +21,14 @@ class FirstBlockConfig:
     probe_depth: int = 1
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.threshold) and self.threshold >= 0):
-            raise ValueError(f"FirstBlockConfig: threshold must be 0 or more, got {self.threshold}")
-        if self.probe_depth < 1:
-            raise ValueError(f"FirstBlockConfig: probe_depth must be 1 or more blocks, got {self.probe_depth}")
+        check_field(self, "threshold", math.isfinite(self.threshold) and self.threshold >= 0, "0 or more")
+        check_field(self, "probe_depth", self.probe_depth >= 1, "1 or more blocks")
 
-    def policy(self) -> "FirstBlockPolicy":
-        return FirstBlockPolicy(self)
+    def plan(self, name: str, model: ModelFacts) -> CachePlan:
+        return plan_blocks(name, self, model, FirstBlockPolicy(self), Forecasting(base="probe"), self.probe_depth)
 
-    def forecasting(self) -> Forecasting:
-        return Forecasting(base="probe")
+
+PRESETS = Presets(default=FirstBlockConfig())
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +42,6 @@ class FirstBlockPolicy:
     def decide(self, observation: Observation) -> Decision:
         change = observation.relative_change
         if observation.num_pairs == 0 or change is None or not math.isfinite(change):
-            return Decision(compute=True, accumulated=0.0, reason="empty" if not observation.num_pairs else "unknown")
+            return Decision.compute_because(Reason.UNKNOWN if observation.num_pairs else Reason.EMPTY)
         skip = change < self.config.threshold
-        return Decision(compute=not skip, accumulated=change, reason="skip" if skip else "threshold")
+        return Decision(compute=not skip, accumulated=change, reason=Reason.SKIP if skip else Reason.THRESHOLD)

@@ -28,12 +28,12 @@ class Forecasting:
     keep_every: int = 1
 
     def keeps_probe_residual(self, signal: Signal) -> bool:
-        """Whether anything, the policy's signal included, looks at what the probe blocks added at computed steps."""
+        """Whether anything, the policy's signal included, compares what the probe blocks added at computed steps."""
         return self.alignment != "none" or self.base == "probe" or signal == "probe-residual"
 
     @property
     def num_pairs(self) -> int:
-        """Computed steps whose residuals a forecast looks at."""
+        """Computed steps whose residuals a forecast takes."""
         return 1 if self.alignment == "none" else 2
 
 
@@ -51,11 +51,11 @@ def gamma(sums: AlignmentSums, alignment: Alignment) -> float | None:
     return above / below
 
 
-def run_gamma(first: float, step: int, clip: tuple[float, float]) -> float:
-    """Gamma of a skipped step, within `clip`: it goes on along the line at the pace of the step that was looked at.
+def streak_gamma(first: float, step: int, clip: tuple[float, float]) -> float:
+    """Gamma of a skipped step, within `clip`: it goes on along the line at the pace of the step that was probed.
 
     Args:
-        first: gamma of the step that was looked at.
+        first: gamma of the step that was probed.
         step: steps since then.
     """
     return min(max(first + (first - 1) * step, clip[0]), clip[1])

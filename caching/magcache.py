@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cineray.caching.forecast import Forecasting
 from cineray.caching.observation import Observation
-from cineray.caching.policy import Decision, Signal
+from cineray.caching.plan import CachePlan, ModelFacts, Presets, check_field, plan_blocks
+from cineray.caching.policy import Decision, Reason, Signal, forced
 from cineray.caching.profile import MagCacheProfile, find_profile
 
 
@@ -37,22 +37,17 @@ class MagCacheConfig:
     profile: str = ""
 
     def __post_init__(self) -> None:
-        for name, good, allowed in (
-            (
-                "threshold",
-                self.threshold is None or (math.isfinite(self.threshold) and self.threshold >= 0),
-                "0 or more",
-            ),
-            ("max_skips", self.max_skips is None or self.max_skips >= 0, "0 or more steps"),
-            ("retention", self.retention is None or 0 <= self.retention <= 1, "a fraction of the steps, 0 to 1"),
-        ):
-            if not good:
-                raise ValueError(f"MagCacheConfig: {name} must be {allowed}, got {getattr(self, name)!r}")
+        threshold, max_skips, retention = (
+            0 if value is None else value for value in (self.threshold, self.max_skips, self.retention)
+        )
+        check_field(self, "threshold", math.isfinite(threshold) and threshold >= 0, "0 or more")
+        check_field(self, "max_skips", max_skips >= 0, "0 or more steps")
+        check_field(self, "retention", 0 <= retention <= 1, "a fraction of the steps, 0 to 1")
 
-    @property
-    def probe_depth(self) -> int:
+    def plan(self, name: str, model: ModelFacts) -> CachePlan:
         """No block runs on a skipped step."""
-        return 0
+        config, profile = self.for_model(model.family, model.transformer)
+        return plan_blocks(name, config, model, config.policy(profile))
 
     def for_model(self, family: str, transformer: Mapping[str, Any]) -> tuple["MagCacheConfig", MagCacheProfile]:
         """The same with everything that was left open filled in from a profile, and the profile.
@@ -83,16 +78,14 @@ class MagCacheConfig:
             never_skip=profile.never_skip,
         )
 
-    def forecasting(self) -> Forecasting:
-        return Forecasting()
-
 
 # How the official codes compare and round; their thresholds stand in the profiles.
-MAGCACHE = {
+_OFFICIAL = {
     "wan": MagCacheConfig(),
     "hunyuan-video": MagCacheConfig(skip_at_threshold=True),
     "flux": MagCacheConfig(skip_at_threshold=True, round_retention=True),
 }
+PRESETS = Presets(by_family=_OFFICIAL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,28 +103,23 @@ class MagCachePolicy:
     plans_ahead: bool = False
 
     def decide(self, observation: Observation) -> Decision:
-        forced = self._forced(observation)
-        if forced is not None:
-            return Decision(compute=True, accumulated=0.0, reason=forced)
+        retained_calls = observation.num_steps * observation.num_branches * self.retention
+        reason = forced(
+            observation,
+            is_off=self.threshold == 0,
+            is_warmup=observation.call_index < int(retained_calls + (0.5 if self.round_retention else 0)),
+        )
+        if reason is not None:
+            return Decision.compute_because(reason)
         error = self._error(observation)
         below = error <= self.threshold if self.skip_at_threshold else error < self.threshold
         if not below:
-            return Decision(compute=True, accumulated=0.0, reason="threshold")
+            return Decision.compute_because(Reason.THRESHOLD)
         if observation.num_skips_in_a_row >= self.max_skips:
-            return Decision(compute=True, accumulated=0.0, reason="cap")
+            return Decision.compute_because(Reason.CAP)
         if self._source_step(observation.step_index, observation) in self.never_skip:
-            return Decision(compute=True, accumulated=0.0, reason="never")
-        return Decision(compute=False, accumulated=error, reason="skip")
-
-    def _forced(self, observation: Observation) -> str | None:
-        # the official code counts calls of the transformer, two per step with guidance
-        call = observation.step_index * observation.num_branches + observation.branch_index
-        num_calls = observation.num_steps * observation.num_branches
-        if self.threshold == 0:
-            return "off"
-        if call < int(num_calls * self.retention + (0.5 if self.round_retention else 0)):
-            return "warmup"
-        return "empty" if observation.num_pairs == 0 else None
+            return Decision.compute_because(Reason.NEVER)
+        return Decision(compute=False, accumulated=error, reason=Reason.SKIP)
 
     def _error(self, observation: Observation) -> float:
         """Sum over the steps since the last computed one, this one included, of |1 - product of ratios since then|."""

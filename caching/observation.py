@@ -36,6 +36,11 @@ class Observation:
     num_pairs: int
 
     @property
+    def call_index(self) -> int:
+        """Calls of the transformer before this one, one for each branch of a step, as official codes count them."""
+        return self.step_index * self.num_branches + self.branch_index
+
+    @property
     def relative_change(self) -> float | None:
         """sum |now - before| / sum |before|; None if unknown, NaN or infinite if the signal is."""
         if self.change_sum is None or self.previous_sum is None:

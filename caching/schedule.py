@@ -1,11 +1,12 @@
-"""Policies that do not look: a fixed interval, and the replay of a trace."""
+"""Policies that need no signal: a fixed interval, and the replay of a trace."""
 
 import math
 from dataclasses import dataclass
 
 from cineray.caching.forecast import Alignment, Forecasting
 from cineray.caching.observation import BRANCH_ORDER, Observation
-from cineray.caching.policy import Decision, Signal
+from cineray.caching.plan import CachePlan, ModelFacts, Presets, check_field, plan_blocks
+from cineray.caching.policy import Decision, Reason, Signal, forced
 from cineray.caching.trace import Trace
 
 
@@ -25,24 +26,19 @@ class IntervalConfig:
 
     def __post_init__(self) -> None:
         low, high = self.gamma_clip
-        for name, good, allowed in (
-            ("gamma_clip", math.isfinite(low) and math.isfinite(high) and low <= high, "two numbers, low and high"),
-            ("interval", self.interval >= 1, "1 or more steps"),
-            (
-                "probe_depth",
-                self.probe_depth >= (self.alignment != "none"),
-                "1 or more blocks to align, else 0 or more",
-            ),
-            ("warmup", 0 <= self.warmup <= 1, "a fraction of the steps, 0 to 1"),
-        ):
-            if not good:
-                raise ValueError(f"IntervalConfig: {name} must be {allowed}, got {getattr(self, name)!r}")
+        least = int(self.alignment != "none")
+        is_range = math.isfinite(low) and math.isfinite(high) and low <= high
+        check_field(self, "gamma_clip", is_range, "two numbers, low and high")
+        check_field(self, "interval", self.interval >= 1, "1 or more steps")
+        check_field(self, "probe_depth", self.probe_depth >= least, "1 or more blocks to align, else 0 or more")
+        check_field(self, "warmup", 0 <= self.warmup <= 1, "a fraction of the steps, 0 to 1")
 
-    def policy(self) -> "IntervalPolicy":
-        return IntervalPolicy(self)
+    def plan(self, name: str, model: ModelFacts) -> CachePlan:
+        forecasting = Forecasting(alignment=self.alignment, gamma_clip=self.gamma_clip)
+        return plan_blocks(name, self, model, IntervalPolicy(self), forecasting, self.probe_depth)
 
-    def forecasting(self) -> Forecasting:
-        return Forecasting(alignment=self.alignment, gamma_clip=self.gamma_clip)
+
+PRESETS = Presets(default=IntervalConfig())
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +51,13 @@ class IntervalPolicy:
 
     def decide(self, observation: Observation) -> Decision:
         since_warmup = observation.step_index - int(observation.num_steps * self.config.warmup)
-        if since_warmup < 0:
-            return Decision(compute=True, accumulated=0.0, reason="warmup")
-        if observation.num_pairs == 0:
-            return Decision(compute=True, accumulated=0.0, reason="empty")
+        reason = forced(observation, is_warmup=since_warmup < 0)
+        if reason is not None:
+            return Decision.compute_because(reason)
         if self.config.last_step_full and observation.step_index == observation.num_steps - 1:
-            return Decision(compute=True, accumulated=0.0, reason="last")
+            return Decision.compute_because(Reason.LAST)
         compute = since_warmup % self.config.interval == 0
-        return Decision(compute=compute, accumulated=0.0, reason="interval" if compute else "skip")
+        return Decision(compute=compute, accumulated=0.0, reason=Reason.INTERVAL if compute else Reason.SKIP)
 
 
 class ReplayPolicy:
@@ -78,5 +73,5 @@ class ReplayPolicy:
         branch = BRANCH_ORDER[observation.branch_index]
         entry = self._entries.get((observation.step_index, branch, observation.sample))
         if entry is None or entry.compute or observation.num_pairs == 0:
-            return Decision(compute=True, accumulated=0.0, reason="replay" if entry else "unknown")
-        return Decision(compute=False, accumulated=0.0, reason="replay", gamma=entry.gamma)
+            return Decision.compute_because(Reason.REPLAY if entry else Reason.UNKNOWN)
+        return Decision(compute=False, accumulated=0.0, reason=Reason.REPLAY, gamma=entry.gamma)

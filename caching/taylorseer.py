@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cineray.caching.plan import ModelFacts, Presets, SeriesPlan, check_field, text_of
+
 if TYPE_CHECKING:  # a driver on Ray reads policies, and does without torch
     import torch
 
@@ -31,8 +33,10 @@ class TaylorSeerConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("interval", 1), ("order", 0), ("warmup_steps", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"TaylorSeerConfig: {name} must be {least} or more, got {getattr(self, name)}")
+            check_field(self, name, getattr(self, name) >= least, f"{least} or more")
+
+    def plan(self, name: str, model: ModelFacts) -> SeriesPlan:
+        return SeriesPlan(text=text_of(name, self), config=self, num_blocks=model.num_blocks)
 
     def computes(self, step_index: int) -> bool:
         return step_index < self.warmup_steps or (step_index - self.warmup_steps + 1) % self.interval == 0
@@ -48,6 +52,7 @@ TAYLORSEER = {
     "hunyuan-video": TaylorSeerConfig(),
     "flux": TaylorSeerConfig(interval=6, warmup_steps=3),
 }
+PRESETS = Presets(by_family=TAYLORSEER)
 
 
 def derivatives(output: torch.Tensor, before: list[torch.Tensor], distance: int, order: int) -> list[torch.Tensor]:

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cineray.caching.forecast import Forecasting
 from cineray.caching.observation import Observation
-from cineray.caching.policy import Decision, Signal
+from cineray.caching.plan import CachePlan, ModelFacts, Presets, check_field, plan_blocks
+from cineray.caching.policy import Decision, Reason, Signal, forced
 from cineray.caching.profile import TeaCacheProfile, find_profile
 
 # family -> its signals; the second one comes with `ret_steps`
@@ -43,15 +43,14 @@ class TeaCacheConfig:
     profile: str = ""
 
     def __post_init__(self) -> None:
-        if self.threshold is not None and not (math.isfinite(self.threshold) and self.threshold >= 0):
-            raise ValueError(f"TeaCacheConfig: threshold must be 0 or more, got {self.threshold}")
-        if not all(math.isfinite(c) for c in self.coefficients):
-            raise ValueError(f"TeaCacheConfig: coefficients must be finite numbers, got {self.coefficients}")
+        threshold = 0.0 if self.threshold is None else self.threshold
+        check_field(self, "threshold", math.isfinite(threshold) and threshold >= 0, "0 or more")
+        check_field(self, "coefficients", all(math.isfinite(c) for c in self.coefficients), "finite numbers")
 
-    @property
-    def probe_depth(self) -> int:
+    def plan(self, name: str, model: ModelFacts) -> CachePlan:
         """No block runs on a skipped step."""
-        return 0
+        config = self.for_model(model.family, model.transformer)
+        return plan_blocks(name, config, model, config.policy(model.family))
 
     def for_model(self, family: str, transformer: Mapping[str, Any]) -> "TeaCacheConfig":
         """The same with everything that was left open filled in from a profile.
@@ -82,9 +81,6 @@ class TeaCacheConfig:
             last_step_full=not self.ret_steps,
         )
 
-    def forecasting(self) -> Forecasting:
-        return Forecasting()
-
     def _signal(self, family: str) -> Signal:
         if family not in SIGNALS:
             raise ValueError(f"cache: teacache does not know {family}; it knows {', '.join(SIGNALS)}")
@@ -92,6 +88,9 @@ class TeaCacheConfig:
         if self.ret_steps and len(signals) < 2:
             raise ValueError(f"cache: teacache has no ret_steps for {family}; its official code knows them for Wan")
         return signals[1 if self.ret_steps else 0]
+
+
+PRESETS = Presets(by_family=dict.fromkeys(SIGNALS, TeaCacheConfig()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,25 +109,21 @@ class TeaCachePolicy:
     last_step_full: bool
 
     def decide(self, observation: Observation) -> Decision:
-        forced = self._forced(observation)
-        if forced is not None:
-            return Decision(compute=True, accumulated=0.0, reason=forced)
+        reason = forced(
+            observation,
+            is_off=self.threshold == 0,  # a polynomial may be negative
+            is_warmup=observation.step_index < self.num_first,
+            last_step_full=self.last_step_full,
+        )
+        if reason is not None:
+            return Decision.compute_because(reason)
         change = observation.relative_change
         if change is None or not math.isfinite(change):
-            return Decision(compute=True, accumulated=0.0, reason="unknown")
+            return Decision.compute_because(Reason.UNKNOWN)
         accumulated = observation.accumulated + polynomial(self.coefficients, change)
         if not accumulated < self.threshold:
-            return Decision(compute=True, accumulated=0.0, reason="threshold")
-        return Decision(compute=False, accumulated=accumulated, reason="skip")
-
-    def _forced(self, observation: Observation) -> str | None:
-        if self.threshold == 0:
-            return "off"  # a polynomial may be negative
-        if observation.step_index < self.num_first:
-            return "warmup"
-        if self.last_step_full and observation.step_index == observation.num_steps - 1:
-            return "last"
-        return "empty" if observation.num_pairs == 0 else None
+            return Decision.compute_because(Reason.THRESHOLD)
+        return Decision(compute=False, accumulated=accumulated, reason=Reason.SKIP)
 
 
 def polynomial(coefficients: tuple[float, ...], x: float) -> float:

@@ -34,14 +34,14 @@ class GangConsensus:
         return self.mesh.sequence.size
 
     @property
-    def branches_elsewhere(self) -> bool:
+    def branches_are_split(self) -> bool:
         return self.mesh.cfg.size > 1
 
-    def first_token(self, num_tokens: int) -> int:
+    def count_tokens_before(self, num_tokens: int) -> int:
         counts = gather_numbers([num_tokens], self.mesh.sequence, self.device)
         return int(sum(count for (count,) in counts[: self.mesh.sequence.index]))
 
-    def add(self, change: torch.Tensor, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def sum_over_ranks(self, change: torch.Tensor, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         group = self.mesh.sequence.group
         if group is None:
             return change, rest
@@ -52,11 +52,11 @@ class GangConsensus:
         dist.all_reduce(sums, group=group)
         return sums[: len(change)], sums[len(change) :]
 
-    def agree(self, numbers: list[float]) -> list[float]:
+    def leader_value(self, numbers: list[float]) -> list[float]:
         return broadcast_numbers(numbers, self.mesh.sequence, self.device)
 
-    def agree_across_branches(self, numbers: list[float]) -> list[float]:
+    def leader_value_across_branches(self, numbers: list[float]) -> list[float]:
         return broadcast_numbers(numbers, self.mesh.gang, self.device)
 
-    def compare(self, numbers: list[float]) -> list[list[float]]:
+    def gather(self, numbers: list[float]) -> list[list[float]]:
         return gather_numbers(numbers, self.mesh.sequence, self.device)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args, get_type_hints
 
-from cineray.caching.spec import CONFIGS, parse_spec
+from cineray.caching.spec import POLICIES, parse_spec
 from cineray.pipeline.request import InputError
 
 _FEWER = "fewer-steps(?)"
@@ -54,9 +54,9 @@ def parse_sweep(text: str) -> Sweep | None:
         spec = parse_spec(text)
     except ValueError as error:
         raise InputError(str(error)) from None
-    if spec.name not in CONFIGS:
+    if spec.name not in POLICIES:
         raise InputError(f"policy {text!r}: {spec.name} has no option to leave open")
-    kind = get_type_hints(type(next(iter(CONFIGS[spec.name].values()))))[match["option"]]
+    kind = get_type_hints(POLICIES[spec.name].options)[match["option"]]
     kinds = set(get_args(kind)) - {type(None)} or {kind}
     if not kinds <= {int, float}:
         raise InputError(f"policy {text!r}: {match['option']} is not a number")

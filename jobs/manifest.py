@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cineray.caching.spec import AnyPlan, LayerPlan
+from cineray.caching.plan import AnyPlan, LayerPlan
 from cineray.jobs.manifest_forms import EXAMPLE, Numbered, read_rows
 from cineray.jobs.manifest_row import Row
 from cineray.jobs.manifest_source import opened

@@ -2,7 +2,7 @@
 
 import math
 
-from cineray.caching.spec import CachePlan
+from cineray.caching.plan import CachePlan
 from cineray.pipeline.adapters import MODELS
 from cineray.pipeline.checkpoint import Checkpoint
 from cineray.pipeline.request import ClipRequest

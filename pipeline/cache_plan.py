@@ -3,19 +3,26 @@
 from collections.abc import Mapping
 from typing import Any
 
-from cineray.caching.spec import AnyPlan, CacheSpec, ModelFacts, PolicyConfig, parse_spec, resolve
+from cineray.caching.plan import AnyPlan, ModelFacts, PolicyConfig
+from cineray.caching.spec import POLICIES, CacheSpec, Policies, parse_spec, resolve
 from cineray.pipeline.adapters import MODELS
 
 
 def plan_cache(
-    policy: str | PolicyConfig, transformer_class: str, transformer_config: Mapping[str, Any]
+    policy: str | PolicyConfig,
+    transformer_class: str,
+    transformer_config: Mapping[str, Any],
+    policies: Policies = POLICIES,
 ) -> AnyPlan | None:
     """What a policy means for a transformer of this class and configuration; None for `none`.
+
+    Args:
+        policies: the known ones by name.
 
     Raises:
         ValueError: a policy that is unknown, or that does not fit the transformer.
     """
-    spec = parse_spec(policy) if isinstance(policy, str) else policy
+    spec = parse_spec(policy, policies) if isinstance(policy, str) else policy
     if isinstance(spec, CacheSpec) and spec.name == "none":
         return None
     if transformer_class not in MODELS:
@@ -29,4 +36,4 @@ def plan_cache(
         layers=model.layout.layers,
         transformer=transformer_config,
     )
-    return resolve(spec, facts)
+    return resolve(spec, facts, policies)

@@ -17,8 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from cineray.caching.controller import StepContext, Verdict
-from cineray.caching.history import BranchHistory
+from cineray.caching.call import CallPlan, StepContext
 from cineray.caching.token_sums import ModulatedInput
 from cineray.pipeline.adapters import BlockLayout
 from cineray.pipeline.modulated_input import SignalReader
@@ -57,10 +56,10 @@ class BlockListStandIn(nn.ModuleList):
 class _Call:
     """One forward of the transformer, from its first block to its last."""
 
-    entering: torch.Tensor  # [B, S, D], of all rows
+    blocks_input: torch.Tensor  # [B, S, D], of all rows
     modulated: ModulatedInput | None
     probe_rows: list[int]
-    verdict: Verdict | None = None
+    plan: CallPlan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,23 +75,23 @@ class _Place:
 class Controller(Protocol):
     """Who decides: a `CacheController`, or a recorder that computes every step."""
 
-    histories: dict[str, BranchHistory]
-
     def begin_clip(self) -> None: ...
 
-    def rows_to_probe(self, context: StepContext, entering: torch.Tensor) -> list[int]: ...
+    def free(self) -> None: ...
+
+    def begin_call(self, context: StepContext, blocks_input: torch.Tensor) -> list[int]: ...
 
     def decide(
         self,
         context: StepContext,
-        entering: torch.Tensor,
+        blocks_input: torch.Tensor,
         probe: torch.Tensor,
         modulated: ModulatedInput | None = None,
-    ) -> Verdict: ...
+    ) -> CallPlan: ...
 
-    def forecast(self, verdict: Verdict, entering: torch.Tensor) -> torch.Tensor: ...
+    def forecast(self, plan: CallPlan, blocks_input: torch.Tensor) -> torch.Tensor: ...
 
-    def remember(self, verdict: Verdict, entering: torch.Tensor, leaving: torch.Tensor) -> None: ...
+    def remember(self, plan: CallPlan, blocks_input: torch.Tensor, blocks_output: torch.Tensor) -> None: ...
 
 
 class BlockRunner:
@@ -100,7 +99,7 @@ class BlockRunner:
 
     Args:
         probe_depth: blocks that run on every step; 0 if the policy looks at no probe.
-        signal: reads what the policy looks at, where that is neither a probe nor nothing.
+        signal: reads the policy's signal, where that is neither a probe nor nothing.
         where: says where the denoising loop is in this call.
     """
 
@@ -147,7 +146,7 @@ class BlockRunner:
         """
         self._put_back()
         if not self._has_ended:
-            self._controller.histories.clear()
+            self._controller.free()
             raise ValueError(
                 f"a cache is enabled, and the forward of this {type(self._transformer).__name__} did not run its "
                 "blocks through it: it has been replaced, by another cache or by hand; undo that, or disable the cache"
@@ -156,12 +155,12 @@ class BlockRunner:
     def cancel_forward(self) -> None:
         self._put_back()
         if self._call is not None:  # decided, but not done
-            self._controller.histories.clear()
+            self._controller.free()
         self._call = None
 
     def free(self) -> None:
         """Drops the tensors; the trace stays."""
-        self._controller.histories.clear()
+        self._controller.free()
 
     def _put_back(self) -> None:
         if self._signal is not None:
@@ -202,14 +201,14 @@ class BlockRunner:
             if place.is_probe:
                 state = state.through_rows([block], call.probe_rows)
                 if place.ends_probe:
-                    probe = state.hidden_states.clone() if call.probe_rows else call.entering
-                    call.verdict = self._controller.decide(self._where(), call.entering, probe, call.modulated)
+                    probe = state.hidden_states.clone() if call.probe_rows else call.blocks_input
+                    call.plan = self._controller.decide(self._where(), call.blocks_input, probe, call.modulated)
             else:
-                assert call.verdict is not None
-                state = state.through_rows([block], call.verdict.compute_rows)
+                assert call.plan is not None
+                state = state.through_rows([block], call.plan.compute_rows)
             if place.is_last:
-                assert call.verdict is not None
-                state = state.with_hidden_states(self._finish(call, call.verdict, state.hidden_states))
+                assert call.plan is not None
+                state = state.with_hidden_states(self._finish(call, call.plan, state.hidden_states))
                 self._call, self._has_ended = None, True
                 self._put_back()
             return state.output()
@@ -219,25 +218,25 @@ class BlockRunner:
 
     def _begin(self, block: nn.Module, state: "BlockArguments") -> _Call:
         # blocks may work in place: what is compared later is kept as a copy
-        entering = state.hidden_states.clone()
-        modulated = self._signal.read(block, entering, state.temb) if self._signal is not None else None
-        call = _Call(entering, modulated, self._controller.rows_to_probe(self._where(), entering))
+        blocks_input = state.hidden_states.clone()
+        modulated = self._signal.read(block, blocks_input, state.temb) if self._signal is not None else None
+        call = _Call(blocks_input, modulated, self._controller.begin_call(self._where(), blocks_input))
         if not self._probe_depth:
-            call.verdict = self._controller.decide(self._where(), entering, entering, modulated)
+            call.plan = self._controller.decide(self._where(), blocks_input, blocks_input, modulated)
         return call
 
-    def _finish(self, call: _Call, verdict: Verdict, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not verdict.skip_rows:
-            self._controller.remember(verdict, call.entering, hidden_states)
+    def _finish(self, call: _Call, plan: CallPlan, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not plan.skip_rows:
+            self._controller.remember(plan, call.blocks_input, hidden_states)
             return hidden_states
-        forecast = self._controller.forecast(verdict, call.entering)
-        if not verdict.compute_rows:
+        forecast = self._controller.forecast(plan, call.blocks_input)
+        if not plan.compute_rows:
             return forecast
-        leaving, computed, skipped = call.entering.clone(), verdict.compute_rows, verdict.skip_rows
-        leaving[computed] = hidden_states[computed]
-        leaving[skipped] = forecast
-        self._controller.remember(verdict, call.entering[computed], hidden_states[computed])
-        return leaving
+        blocks_output, computed, skipped = call.blocks_input.clone(), plan.compute_rows, plan.skip_rows
+        blocks_output[computed] = hidden_states[computed]
+        blocks_output[skipped] = forecast
+        self._controller.remember(plan, call.blocks_input[computed], hidden_states[computed])
+        return blocks_output
 
 
 class ShardedBlockList(BlockListStandIn):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cineray.caching.controller import StepContext
+from cineray.caching.call import StepContext
 from cineray.caching.smoothcache import LayerSchedule
 from cineray.caching.trace import Trace, TraceEntry
 from cineray.pipeline.adapters import MODELS, BlockLayout

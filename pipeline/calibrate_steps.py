@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cineray.caching.controller import StepContext, Verdict
-from cineray.caching.history import BranchHistory
+from cineray.caching.call import CallPlan, StepContext
 from cineray.caching.observation import BRANCH_ORDER
 from cineray.caching.policy import Signal
 from cineray.caching.token_sums import ModulatedInput, change_sums
@@ -84,25 +83,27 @@ class StepRecorder:
         self._changes = changes
         self._signals = signals
         self._past: dict[str, tuple[torch.Tensor, dict[Signal, torch.Tensor]]] = {}  # branch -> residual, signals
-        self.histories: dict[str, BranchHistory] = {}
 
     def begin_clip(self) -> None:
         self._past.clear()
 
-    def rows_to_probe(self, context: StepContext, entering: torch.Tensor) -> list[int]:
+    def free(self) -> None:
+        """What is measured outlives the clip."""
+
+    def begin_call(self, context: StepContext, blocks_input: torch.Tensor) -> list[int]:
         return []
 
     def decide(
         self,
         context: StepContext,
-        entering: torch.Tensor,
+        blocks_input: torch.Tensor,
         probe: torch.Tensor,
         modulated: ModulatedInput | None = None,
-    ) -> Verdict:
-        return Verdict(context=context, compute_rows=list(range(entering.shape[0])), skip_rows=[], gammas=[])
+    ) -> CallPlan:
+        return CallPlan(context=context, compute_rows=list(range(blocks_input.shape[0])), skip_rows=[], gammas=[])
 
-    def remember(self, verdict: Verdict, entering: torch.Tensor, leaving: torch.Tensor) -> None:
-        branch, residual, changes = verdict.context.branch, (leaving - entering).float(), self._changes
+    def remember(self, plan: CallPlan, blocks_input: torch.Tensor, blocks_output: torch.Tensor) -> None:
+        branch, residual, changes = plan.context.branch, (blocks_output - blocks_input).float(), self._changes
         signals = self._signals.now
         if branch not in self._past:  # the clip's first step
             for series in (changes.residual, changes.magnitude, *(changes.signals[s] for s in signals)):
@@ -116,7 +117,7 @@ class StepRecorder:
                 changes.signals[signal][branch][-1].append(_relative(values, signals_before[signal]))
         self._past[branch] = (residual, signals)
 
-    def forecast(self, verdict: Verdict, entering: torch.Tensor) -> torch.Tensor:
+    def forecast(self, plan: CallPlan, blocks_input: torch.Tensor) -> torch.Tensor:
         raise AssertionError("the recorder skips nothing")
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from cineray.caching.dicache import DiCachePolicy, usual_cost
+from cineray.caching.plan import CachePlan
 from cineray.caching.profile import DiCacheProfile, generic_profile, shipped_profile
-from cineray.caching.spec import CachePlan
 from cineray.pipeline.compare import EQUAL_CLIPS_DB, psnr_db
 from cineray.pipeline.loading import LoadedModel
 from cineray.pipeline.render import RenderedClip, render_clip

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cineray.caching.spec import AnyPlan
+from cineray.caching.plan import AnyPlan
 from cineray.files import open_regular, read_json
 from cineray.pipeline.adapters import FAMILIES, KNOWN_MODELS, Adapter, KnownCheckpoint
 from cineray.pipeline.adapters.protocol import Defaults, ModelConfigs

@@ -1,15 +1,16 @@
 """`cineray.enable_cache`: a cache on any diffusers pipeline or transformer, ours or anyone's loop around it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 
-from cineray.caching.consensus import Alone, Consensus
+from cineray.caching.consensus import Consensus, SingleProcess
 from cineray.caching.controller import CacheController
 from cineray.caching.forecast import Forecasting
-from cineray.caching.spec import AnyPlan, CachePlan, LayerPlan, PolicyConfig
+from cineray.caching.plan import AnyPlan, CachePlan, LayerPlan, PolicyConfig
+from cineray.caching.spec import POLICIES, Policies
 from cineray.caching.trace import Trace
 from cineray.pipeline.adapters import MODELS
 from cineray.pipeline.cache_plan import plan_cache
@@ -17,7 +18,7 @@ from cineray.pipeline.cached_blocks import BlockRunner
 from cineray.pipeline.cached_layers import check_blocks_not_compiled, run_schedule
 from cineray.pipeline.clip_progress import ClipProgress
 from cineray.pipeline.forecast_layers import run_series
-from cineray.pipeline.modulated_input import signal_reader
+from cineray.pipeline.modulated_input import SIGNAL_READERS, NewReader, signal_reader
 from cineray.pipeline.other_caches import other_cache, switched_on
 from cineray.pipeline.sharding import is_sharded
 from cineray.pipeline.whereabouts import Listener, Whereabouts, check_not_compiled_whole, refuse_other_cache
@@ -49,7 +50,13 @@ class CacheHandle:
 
 
 def enable_cache(
-    pipe_or_transformer: Any, policy: str | PolicyConfig, num_branches: int | None = None, scheduler: Any = None
+    pipe_or_transformer: Any,
+    policy: str | PolicyConfig,
+    num_branches: int | None = None,
+    scheduler: Any = None,
+    *,
+    policies: Policies = POLICIES,
+    signals: Mapping[str, NewReader] = SIGNAL_READERS,
 ) -> CacheHandle:
     """Attaches a cache.
 
@@ -59,6 +66,8 @@ def enable_cache(
         num_branches: guidance branches per step; default: what the family's pipeline makes. 1 says that no branches
             are stacked in the batch; else that is seen by the batch's halves being equal.
         scheduler: for a transformer in a loop that sets no `cache_context`: its timesteps tell the step.
+        policies: what the text may name; one of your own is `{**POLICIES, "mine": Presets(default=MyConfig())}`.
+        signals: readers of what a policy judges by, beside probes: `{**SIGNAL_READERS, "mine": MyReader}`.
 
     Raises:
         ValueError: an unknown model or policy, an option out of range, a transformer compiled as a whole, or a cache
@@ -71,7 +80,7 @@ def enable_cache(
         kind = type(transformer).__name__
         if kind not in MODELS:
             raise ValueError(f"enable_cache: {kind} is not supported; supported: {', '.join(MODELS)}")
-        plan = plan_cache(policy, kind, transformer.config)
+        plan = plan_cache(policy, kind, transformer.config, policies)
         if plan is None:
             raise ValueError("enable_cache: policy 'none' is no cache; leave the call out")
         plans.append(plan)
@@ -81,7 +90,8 @@ def enable_cache(
             "enable_cache: the pipeline's transformers differ, and one trace cannot tell of both; enable a cache on "
             "each: enable_cache(pipe.transformer, ..., scheduler=pipe.scheduler), and the same for transformer_2"
         )
-    return _attach(transformers, plans, num_branches, scheduler_of(pipe_or_transformer, scheduler), Alone())
+    steps = scheduler_of(pipe_or_transformer, scheduler)
+    return _attach(transformers, plans, num_branches, steps, SingleProcess(), signals)
 
 
 def transformers_of(pipe_or_transformer: Any) -> list[Any]:
@@ -117,7 +127,7 @@ def attach_cache(
         ValueError: a cache is enabled already, the transformer is sharded already (the cache must see shards), or
             layers are to be cached within compiled blocks.
     """
-    return _attach([transformer], [plan], num_branches, scheduler, consensus or Alone())
+    return _attach([transformer], [plan], num_branches, scheduler, consensus or SingleProcess(), SIGNAL_READERS)
 
 
 def _attach(
@@ -126,6 +136,7 @@ def _attach(
     num_branches: int | None,
     scheduler: Callable[[], Any] | None,
     consensus: Consensus,
+    signals: Mapping[str, NewReader],
 ) -> CacheHandle:
     """One cache on all of these, or on none."""
     for transformer, plan in zip(transformers, plans, strict=True):
@@ -144,7 +155,7 @@ def _attach(
         for transformer, plan in zip(transformers, plans, strict=True):
             whereabouts = whereabouts_of(transformer, num_branches, scheduler, progress)
             undo.callback(whereabouts.detach)
-            whereabouts.listener = _new_runner(transformer, plan, trace, consensus, whereabouts)
+            whereabouts.listener = _new_runner(transformer, plan, trace, consensus, whereabouts, signals)
             attached.append(whereabouts)
         undo.pop_all()
     return CacheHandle(plans[0], trace, attached)
@@ -159,7 +170,12 @@ def _new_trace(plan: AnyPlan) -> Trace:
 
 
 def _new_runner(
-    transformer: nn.Module, plan: AnyPlan, trace: Trace, consensus: Consensus, whereabouts: Whereabouts
+    transformer: nn.Module,
+    plan: AnyPlan,
+    trace: Trace,
+    consensus: Consensus,
+    whereabouts: Whereabouts,
+    signals: Mapping[str, NewReader],
 ) -> Listener:
     if isinstance(plan, LayerPlan):
         return run_schedule(transformer, plan.schedule, trace, whereabouts.where)
@@ -167,7 +183,7 @@ def _new_runner(
         return run_series(transformer, plan.config, trace, whereabouts.where)
     controller = CacheController(policy=plan.policy, forecasting=plan.forecasting, trace=trace, consensus=consensus)
     layout = MODELS[type(transformer).__name__].layout
-    signal = signal_reader(transformer, plan.policy.signal)
+    signal = signal_reader(transformer, plan.policy.signal, signals)
     return BlockRunner(transformer, layout, controller, plan.probe_depth, signal, whereabouts.where)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cineray.caching.controller import StepContext
+from cineray.caching.call import StepContext
 from cineray.caching.taylorseer import TaylorSeerConfig, derivatives, extrapolate
 from cineray.caching.trace import Trace
 from cineray.pipeline.cached_layers import Kind, LayerHook, LayerRunner, Where, kind_of, layers_of

@@ -1,15 +1,18 @@
-"""Where TeaCache's signal stands in each transformer class: read from what the first block is called with.
+"""Readers of signals that are neither a probe nor nothing: TeaCache's, from what the first block is called with.
+
+A signal is one class here and one line in `SIGNAL_READERS`.
 
 Wan's block arguments hold the modulations made from the timestep's embedding, not the embedding; that one is seen by a
 forward hook on the module that makes it.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from cineray.caching.policy import Signal
+from cineray.caching.policy import WITHOUT_READER, Signal
 from cineray.caching.token_sums import ModulatedInput
 
 
@@ -81,10 +84,26 @@ class _FirstNorm:
         """Nothing was attached."""
 
 
-def signal_reader(transformer: nn.Module, signal: Signal) -> SignalReader | None:
-    """The reader of a policy's signal; None where the signal is not of this kind."""
-    if signal == "timestep-projection":
-        return _TimestepProjection()
-    if signal == "timestep-embedding":
-        return _TimestepEmbedding(transformer)
-    return _FirstNorm() if signal == "modulated-input" else None
+NewReader = Callable[[nn.Module], SignalReader]
+# signal -> its reader on a transformer
+SIGNAL_READERS: Mapping[Signal, NewReader] = {
+    "timestep-projection": lambda transformer: _TimestepProjection(),
+    "timestep-embedding": _TimestepEmbedding,
+    "modulated-input": lambda transformer: _FirstNorm(),
+}
+
+
+def signal_reader(
+    transformer: nn.Module, signal: Signal, readers: Mapping[Signal, NewReader] = SIGNAL_READERS
+) -> SignalReader | None:
+    """The reader of a policy's signal; None where the controller itself knows it.
+
+    Raises:
+        ValueError: nobody knows this signal.
+    """
+    if signal in WITHOUT_READER:
+        return None
+    if signal not in readers:
+        known = ", ".join((*WITHOUT_READER, *readers))
+        raise ValueError(f"enable_cache: the policy's signal {signal!r} has no reader; known signals: {known}")
+    return readers[signal](transformer)

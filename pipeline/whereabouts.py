@@ -12,7 +12,7 @@ from torch import nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo.eval_frame import OptimizedModule
 
-from cineray.caching.controller import StepContext
+from cineray.caching.call import StepContext
 from cineray.pipeline.clip_progress import Call, ClipProgress
 from cineray.pipeline.other_caches import other_cache, switched_on
 

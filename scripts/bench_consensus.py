@@ -47,8 +47,8 @@ class TimedConsensus:
         return self._consensus.num_ranks
 
     @property
-    def branches_elsewhere(self) -> bool:
-        return self._consensus.branches_elsewhere
+    def branches_are_split(self) -> bool:
+        return self._consensus.branches_are_split
 
     def _timed(self, name: str, *arguments: Any) -> Any:
         began = time.perf_counter()
@@ -56,20 +56,20 @@ class TimedConsensus:
         self.seconds[name].append(time.perf_counter() - began)
         return result
 
-    def add(self, *arguments: Any) -> Any:
-        return self._timed("add", *arguments)
+    def sum_over_ranks(self, *arguments: Any) -> Any:
+        return self._timed("sum_over_ranks", *arguments)
 
-    def agree(self, *arguments: Any) -> Any:
-        return self._timed("agree", *arguments)
+    def leader_value(self, *arguments: Any) -> Any:
+        return self._timed("leader_value", *arguments)
 
-    def first_token(self, num_tokens: int) -> int:
-        return self._consensus.first_token(num_tokens)
+    def count_tokens_before(self, num_tokens: int) -> int:
+        return self._consensus.count_tokens_before(num_tokens)
 
-    def agree_across_branches(self, *arguments: Any) -> Any:
-        return self._timed("agree_across_branches", *arguments)
+    def leader_value_across_branches(self, *arguments: Any) -> Any:
+        return self._timed("leader_value_across_branches", *arguments)
 
-    def compare(self, *arguments: Any) -> Any:
-        return self._timed("compare", *arguments)
+    def gather(self, *arguments: Any) -> Any:
+        return self._timed("gather", *arguments)
 
 
 def render_timed(rank: int, num_ranks: int, init_method: str, model_name: str, request: ClipRequest) -> dict[str, Any]:

@@ -15,14 +15,15 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cineray.caching.controller import CacheController, StepContext
+from cineray.caching.call import StepContext
+from cineray.caching.controller import CacheController
 from cineray.caching.dicache import DiCacheConfig
 from cineray.caching.trace import Trace
 from cineray.pipeline.cache_plan import plan_cache
@@ -163,22 +164,21 @@ def time_controller(subject: Subject, repeats: int, device: str) -> dict[str, fl
     def tokens() -> torch.Tensor:
         return torch.randn(1, subject.num_tokens, width, device=device, dtype=torch.bfloat16)
 
-    entering, probe, leaving = tokens(), tokens(), tokens()
+    blocks_input, probe, blocks_output = tokens(), tokens(), tokens()
 
     def decide():
         where = StepContext(branch="cond", step_index=next(step), num_steps=num_steps, num_branches=1)
-        controller.rows_to_probe(where, entering)
-        return controller.decide(where, entering.clone(), probe.clone())
+        controller.begin_call(where, blocks_input)
+        return controller.decide(where, blocks_input.clone(), probe.clone())
 
     def computed() -> None:
-        verdict = decide()
-        verdict.compute_rows, verdict.skip_rows = [0], []
-        controller.remember(verdict, entering, leaving)
+        plan = replace(decide(), compute_rows=[0], skip_rows=[])
+        controller.remember(plan, blocks_input, blocks_output)
 
     for _ in range(3):
         computed()
     computed_s = median_s(computed, repeats, device)
-    skipped_s = median_s(lambda: controller.forecast(decide(), entering), repeats, device)
+    skipped_s = median_s(lambda: controller.forecast(decide(), blocks_input), repeats, device)
     return {"controller_computed_s": computed_s, "controller_skipped_s": skipped_s}
 
 

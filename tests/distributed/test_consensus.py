@@ -11,7 +11,7 @@ import pytest
 import tiny_transformers as tiny
 import torch
 
-from cineray.caching.consensus import Alone
+from cineray.caching.consensus import SingleProcess
 from cineray.caching.dicache import DiCacheConfig
 from cineray.distributed.attention import NativeAttention
 from cineray.distributed.consensus import GangConsensus
@@ -89,7 +89,7 @@ def mesh_of(layout, rank, init_method):
 
 def decide_on_rank(rank, num_ranks, init_method, builder, threshold, steps, mode):
     mesh = mesh_of(f"ulysses{num_ranks}" if num_ranks > 1 else "1", rank, init_method)
-    consensus = Alone() if mode == "none" else GangConsensus(mesh=mesh, device=CPU, mode=mode)
+    consensus = SingleProcess() if mode == "none" else GangConsensus(mesh=mesh, device=CPU, mode=mode)
     config = DiCacheConfig(threshold=threshold, warmup=0.0)
     return run_steps(getattr(tiny, builder)(), config, mesh, consensus, steps)
 
@@ -216,7 +216,7 @@ def forget_on_rank(rank, num_ranks, init_method):
 
     def before_step(step, cache):
         if rank == 1 and step == 5:
-            cache._runner.free()
+            cache._attached[0].listener.free()
 
     config = DiCacheConfig(threshold=1e6, warmup=0.0)
     return run_steps(tiny.wan(), config, mesh, GangConsensus(mesh=mesh, device=CPU), STEPS, before_step)

@@ -6,7 +6,7 @@ from typing import get_type_hints
 
 import pytest
 
-from cineray.caching.spec import CONFIGS
+from cineray.caching.spec import POLICIES
 from cineray.pipeline.checkpoint import open_checkpoint
 
 ODD = (
@@ -28,10 +28,10 @@ def plan_or_line(checkpoint, spec: str):
 
 
 @pytest.mark.parametrize("model", ["tiny-wan", "tiny-hunyuan"])
-@pytest.mark.parametrize("policy", CONFIGS)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_every_option_of_every_policy_takes_a_value_or_refuses_it_in_one_line(model, policy):
     checkpoint = open_checkpoint(model)
-    for option in get_type_hints(type(next(iter(CONFIGS[policy].values())))):
+    for option in get_type_hints(POLICIES[policy].options):
         for value in ODD:
             plan = plan_or_line(checkpoint, f"{policy}({option}={value})")
             if not isinstance(plan, str):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from cineray.caching.dicache import PAPER, DiCacheConfig, DiCachePolicy
-from cineray.caching.forecast import gamma, run_gamma
+from cineray.caching.forecast import gamma, streak_gamma
 from cineray.caching.observation import AlignmentSums, Observation
 from cineray.caching.spec import parse_spec
 from cineray.pipeline.cache_plan import plan_cache
@@ -103,8 +103,8 @@ def test_gamma_by_distance_and_by_projection():
     sums = AlignmentSums(l1_now=4.0, l1_span=4.0, dot=-8.0, square_span=8.0)
     assert gamma(sums, "l1") == 1.0
     assert gamma(sums, "lsq") == -1.0
-    assert run_gamma(-1.0, 0, (0, 2)) == 0.0
-    assert run_gamma(4.0, 0, (1, 2)) == 2.0
+    assert streak_gamma(-1.0, 0, (0, 2)) == 0.0
+    assert streak_gamma(4.0, 0, (1, 2)) == 2.0
     for broken in (replace(sums, l1_span=0.0), replace(sums, l1_now=math.nan), replace(sums, l1_span=math.nan)):
         assert gamma(broken, "l1") is None
 

@@ -12,8 +12,8 @@ from test_dicache_policy import SEEN
 
 import cineray
 from cineray.caching.dicache import DiCacheConfig, DiCachePolicy, usual_cost
+from cineray.caching.plan import CachePlan
 from cineray.caching.profile import DiCacheProfile
-from cineray.caching.spec import CachePlan
 from cineray.pipeline.cache_plan import plan_cache
 
 LOOK = replace(SEEN, change_sum=4.0, accumulated=0.0, num_skips_in_a_row=0)  # 0.04 of change, at step 20 of 50

@@ -11,7 +11,7 @@ from conftest import build_wan
 import cineray
 from cineray.caching.magcache import MagCachePolicy, nearest_step
 from cineray.caching.observation import Observation
-from cineray.caching.spec import CachePlan
+from cineray.caching.plan import CachePlan
 from cineray.pipeline.cache_plan import plan_cache
 
 SEEN = Observation(

@@ -8,8 +8,9 @@ import torch
 from conftest import BUILDERS, build_flux, build_hunyuan, build_wan
 
 import cineray
-from cineray.caching.consensus import Alone
-from cineray.caching.controller import CacheController, StepContext
+from cineray.caching.call import StepContext
+from cineray.caching.consensus import SingleProcess
+from cineray.caching.controller import CacheController
 from cineray.caching.forecast import Forecasting
 from cineray.caching.observation import Observation
 from cineray.caching.teacache import TeaCacheConfig, TeaCachePolicy, polynomial
@@ -76,14 +77,14 @@ def test_the_ends_are_computed_and_doubt_computes():
     assert [reason(kept, step_index=s) for s in (4, 5, 49)] == ["warmup", "skip", "skip"]
 
 
-class OtherRank(Alone):
+class OtherRank(SingleProcess):
     """Two ranks: the other one's signal moved by half as much where it has tokens of its own, else by as much."""
 
     def __init__(self, is_sharded):
         super().__init__(num_ranks=2)
         object.__setattr__(self, "is_sharded", is_sharded)
 
-    def add(self, change, rest):
+    def sum_over_ranks(self, change, rest):
         others = change * torch.tensor([[0.5], [1.0]], dtype=change.dtype) if self.is_sharded else change
         return change + others, rest * 2
 
@@ -96,9 +97,9 @@ def test_sharded_signals_are_summed_over_ranks_and_replicated_ones_are_not(is_sh
     for step, value in enumerate((2.0, 3.0)):
         context = StepContext(branch="cond", step_index=step, num_steps=10, num_branches=1)
         signal = ModulatedInput(torch.full((1, 6, 2), value), is_sharded=is_sharded)
-        assert controller.rows_to_probe(context, tokens) == [0]
-        verdict = controller.decide(context, tokens, tokens, signal)
-        controller.remember(verdict, tokens, tokens)
+        assert controller.begin_call(context, tokens) == [0]
+        plan = controller.decide(context, tokens, tokens, signal)
+        controller.remember(plan, tokens, tokens)
     assert trace.entries[1].statistic == pytest.approx((12 + 6) / 48 if is_sharded else 12 / 24)
 
 

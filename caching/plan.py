@@ -1,0 +1,153 @@
+"""The seam of a policy's options: they make a plan for a model. One policy is one file beside this one and one line in
+`spec.POLICIES`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cineray.caching.forecast import Forecasting
+from cineray.caching.policy import Policy
+
+if TYPE_CHECKING:  # their files make plans
+    from cineray.caching.smoothcache import LayerSchedule
+    from cineray.caching.taylorseer import TaylorSeerConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFacts:
+    """What a policy must know of a model.
+
+    Args:
+        num_probeable: the deepest probe that the model allows, in blocks.
+        layers: the layer types that a schedule may name.
+        transformer: the transformer's configuration, by which calibrated profiles are found.
+    """
+
+    family: str
+    num_blocks: int
+    num_probeable: int
+    layers: tuple[str, ...]
+    transformer: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CachePlan:
+    """A policy for a model: when, how, and its whole text, which names every option."""
+
+    text: str
+    policy: Policy
+    forecasting: Forecasting
+    probe_depth: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerPlan:
+    """A schedule of layers for a model, and its whole text."""
+
+    text: str
+    schedule: LayerSchedule
+    num_blocks: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SeriesPlan:
+    """A Taylor series of each layer for a model, and its whole text."""
+
+    text: str
+    config: TaylorSeerConfig
+    num_blocks: int
+
+
+AnyPlan = CachePlan | LayerPlan | SeriesPlan
+
+
+class PolicyConfig(Protocol):
+    """A policy's options: a frozen dataclass, whose fields may be given in brackets after the policy's name."""
+
+    def plan(self, name: str, model: ModelFacts) -> AnyPlan:
+        """What these options mean for a model.
+
+        Args:
+            name: of the policy, for the plan's text.
+
+        Raises:
+            ValueError: they do not fit the model.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Presets:
+    """A policy's options where none is given: those of the model's family, else `default`.
+
+    Args:
+        default: None refuses models of other families.
+    """
+
+    by_family: Mapping[str, PolicyConfig] = field(default_factory=dict)
+    default: PolicyConfig | None = None
+
+    def of(self, family: str) -> PolicyConfig | None:
+        return self.by_family.get(family, self.default)
+
+    @property
+    def options(self) -> type[Any]:
+        """The class of the options."""
+        return type(next(iter(self.by_family.values())) if self.default is None else self.default)
+
+
+def plan_blocks(
+    name: str,
+    config: Any,
+    model: ModelFacts,
+    policy: Policy,
+    forecasting: Forecasting | None = None,
+    probe_depth: int = 0,
+) -> CachePlan:
+    """The plan of a policy that decides between the blocks.
+
+    Args:
+        config: the options with everything filled in that was left open.
+        forecasting: None reuses the newest residual.
+        probe_depth: blocks that run on every step that is probed.
+
+    Raises:
+        ValueError: a probe deeper than the model allows.
+    """
+    check_depth(probe_depth, model)
+    return CachePlan(
+        text=text_of(name, config),
+        policy=policy,
+        forecasting=forecasting or Forecasting(),
+        probe_depth=probe_depth,
+        num_blocks=model.num_blocks,
+    )
+
+
+def text_of(name: str, config: Any) -> str:
+    """The policy's whole text: its name and every option."""
+    options = ",".join(
+        f"{k}={':'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in asdict(config).items() if v != ""
+    )
+    return f"{name}({options})"
+
+
+def check_depth(probe_depth: int, model: ModelFacts) -> None:
+    """
+    Raises:
+        ValueError: the model does not allow so deep a probe.
+    """
+    if probe_depth > model.num_probeable:
+        raise ValueError(f"cache: probe_depth must be at most {model.num_probeable} for this model, got {probe_depth}")
+
+
+def check_field(config: object, name: str, is_good: bool, allowed: str) -> None:
+    """
+    Raises:
+        ValueError: a field is not good; names its class, what is allowed and what it is.
+    """
+    if not is_good:
+        raise ValueError(f"{type(config).__name__}: {name} must be {allowed}, got {getattr(config, name)!r}")
