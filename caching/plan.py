@@ -11,8 +11,8 @@ from cineray.caching.forecast import Forecasting
 from cineray.caching.policy import Policy
 
 if TYPE_CHECKING:  # their files make plans
-    from cineray.caching.smoothcache import LayerSchedule
-    from cineray.caching.taylorseer import TaylorSeerConfig
+    from cineray.caching.policies.smoothcache import LayerSchedule
+    from cineray.caching.policies.taylorseer import TaylorSeerConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,10 +9,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from cineray.caching import dicache, first_block, magcache, schedule, taylorseer, teacache
 from cineray.caching.plan import AnyPlan, CachePlan, LayerPlan, ModelFacts, PolicyConfig, Presets, check_depth
-from cineray.caching.schedule import ReplayPolicy
-from cineray.caching.smoothcache import parse_schedule, read_schedule
+from cineray.caching.policies import dicache, first_block, magcache, schedule, taylorseer, teacache
+from cineray.caching.policies.schedule import ReplayPolicy
+from cineray.caching.policies.smoothcache import parse_schedule, read_schedule
 from cineray.caching.trace import parse_trace, read_trace
 from cineray.text import printable, shorten
 

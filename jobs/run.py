@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cineray.distributed.layout import Layout, check_layout
-from cineray.jobs.lease import MIN_TTL_S, TTL_S, Lease
-from cineray.jobs.output_folder import OutputFolder, refuse_early
-from cineray.jobs.results import ResultLog
+from cineray.jobs.output.folder import OutputFolder, refuse_early
+from cineray.jobs.output.lease import MIN_TTL_S, TTL_S, Lease
+from cineray.jobs.output.results import ResultLog
 from cineray.jobs.stopping import asked_to_stop
 from cineray.jobs.threads import num_threads
-from cineray.pipeline.checkpoint import Checkpoint
-from cineray.pipeline.load_options import LoadOptions
+from cineray.pipeline.loading.checkpoint import Checkpoint
+from cineray.pipeline.loading.options import LoadOptions
 from cineray.pipeline.request import ClipRequest, InputError
 
 MAX_ACTORS = 10_000  # of a kind; the largest clusters of Ray have some thousand nodes
@@ -223,10 +223,10 @@ def _check_fits(checkpoint: Checkpoint, layout: Layout) -> None:
 @contextmanager
 def _model_here(asked: AskedRun) -> Iterator[Renderer]:
     """Loads the model into this process."""
-    from cineray.jobs.batch import Batch, render_batch
-    from cineray.jobs.progress import RenderProgress
-    from cineray.pipeline.loading import load_model
-    from cineray.pipeline.video import check_ffmpeg
+    from cineray.jobs.console.progress import RenderProgress
+    from cineray.jobs.in_process import Batch, render_batch
+    from cineray.pipeline.loading.model import load_model
+    from cineray.pipeline.media.video import check_ffmpeg
 
     check_ffmpeg()
     use_threads(asked.checkpoint, asked.load_options)
@@ -275,17 +275,18 @@ def _gangs(asked: AskedRun, start_now: bool = False) -> Iterator[Renderer]:
     if options.is_local and "ray" not in sys.modules:
         # read when ray is imported: it would listen on every interface, whatever address it is given
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    from cineray.jobs.batch_events import StartRequested
-    from cineray.jobs.batch_state import BatchState
-    from cineray.jobs.clip_queue import ClipQueue
-    from cineray.jobs.cluster import connected, missing_resources, plan_fleet
-    from cineray.jobs.gang_progress import GangProgress
-    from cineray.jobs.metrics import RunMetrics
-    from cineray.jobs.ray_batch import RayBatch
-    from cineray.jobs.slots import Slots
-    from cineray.jobs.stages import RunSpec, actors_of
-    from cineray.pipeline.device import check_device
-    from cineray.pipeline.weights import identify
+    from cineray.jobs.gangs.actors import actors_of
+    from cineray.jobs.gangs.cluster import connected, missing_resources, plan_fleet
+    from cineray.jobs.gangs.driver import RayBatch
+    from cineray.jobs.gangs.events import StartRequested
+    from cineray.jobs.gangs.messages import RunSpec
+    from cineray.jobs.gangs.metrics import RunMetrics
+    from cineray.jobs.gangs.progress import GangProgress
+    from cineray.jobs.gangs.queue import ClipQueue
+    from cineray.jobs.gangs.slots import Slots
+    from cineray.jobs.gangs.state import BatchState
+    from cineray.pipeline.loading.device import check_device
+    from cineray.pipeline.loading.weights import identify
 
     if options.is_local:
         check_device(asked.load_options.device)

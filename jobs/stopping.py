@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from cineray.jobs.terminal import tell
+from cineray.jobs.console.terminal import tell
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 UNWIND_S = 6.0  # to give back lease and actors, which takes one to three seconds

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from cineray.pipeline.adapters import Branch, Conditions
-from cineray.pipeline.loading import LoadedModel
-from cineray.pipeline.step_state import Beginning, Keeper, StepState, restore_scheduler, scheduler_state
+from cineray.pipeline.loading.model import LoadedModel
+from cineray.pipeline.resume.step_state import Beginning, Keeper, StepState, restore_scheduler, scheduler_state
 
 StepDone = Callable[[int, int], None]  # (steps done, steps in all)
 RunBranch = Callable[[Branch], torch.Tensor]

@@ -17,14 +17,14 @@ from cineray.distributed.exchange import gather_tensors, gather_text
 from cineray.distributed.layout import Layout, check_layout
 from cineray.distributed.mesh import Mesh, new_mesh
 from cineray.pipeline.adapters import Branch, Conditions
+from cineray.pipeline.caches.enable import attach_cache
 from cineray.pipeline.denoise import StepDone, denoise, run_here
-from cineray.pipeline.enable_cache import attach_cache
-from cineray.pipeline.loading import LoadedModel
-from cineray.pipeline.parallel_decode import decoding_by_rows
+from cineray.pipeline.loading.model import LoadedModel
+from cineray.pipeline.parallel.decode import decoding_by_rows
+from cineray.pipeline.parallel.sharding import ShardedTransformer
 from cineray.pipeline.request import ClipRequest
-from cineray.pipeline.sharding import ShardedTransformer
-from cineray.pipeline.step_state import Keeper
-from cineray.pipeline.trace_keeper import TraceKeeper
+from cineray.pipeline.resume.step_state import Keeper
+from cineray.pipeline.resume.trace_keeper import TraceKeeper
 
 Attention = Literal["native", "xfuser"]
 # A rank that is not heard of for so long is given up: some of the slowest steps of the largest models.

@@ -9,14 +9,14 @@ import torch
 
 from cineray.caching.trace import Trace
 from cineray.pipeline.adapters import Conditions
+from cineray.pipeline.caches.enable import attach_cache
 from cineray.pipeline.denoise import StepDone, denoise
-from cineray.pipeline.enable_cache import attach_cache
 from cineray.pipeline.finite import check_finite
 from cineray.pipeline.gang import Gang
-from cineray.pipeline.loading import LoadedModel
+from cineray.pipeline.loading.model import LoadedModel
 from cineray.pipeline.request import ClipRequest
-from cineray.pipeline.step_state import Keeper
-from cineray.pipeline.trace_keeper import TraceKeeper
+from cineray.pipeline.resume.step_state import Keeper
+from cineray.pipeline.resume.trace_keeper import TraceKeeper
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

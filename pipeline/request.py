@@ -182,7 +182,7 @@ def fingerprint(request: ClipRequest, policy: str, model_digest: str, render_opt
         render_options: what is common to a run: dtype, VAE tiling, lossless.
 
     Raises:
-        PictureError: the request is not `pinned` and its picture cannot be used.
+        ValueError: the request has a picture and is not `pinned`.
     """
     covered: dict[str, object] = {
         "prompt": request.prompt,
@@ -199,9 +199,9 @@ def fingerprint(request: ClipRequest, policy: str, model_digest: str, render_opt
         "options": render_options,
     }
     if request.image is not None:
-        from cineray.pipeline.picture import Pictures  # which reads requests itself
-
-        picture = request.picture or Pictures().facts(request.image)
+        picture = request.picture
+        if picture is None:
+            raise ValueError(f"clip {request.id} has no fingerprint before its picture was looked at")
         # one that needs more than its pixels to be shown is not what earlier versions made of the same file
         covered["image"] = picture.sha256 if picture.is_plain else f"{picture.sha256} as shown"
         if request.image_fit != "stretch":

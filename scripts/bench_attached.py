@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cineray.pipeline.checkpoint import open_checkpoint
-from cineray.pipeline.loading import LoadOptions, load_model
+from cineray.pipeline.loading.checkpoint import open_checkpoint
+from cineray.pipeline.loading.model import LoadOptions, load_model
 from cineray.pipeline.render import render_clip
 from cineray.pipeline.request import ClipRequest
 

@@ -23,23 +23,24 @@ from typing import Any
 import click
 
 from cineray.distributed.layout import Layout
-from cineray.jobs.asked_clips import run_defaults
-from cineray.jobs.batch_state import BatchState
-from cineray.jobs.clip_options import Asked
-from cineray.jobs.clip_queue import ClipQueue
-from cineray.jobs.cluster import connected, plan_fleet
-from cineray.jobs.gang_progress import GangProgress
-from cineray.jobs.lease import Lease
-from cineray.jobs.manifest import check_manifest
-from cineray.jobs.metrics import RunMetrics
-from cineray.jobs.output_folder import OutputFolder
-from cineray.jobs.ray_batch import RayBatch
-from cineray.jobs.results import ResultLog
-from cineray.jobs.slots import Slots
-from cineray.jobs.stages import ClipFault, Denoised, Finisher, GangRank, PutDown, RunSpec, Task, actors_of
-from cineray.pipeline.checkpoint import Checkpoint, open_checkpoint
-from cineray.pipeline.load_options import LoadOptions
-from cineray.pipeline.weights import identify
+from cineray.jobs.cli.clips import run_defaults
+from cineray.jobs.cli.options import Asked
+from cineray.jobs.gangs.actors import Finisher, GangRank, actors_of
+from cineray.jobs.gangs.cluster import connected, plan_fleet
+from cineray.jobs.gangs.driver import RayBatch
+from cineray.jobs.gangs.messages import ClipFault, Denoised, PutDown, RunSpec, Task
+from cineray.jobs.gangs.metrics import RunMetrics
+from cineray.jobs.gangs.progress import GangProgress
+from cineray.jobs.gangs.queue import ClipQueue
+from cineray.jobs.gangs.slots import Slots
+from cineray.jobs.gangs.state import BatchState
+from cineray.jobs.manifest.check import check_manifest
+from cineray.jobs.output.folder import OutputFolder
+from cineray.jobs.output.lease import Lease
+from cineray.jobs.output.results import ResultLog
+from cineray.pipeline.loading.checkpoint import Checkpoint, open_checkpoint
+from cineray.pipeline.loading.options import LoadOptions
+from cineray.pipeline.loading.weights import identify
 
 PROMPT = "a red circle moving left on a navy background"
 # both of what is compared get one thread per process, as actors have, and one priority: Ray's workers are nice by 15

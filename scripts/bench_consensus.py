@@ -20,11 +20,11 @@ from typing import Any, get_args
 
 from cineray.distributed.consensus import Mode
 from cineray.distributed.layout import parse_layout
-from cineray.jobs.local_ranks import run_on_local_ranks
-from cineray.pipeline.checkpoint import open_checkpoint
-from cineray.pipeline.compare import psnr_db
+from cineray.jobs.measure.local_ranks import run_on_local_ranks
 from cineray.pipeline.gang import Gang
-from cineray.pipeline.loading import LoadOptions, load_model
+from cineray.pipeline.loading.checkpoint import open_checkpoint
+from cineray.pipeline.loading.model import LoadOptions, load_model
+from cineray.pipeline.media.compare import psnr_db
 from cineray.pipeline.render import RenderedClip, render_clip_on_gang
 from cineray.pipeline.request import ClipRequest
 

@@ -24,10 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cineray.caching.call import StepContext
 from cineray.caching.controller import CacheController
-from cineray.caching.dicache import DiCacheConfig
+from cineray.caching.policies.dicache import DiCacheConfig
 from cineray.caching.trace import Trace
-from cineray.pipeline.cache_plan import plan_cache
-from cineray.pipeline.enable_cache import attach_cache
+from cineray.pipeline.adapters.cache_plan import plan_cache
+from cineray.pipeline.caches.enable import attach_cache
 
 # Configurations of the published checkpoints; HunyuanVideo's are diffusers' defaults.
 WAN = {"attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256, "in_channels": 16, "out_channels": 16}

@@ -27,7 +27,7 @@ from typing import Any
 import click
 from ray.cluster_utils import Cluster
 
-from cineray.pipeline.video import read_metadata, read_video
+from cineray.pipeline.media.video import read_metadata, read_video
 
 SIZE = ["--width", "32", "--height", "32", "--frames", "5", "--fps", "8", "--lossless"]
 KINDS = ("kill rank", "freeze rank", "kill node", "drain node", "kill driver", "freeze driver")

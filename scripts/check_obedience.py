@@ -35,7 +35,7 @@ from tiny.shapes import NUM_FRAMES, SIZE, Caption, all_captions, draw_clip
 from cineray.pipeline.request import ClipRequest, InputError, problems
 
 if TYPE_CHECKING:
-    from cineray.pipeline.loading import LoadedModel
+    from cineray.pipeline.loading.model import LoadedModel
 
 PROPERTIES = ("colour", "shape", "direction", "background")
 LIMITS_PERCENT = {"colour": 95.0, "direction": 95.0}  # the goals of the tiny checkpoints, with the next line
@@ -165,8 +165,8 @@ def load(name: str) -> "LoadedModel":
     Raises:
         InputError: it is not here, or cannot render 64 x 64 clips of 17 frames from text alone.
     """
-    from cineray.pipeline.checkpoint import open_checkpoint
-    from cineray.pipeline.loading import LoadOptions, load_model
+    from cineray.pipeline.loading.checkpoint import open_checkpoint
+    from cineray.pipeline.loading.model import LoadOptions, load_model
 
     model = load_model(open_checkpoint(name), LoadOptions(device="cpu", dtype="float32"))
     reasons = problems(clip_request(model, pick_pairs(1)[0], num_steps=1), model.checkpoint.size_rule)

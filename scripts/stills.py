@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from cineray.pipeline.video import read_metadata, read_video
+from cineray.pipeline.media.video import read_metadata, read_video
 
 GAP_PX = 4
 CAPTION_PX = 16

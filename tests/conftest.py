@@ -172,8 +172,8 @@ def checkpoint_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def loaded(checkpoint_folder):
     """Factory: name in BUILDERS -> LoadedModel on the CPU in float32, made once."""
-    from cineray.pipeline.checkpoint import open_checkpoint
-    from cineray.pipeline.loading import LoadOptions, load_model
+    from cineray.pipeline.loading.checkpoint import open_checkpoint
+    from cineray.pipeline.loading.model import LoadOptions, load_model
 
     made = {}
 

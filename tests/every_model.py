@@ -124,7 +124,7 @@ class OpenSoraLoop:
 
 def build_open_sora(seed: int = 0) -> OpenSoraLoop:
     """3 spatial and 3 temporal blocks."""
-    from cineray.pipeline.open_sora_transformer import STDiT3
+    from cineray.pipeline.adapters.open_sora_transformer import STDiT3
 
     torch.manual_seed(seed)
     sizes = {"hidden_size": 48, "depth": 3, "num_heads": 4, "caption_channels": 32, "model_max_length": 7}

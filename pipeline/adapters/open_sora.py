@@ -1,7 +1,7 @@
 """Open-Sora 1.2's STDiT3: cached from Python, in a loop of the caller's own.
 
-diffusers has no class for it; `cineray.pipeline.open_sora_transformer` is ours. One deep block is a spatial block and
-the temporal block after it. Guidance doubles the batch: `torch.cat([model_args["y"], y_null])` in
+diffusers has no class for it; `cineray.pipeline.adapters.open_sora_transformer` is ours. One deep block is a spatial
+block and the temporal block after it. Guidance doubles the batch: `torch.cat([model_args["y"], y_null])` in
 opensora/schedulers/rf/__init__.py puts the conditional rows first.
 """
 

@@ -22,7 +22,7 @@ from cineray.pipeline.adapters.protocol import (
     draw_noise,
     without_gradients,
 )
-from cineray.pipeline.picture import first_frame
+from cineray.pipeline.media.picture import first_frame
 from cineray.pipeline.request import ClipRequest, SizeRule
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cineray.caching.dicache import DiCacheConfig
-    from cineray.pipeline.enable_cache import enable_cache
+    from cineray.caching.policies.dicache import DiCacheConfig
+    from cineray.pipeline.caches.enable import enable_cache
 
 __all__ = ["DiCacheConfig", "__version__", "enable_cache"]
 __version__ = "0.1.0"
@@ -30,11 +30,11 @@ if not (Path(__file__).parent / "pipeline" / "__init__.py").exists():
 def __getattr__(name: str) -> Any:
     """Imports the public names when they are first used: torch and diffusers take seconds."""
     if name == "enable_cache":
-        from cineray.pipeline.enable_cache import enable_cache
+        from cineray.pipeline.caches.enable import enable_cache
 
         return enable_cache
     if name == "DiCacheConfig":
-        from cineray.caching.dicache import DiCacheConfig
+        from cineray.caching.policies.dicache import DiCacheConfig
 
         return DiCacheConfig
     raise AttributeError(f"module 'cineray' has no attribute {name!r}")

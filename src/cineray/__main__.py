@@ -5,7 +5,7 @@ def main() -> None:
     from cineray.jobs.threads import wait_passively
 
     wait_passively()  # before anything imports torch
-    from cineray.jobs.command_line import run
+    from cineray.jobs.cli.main import run
 
     run()
 

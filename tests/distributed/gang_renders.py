@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from cineray.distributed.layout import parse_layout
-from cineray.jobs.local_ranks import run_on_local_ranks
-from cineray.pipeline.checkpoint import open_checkpoint
+from cineray.jobs.measure.local_ranks import run_on_local_ranks
 from cineray.pipeline.gang import Gang
-from cineray.pipeline.loading import LoadOptions, load_model
+from cineray.pipeline.loading.checkpoint import open_checkpoint
+from cineray.pipeline.loading.model import LoadOptions, load_model
 from cineray.pipeline.render import render_clip, render_clip_on_gang
 
 TIMEOUT_S = 240.0  # of a whole test; a collective that hangs fails after GANG_TIMEOUT_S

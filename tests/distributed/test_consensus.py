@@ -12,15 +12,15 @@ import tiny_transformers as tiny
 import torch
 
 from cineray.caching.consensus import SingleProcess
-from cineray.caching.dicache import DiCacheConfig
+from cineray.caching.policies.dicache import DiCacheConfig
 from cineray.distributed.attention import NativeAttention
 from cineray.distributed.consensus import GangConsensus
 from cineray.distributed.layout import parse_layout
 from cineray.distributed.mesh import new_mesh
-from cineray.jobs.local_ranks import RankFailed, run_on_local_ranks
-from cineray.pipeline.cache_plan import plan_cache
-from cineray.pipeline.enable_cache import attach_cache
-from cineray.pipeline.sharding import ShardedTransformer
+from cineray.jobs.measure.local_ranks import RankFailed, run_on_local_ranks
+from cineray.pipeline.adapters.cache_plan import plan_cache
+from cineray.pipeline.caches.enable import attach_cache
+from cineray.pipeline.parallel.sharding import ShardedTransformer
 
 GANG_TIMEOUT_S, TIMEOUT_S = 10.0, 60.0
 STEPS = 12

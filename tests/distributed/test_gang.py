@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from cineray.distributed.layout import parse_layout
-from cineray.jobs.local_ranks import RankFailed, run_on_local_ranks
+from cineray.jobs.measure.local_ranks import RankFailed, run_on_local_ranks
 from cineray.pipeline.gang import Gang
 
 TIMEOUT_S = 60.0

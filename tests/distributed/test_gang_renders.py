@@ -5,9 +5,9 @@ import torch
 from conftest import build_wan
 from gang_renders import render_alone, render_on, render_on_gangs
 
-from cineray.caching.smoothcache import LayerSchedule, dump_schedule
+from cineray.caching.policies.smoothcache import LayerSchedule, dump_schedule
 from cineray.distributed.layout import parse_layout
-from cineray.jobs.local_ranks import RankFailed
+from cineray.jobs.measure.local_ranks import RankFailed
 from cineray.pipeline.gang import num_tokens
 
 STEPS = 50

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from cineray.distributed.layout import parse_layout
-from cineray.jobs.local_ranks import run_on_local_ranks
-from cineray.pipeline.checkpoint import open_checkpoint
+from cineray.jobs.measure.local_ranks import run_on_local_ranks
 from cineray.pipeline.gang import Gang
-from cineray.pipeline.loading import LoadOptions, load_model
-from cineray.pipeline.parallel_decode import CONVOLUTIONS
+from cineray.pipeline.loading.checkpoint import open_checkpoint
+from cineray.pipeline.loading.model import LoadOptions, load_model
+from cineray.pipeline.parallel.decode import CONVOLUTIONS
 from cineray.pipeline.render import to_frames
 
 BOUND = 3e-6
@@ -60,7 +60,7 @@ def test_rows_on_ranks_are_the_frames_of_one_rank(name, num_ranks):
 
 
 def test_every_autoencoder_that_is_rendered_with_has_its_rows():
-    from cineray.pipeline.checkpoint import KNOWN_MODELS
+    from cineray.pipeline.loading.checkpoint import KNOWN_MODELS
 
     for name in ("tiny-wan", "tiny-hunyuan"):
         assert name in KNOWN_MODELS

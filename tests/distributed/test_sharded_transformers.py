@@ -13,8 +13,8 @@ import torch
 from cineray.distributed.attention import NativeAttention
 from cineray.distributed.layout import parse_layout
 from cineray.distributed.mesh import new_mesh
-from cineray.jobs.local_ranks import run_on_local_ranks
-from cineray.pipeline.sharding import ShardedTransformer
+from cineray.jobs.measure.local_ranks import run_on_local_ranks
+from cineray.pipeline.parallel.sharding import ShardedTransformer
 
 TIMEOUT_S = 60.0
 RING_BOUND = 4  # times the error of one rank; a rank's share put in a wrong place gives 1e4 and more

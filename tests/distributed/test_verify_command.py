@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from cineray.caching.trace import TraceEntry
 from cineray.distributed.layout import Layout
-from cineray.jobs import verify
-from cineray.jobs.command_line import _run
-from cineray.pipeline.checkpoint import open_checkpoint
-from cineray.pipeline.loading import LoadOptions, load_model
+from cineray.jobs.cli.main import _run
+from cineray.jobs.measure import verify
+from cineray.pipeline.loading.checkpoint import open_checkpoint
+from cineray.pipeline.loading.model import LoadOptions, load_model
 from cineray.pipeline.render import render_clip
 
 SMALL = ["--width", "32", "--height", "48", "--frames", "5", "--steps", "4", "--cache", "dicache(threshold=1)"]

@@ -6,8 +6,8 @@ import torch
 from test_sharded_transformers import CALLS, EVEN, ODD, TIMEOUT_S, new_test_mesh
 
 from cineray.distributed.layout import parse_layout
-from cineray.jobs.local_ranks import RankFailed, run_on_local_ranks
-from cineray.pipeline.sharding import ShardedTransformer
+from cineray.jobs.measure.local_ranks import RankFailed, run_on_local_ranks
+from cineray.pipeline.parallel.sharding import ShardedTransformer
 
 BOUND = 1e-6  # relative to the largest output, as for our ring
 REFUSED = {"divisible": ("wan", ODD), "masks of their own": ("hunyuan", {"valid_text": (8, 5)})}

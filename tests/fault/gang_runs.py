@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cineray.jobs.command_line import _run
-from cineray.pipeline.video import read_video
+from cineray.jobs.cli.main import _run
+from cineray.pipeline.media.video import read_video
 
 SMALL = ["--width", "32", "--height", "32", "--frames", "5", "--fps", "8", "--lossless"]
 

@@ -8,22 +8,22 @@ import pytest
 import torch
 
 from cineray.distributed.layout import Layout
-from cineray.jobs.batch import Batch, render_batch
-from cineray.jobs.clip_queue import ClipQueue
-from cineray.jobs.finisher_work import FinisherWork
-from cineray.jobs.lease import Lease, LeasedError
-from cineray.jobs.output_folder import OutputError, OutputFolder
-from cineray.jobs.progress import RenderProgress
-from cineray.jobs.rank_work import RankWork, is_of_machine
-from cineray.jobs.results import ResultLog
-from cineray.jobs.retry import RankOutcome, classify_failure
+from cineray.jobs.console.progress import RenderProgress
+from cineray.jobs.gangs.finisher_work import FinisherWork
+from cineray.jobs.gangs.messages import ClipFault, Denoised, RunSpec
+from cineray.jobs.gangs.queue import ClipQueue
+from cineray.jobs.gangs.rank_work import RankWork, is_of_machine
+from cineray.jobs.gangs.retry import RankOutcome, classify_failure
+from cineray.jobs.in_process import Batch, render_batch
+from cineray.jobs.output.folder import OutputError, OutputFolder
+from cineray.jobs.output.lease import Lease, LeasedError
+from cineray.jobs.output.results import ResultLog
 from cineray.jobs.run import RunReport
-from cineray.jobs.stages import ClipFault, Denoised, RunSpec
-from cineray.pipeline.checkpoint import open_checkpoint
-from cineray.pipeline.load_options import LoadOptions
-from cineray.pipeline.loading import load_model
+from cineray.pipeline.loading.checkpoint import open_checkpoint
+from cineray.pipeline.loading.model import load_model
+from cineray.pipeline.loading.options import LoadOptions
+from cineray.pipeline.loading.weights import identify
 from cineray.pipeline.request import InputError
-from cineray.pipeline.weights import identify
 
 
 class UnshownError(Exception):

@@ -5,7 +5,7 @@ import json
 import pytest
 from gang_runs import render, write_manifest
 
-from cineray.jobs.results import ClipResult, ResultLog
+from cineray.jobs.output.results import ClipResult, ResultLog
 from cineray.jobs.run import RunReport
 
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-from cineray.jobs import commit as commit_module
-from cineray.jobs.command_line import _run
-from cineray.jobs.commit import Doubt, EntryError, commit_clip, find_clip
-from cineray.jobs.output_folder import OutputError, OutputFolder
-from cineray.jobs.record import clip_record, render_options
+from cineray.jobs.cli.main import _run
+from cineray.jobs.output import commit as commit_module
+from cineray.jobs.output.commit import Doubt, EntryError, commit_clip, find_clip
+from cineray.jobs.output.folder import OutputError, OutputFolder
+from cineray.jobs.output.record import clip_record, render_options
+from cineray.pipeline.media.video import count_frames, read_metadata
 from cineray.pipeline.render import render_clip
 from cineray.pipeline.request import ClipRequest
-from cineray.pipeline.video import count_frames, read_metadata
 
 MARK = "0123456789ab"
 SMALL = ["--width", "32", "--height", "32", "--frames", "5", "--steps", "2", "--fps", "8"]

@@ -10,7 +10,8 @@ import pytest
 import ray
 from gang_runs import Harm, events, pixels, render, sidecar, start_driver, steps_on_disk, wait_for, write_manifest
 
-from cineray.jobs import asked_clips, command_line
+from cineray.jobs.cli import clips as asked_clips
+from cineray.jobs.cli import command_line
 
 STEPS = 600  # of a millisecond or ten: long enough that a second driver has started before the first one is done
 GOOD = ["a", "b", "c"]

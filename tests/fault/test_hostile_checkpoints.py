@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from cineray.pipeline.checkpoint import open_checkpoint
-from cineray.pipeline.loading import LoadOptions, load_model
+from cineray.pipeline.loading.checkpoint import open_checkpoint
+from cineray.pipeline.loading.model import LoadOptions, load_model
 from cineray.pipeline.request import InputError
 
 NUM_FUZZED = 600
@@ -290,7 +290,7 @@ def test_a_folder_that_may_not_be_read_is_one_line(folder):
         for parent in folder.parents:
             parent.chmod(parent.stat().st_mode | 0o005)
         script = (
-            "import sys; from cineray.pipeline.checkpoint import open_checkpoint\n"
+            "import sys; from cineray.pipeline.loading.checkpoint import open_checkpoint\n"
             "try: open_checkpoint(sys.argv[1])\n"
             "except ValueError as error: print(error)"
         )

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cineray.jobs.manifest import MAX_REPORTED, RunDefaults, check_manifest
-from cineray.jobs.manifest_row import FIELDS
-from cineray.pipeline.checkpoint import open_checkpoint
+from cineray.jobs.manifest.check import MAX_REPORTED, RunDefaults, check_manifest
+from cineray.jobs.manifest.row import FIELDS
+from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.request import CLIP_ID, InputError, problems
 from cineray.text import MAX_LINE
 

@@ -10,15 +10,15 @@ from dataclasses import asdict
 import pytest
 
 from cineray.caching.forecast import Forecasting
-from cineray.caching.smoothcache import load_schedule
+from cineray.caching.policies.smoothcache import load_schedule
 from cineray.caching.trace import Trace, TraceEntry, entries_from, load_trace
-from cineray.jobs.command_line import _run
-from cineray.jobs.lease import Lease
-from cineray.jobs.record import read_record
-from cineray.jobs.status import read_status
-from cineray.jobs.trial_log import TrialLog
-from cineray.jobs.trouble import read_trouble
-from cineray.pipeline.calibrate_weights import CurvePoint
+from cineray.jobs.cli.main import _run
+from cineray.jobs.measure.trial_log import TrialLog
+from cineray.jobs.output.lease import Lease
+from cineray.jobs.output.record import read_record
+from cineray.jobs.output.status import read_status
+from cineray.jobs.output.trouble import read_trouble
+from cineray.pipeline.calibrate.dicache import CurvePoint
 from cineray.pipeline.request import InputError
 
 MARK = "0123456789ab"

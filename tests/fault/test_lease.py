@@ -12,15 +12,15 @@ import time
 import psutil
 import pytest
 
-from cineray.jobs import lease as lease_module
-from cineray.jobs.command_line import _run
-from cineray.jobs.lease import Lease, LeasedError, _boot_id, current_lease, is_stale, read_holder
-from cineray.jobs.output_folder import OutputError
+from cineray.jobs.cli.main import _run
+from cineray.jobs.output import lease as lease_module
+from cineray.jobs.output.folder import OutputError
+from cineray.jobs.output.lease import Lease, LeasedError, _boot_id, current_lease, is_stale, read_holder
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from cineray.jobs.lease import Lease
+from cineray.jobs.output.lease import Lease
 with Lease(Path(sys.argv[1]), ttl_s=1.0, beat_s=0.05) as lease:
     print("held", flush=True)
     while True:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cineray.jobs.output_folder import OutputError, OutputFolder, is_video, refuse_early
+from cineray.jobs.output.folder import OutputError, OutputFolder, is_video, refuse_early
 
 MARK = "0123456789ab"
 NOBODY = 65534

@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 
 from cineray.distributed.layout import Layout
-from cineray.jobs.finisher_work import FinisherWork
-from cineray.jobs.output_folder import OutputFolder
-from cineray.jobs.rank_work import LOCALHOST, RankWork
-from cineray.jobs.stages import ClipFault, Denoised, NoPrompt, RunSpec, Task
-from cineray.pipeline.encoded_prompts import is_encoded
-from cineray.pipeline.load_options import LoadOptions
-from cineray.pipeline.tensor_file import read_tensors
-from cineray.pipeline.video import read_video
+from cineray.jobs.gangs.finisher_work import FinisherWork
+from cineray.jobs.gangs.messages import ClipFault, Denoised, NoPrompt, RunSpec, Task
+from cineray.jobs.gangs.rank_work import LOCALHOST, RankWork
+from cineray.jobs.output.folder import OutputFolder
+from cineray.pipeline.loading.options import LoadOptions
+from cineray.pipeline.media.video import read_video
+from cineray.pipeline.resume.encoded_prompts import is_encoded
+from cineray.pipeline.resume.tensor_file import read_tensors
 
 MARK, OTHER = "0123456789ab", "ba9876543210"
 

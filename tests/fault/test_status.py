@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from cineray.jobs.command_line import _run
-from cineray.jobs.lease import Lease
+from cineray.jobs.cli.main import _run
+from cineray.jobs.output.lease import Lease
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_while_a_driver_renders(folder, capsys):
 
 
 def test_after_a_driver_was_killed_nothing_runs(folder, capsys):
-    hold = "import sys, os; from pathlib import Path; from cineray.jobs.lease import Lease\n"
+    hold = "import sys, os; from pathlib import Path; from cineray.jobs.output.lease import Lease\n"
     hold += "Lease(Path(sys.argv[1])).__enter__(); os._exit(9)"
     subprocess.run(
         [sys.executable, "-c", hold, str(folder / ".state")], env=os.environ | {"PYTHONSAFEPATH": "1"}, check=False

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save
 
 from cineray.caching.trace import trace_from
-from cineray.jobs.step_keeper import StepKeeper, StepNotes, Yielded
+from cineray.jobs.output.step_keeper import StepKeeper, StepNotes, Yielded
 from cineray.pipeline.render import denoise_clip
-from cineray.pipeline.step_state import Beginning, StepState, StepStateError, read_step_state, save_step_state
-from cineray.pipeline.tensor_file import TensorFileError, read_tensors, write_tensors
+from cineray.pipeline.resume.step_state import Beginning, StepState, StepStateError, read_step_state, save_step_state
+from cineray.pipeline.resume.tensor_file import TensorFileError, read_tensors, write_tensors
 
 STEPS, STOP_AT, CLIP = 5, 3, "0123456789ab"
 NUM_FLIPS = 400

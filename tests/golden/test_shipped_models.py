@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cineray.pipeline.checkpoint import open_checkpoint
-from cineray.pipeline.compare import psnr_db
-from cineray.pipeline.loading import LoadOptions, load_model
+from cineray.pipeline.loading.checkpoint import open_checkpoint
+from cineray.pipeline.loading.model import LoadOptions, load_model
+from cineray.pipeline.media.compare import psnr_db
 from cineray.pipeline.render import render_clip
 from cineray.pipeline.request import ClipRequest
 

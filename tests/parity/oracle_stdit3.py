@@ -1,5 +1,5 @@
 """Open-Sora 1.2's STDiT3 from its state dict, as its own code computes it: text packed without padding, attention
-written out, one frame list at a time. Shares no code with `cineray.pipeline.open_sora_transformer`.
+written out, one frame list at a time. Shares no code with `cineray.pipeline.adapters.open_sora_transformer`.
 
 Read from github.com/hpcaitech/Open-Sora at v1.2.0, opensora/models/stdit/stdit3.py and
 opensora/models/layers/blocks.py, and from rotary_embedding_torch 0.5.3, which its requirements name.

@@ -8,7 +8,7 @@ from accelerate import init_empty_weights
 from oracle_stdit3 import published_shapes, stdit3
 from safetensors.torch import save_file
 
-from cineray.pipeline.open_sora_transformer import STDiT3
+from cineray.pipeline.adapters.open_sora_transformer import STDiT3
 
 TINY = {"hidden_size": 48, "depth": 2, "num_heads": 4, "caption_channels": 32, "model_max_length": 7}
 

@@ -4,10 +4,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from cineray.jobs import batch_effects as effects
-from cineray.jobs import batch_events as events
-from cineray.jobs.batch_state import BatchState, Stage
-from cineray.jobs.retry import RankOutcome
+from cineray.jobs.gangs import effects, events
+from cineray.jobs.gangs.retry import RankOutcome
+from cineray.jobs.gangs.state import BatchState, Stage
 
 DIED = (RankOutcome(kind="died", reason="killed"), RankOutcome(kind="silent"))
 

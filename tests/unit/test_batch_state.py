@@ -7,9 +7,9 @@ from gang_world import DIED, World
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cineray.jobs import batch_events as events
-from cineray.jobs.batch_state import IN_FINISHER, PER_FINISHER, START_S, BatchState, GangStage
-from cineray.jobs.retry import MAX_LOSSES_IN_A_ROW, MAX_STRIKES, RankOutcome
+from cineray.jobs.gangs import events
+from cineray.jobs.gangs.retry import MAX_LOSSES_IN_A_ROW, MAX_STRIKES, RankOutcome
+from cineray.jobs.gangs.state import IN_FINISHER, PER_FINISHER, START_S, BatchState, GangStage
 
 HANG_S = 10.0
 

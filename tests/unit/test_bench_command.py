@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from cineray.jobs import quality_bench
-from cineray.jobs.command_line import _run
-from cineray.pipeline.calibrate_steps import StepChanges, fit_polynomial
+from cineray.jobs.cli.main import _run
+from cineray.jobs.measure import bench as quality_bench
+from cineray.pipeline.calibrate.teacache_magcache import StepChanges, fit_polynomial
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_rows_come_in_the_order_asked_and_are_kept(run, tmp_path, monkeypatch):
         raise AssertionError("rendered again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("cineray.jobs.quality.render_clip", no_rendering)
+        patch.setattr("cineray.jobs.measure.quality.render_clip", no_rendering)
         _, second, _ = run("bench", "quality", "none", "fewer-steps(?)", "--at", "2", "--out", str(out), "--json")
     assert second is not None
     assert [row["asked"] for row in second["rows"]] == ["none", "fewer-steps(?)"]
@@ -110,7 +110,7 @@ def test_what_is_out_of_reach_is_told(run):
     ],
 )
 def test_bad_input_is_told_before_anything_renders(run, words, said, monkeypatch):
-    monkeypatch.setattr("cineray.jobs.quality.render_clip", None)
+    monkeypatch.setattr("cineray.jobs.measure.quality.render_clip", None)
     code, _, err = run("bench", "quality", *words)
     assert code == 2
     assert said in err
@@ -158,7 +158,7 @@ def test_calibrated_profiles_are_used(run, tmp_path, model):
 
 def test_ratios_and_changes_are_those_of_the_residuals(loaded, new_request):
     """Against the residuals as plain hooks see them: mean over tokens of |r_t| / |r_(t-1)|, and relative L1."""
-    from cineray.pipeline.calibrate_steps import magnitude_ratios, measure_steps
+    from cineray.pipeline.calibrate.teacache_magcache import magnitude_ratios, measure_steps
 
     model = loaded("wan")
     requests = [new_request(num_inference_steps=5, seed=s, guidance_scale=1.0) for s in (1, 2)]

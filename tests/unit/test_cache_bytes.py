@@ -2,8 +2,8 @@
 
 import pytest
 
-from cineray.pipeline.cache_bytes import forecast_cache_bytes
-from cineray.pipeline.checkpoint import open_checkpoint
+from cineray.pipeline.caches.memory import forecast_cache_bytes
+from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.render import render_clip
 
 

@@ -7,7 +7,7 @@ from typing import get_type_hints
 import pytest
 
 from cineray.caching.spec import POLICIES
-from cineray.pipeline.checkpoint import open_checkpoint
+from cineray.pipeline.loading.checkpoint import open_checkpoint
 
 ODD = (
     *("", "0", "-1", "-0", "1", "1.5", "nan", "inf", "-inf", "1e400", "-1e308", "9" * 40, "9" * 5000, "-" + "9" * 40),

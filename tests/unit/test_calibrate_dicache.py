@@ -8,7 +8,7 @@ from test_bench_command import clips, run  # noqa: F401  # fixtures
 from test_dicache_runs import profile
 
 from cineray.caching.profile import DiCacheProfile
-from cineray.pipeline.calibrate_weights import KNOTS, WeightSearch, with_weights
+from cineray.pipeline.calibrate.dicache import KNOTS, WeightSearch, with_weights
 
 
 def test_a_calibrated_profile_is_used_and_comes_out_the_same_again(run, tmp_path):  # noqa: F811

@@ -9,8 +9,8 @@ import torch
 from every_model import EVERY_MODEL, blocks_of, build, call, in_double
 
 import cineray
-from cineray.pipeline.cached_layers import layers_of
-from cineray.pipeline.calibrate import measure_layer_errors
+from cineray.pipeline.caches.layers import layers_of
+from cineray.pipeline.calibrate.smoothcache import measure_layer_errors
 
 NEVER, OFTEN = "interval(interval=1)", "interval(interval=3)"
 STEPS = 6

@@ -10,9 +10,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cineray.pipeline.adapters import FAMILIES
-from cineray.pipeline.checkpoint import open_checkpoint, weights_digest
-from cineray.pipeline.checkpoint_parts import check_configs
-from cineray.pipeline.loading import LoadOptions, load_model
+from cineray.pipeline.loading.checkpoint import open_checkpoint, weights_digest
+from cineray.pipeline.loading.model import LoadOptions, load_model
+from cineray.pipeline.loading.parts import check_configs
 from cineray.pipeline.request import InputError
 
 UNIPC = {

@@ -3,12 +3,12 @@
 from PIL import Image
 
 from cineray.distributed.layout import Layout
-from cineray.jobs.clip_queue import ClipQueue
-from cineray.jobs.output_folder import OutputFolder
-from cineray.jobs.stages import RunSpec
-from cineray.pipeline.checkpoint import open_checkpoint
-from cineray.pipeline.load_options import LoadOptions
-from cineray.pipeline.weights import identify
+from cineray.jobs.gangs.messages import RunSpec
+from cineray.jobs.gangs.queue import ClipQueue
+from cineray.jobs.output.folder import OutputFolder
+from cineray.pipeline.loading.checkpoint import open_checkpoint
+from cineray.pipeline.loading.options import LoadOptions
+from cineray.pipeline.loading.weights import identify
 
 
 def test_a_picture_that_is_broken_when_its_clip_is_due_fails_that_clip_alone(checkpoint_folder, new_request, tmp_path):

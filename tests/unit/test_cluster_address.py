@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
-from cineray.jobs import cluster_address
-from cineray.jobs.cluster_address import check_address
+from cineray.jobs.gangs import cluster_address
+from cineray.jobs.gangs.cluster_address import check_address
 from cineray.pipeline.request import InputError
 
 

@@ -10,8 +10,8 @@ import jsonschema
 import ray
 import yaml
 
-from cineray.jobs import metrics
-from cineray.jobs.command_line import cineray
+from cineray.jobs.cli.main import cineray
+from cineray.jobs.gangs import metrics
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "cluster"
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from cineray.caching.dicache import PAPER, DiCacheConfig, DiCachePolicy
 from cineray.caching.forecast import gamma, streak_gamma
 from cineray.caching.observation import AlignmentSums, Observation
+from cineray.caching.policies.dicache import PAPER, DiCacheConfig, DiCachePolicy
 from cineray.caching.spec import parse_spec
-from cineray.pipeline.cache_plan import plan_cache
+from cineray.pipeline.adapters.cache_plan import plan_cache
 
 SEEN = Observation(
     step_index=20,

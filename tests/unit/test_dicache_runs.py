@@ -11,10 +11,10 @@ from every_model import in_double
 from test_dicache_policy import SEEN
 
 import cineray
-from cineray.caching.dicache import DiCacheConfig, DiCachePolicy, usual_cost
 from cineray.caching.plan import CachePlan
+from cineray.caching.policies.dicache import DiCacheConfig, DiCachePolicy, usual_cost
 from cineray.caching.profile import DiCacheProfile
-from cineray.pipeline.cache_plan import plan_cache
+from cineray.pipeline.adapters.cache_plan import plan_cache
 
 LOOK = replace(SEEN, change_sum=4.0, accumulated=0.0, num_skips_in_a_row=0)  # 0.04 of change, at step 20 of 50
 RUN = DiCacheConfig(threshold=0.095, look="run")

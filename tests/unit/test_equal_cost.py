@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from cineray.jobs.equal_cost import find_value, parse_sweep
+from cineray.jobs.measure.equal_cost import find_value, parse_sweep
 from cineray.pipeline.request import InputError
 
 

@@ -8,8 +8,8 @@ from conftest import build_hunyuan, build_wan
 from every_model import in_double
 
 import cineray
-from cineray.caching.first_block import FirstBlockConfig, FirstBlockPolicy
 from cineray.caching.observation import Observation
+from cineray.caching.policies.first_block import FirstBlockConfig, FirstBlockPolicy
 
 SEEN = Observation(
     step_index=5,

@@ -2,9 +2,9 @@
 
 import pytest
 
-from cineray.jobs import gang_slot
-from cineray.jobs.gang_slot import GRACE_S, GangSlot, Resources
-from cineray.jobs.output_folder import OutputError
+from cineray.jobs.gangs import gang_slot
+from cineray.jobs.gangs.gang_slot import GRACE_S, GangSlot, Resources
+from cineray.jobs.output.folder import OutputError
 
 
 def test_a_fault_of_the_folder_that_one_rank_meets_ends_the_wait_for_the_others(monkeypatch):

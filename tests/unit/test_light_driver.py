@@ -4,16 +4,16 @@ import os
 import subprocess
 import sys
 
-from cineray.pipeline.device import sees_cuda
+from cineray.pipeline.loading.device import sees_cuda
 
 DRIVER = """
 import sys
 from pathlib import Path
-from cineray.jobs import clip_queue, command_line, gang_progress, metrics, ray_batch, run, slots
-from cineray.jobs.manifest import RequestCheck
-from cineray.pipeline.checkpoint import open_checkpoint
-from cineray.pipeline.device import default_device
-from cineray.pipeline.weights import identify
+from cineray.jobs.gangs import queue as clip_queue, command_line, gang_progress, metrics, ray_batch, run, slots
+from cineray.jobs.manifest.check import RequestCheck
+from cineray.pipeline.loading.checkpoint import open_checkpoint
+from cineray.pipeline.loading.device import default_device
+from cineray.pipeline.loading.weights import identify
 checkpoint = open_checkpoint("tiny-wan")
 assert checkpoint.plan_cache("dicache")
 identify(checkpoint)

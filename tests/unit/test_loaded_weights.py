@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cineray.pipeline.checkpoint import open_checkpoint
-from cineray.pipeline.loading import TEXT_ENCODERS, TRANSFORMER, LoadOptions, load_model
+from cineray.pipeline.loading.checkpoint import open_checkpoint
+from cineray.pipeline.loading.model import TEXT_ENCODERS, TRANSFORMER, LoadOptions, load_model
 from cineray.pipeline.request import InputError
 
 TRANSFORMER_FILE, TEXT_FILE = "transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"

@@ -9,10 +9,10 @@ import torch
 from conftest import build_wan
 
 import cineray
-from cineray.caching.magcache import MagCachePolicy, nearest_step
 from cineray.caching.observation import Observation
 from cineray.caching.plan import CachePlan
-from cineray.pipeline.cache_plan import plan_cache
+from cineray.caching.policies.magcache import MagCachePolicy, nearest_step
+from cineray.pipeline.adapters.cache_plan import plan_cache
 
 SEEN = Observation(
     step_index=2,

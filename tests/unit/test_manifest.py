@@ -5,8 +5,8 @@ import tracemalloc
 
 import pytest
 
-from cineray.jobs.manifest import RunDefaults, check_manifest, check_prompts
-from cineray.pipeline.checkpoint import open_checkpoint
+from cineray.jobs.manifest.check import RunDefaults, check_manifest, check_prompts
+from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.request import InputError
 
 GOOD = {"prompt": "a red circle moving left on a black background"}

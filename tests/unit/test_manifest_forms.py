@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from cineray.jobs.manifest_forms import read_rows
-from cineray.jobs.manifest_row import Row
-from cineray.jobs.manifest_source import opened
-from cineray.jobs.row_file import RowFile
+from cineray.jobs.manifest.forms import read_rows
+from cineray.jobs.manifest.row import Row
+from cineray.jobs.manifest.row_file import RowFile
+from cineray.jobs.manifest.source import opened
 from cineray.pipeline.request import InputError
 
 

@@ -8,7 +8,7 @@ from every_model import EVERY_MODEL, build, call
 
 import cineray
 from cineray.caching.spec import NAMES
-from cineray.jobs.command_line import _run
+from cineray.jobs.cli.main import _run
 from cineray.pipeline.adapters import FAMILIES, MODELS
 
 
@@ -54,8 +54,8 @@ def test_the_published_sizes_have_the_blocks_that_the_papers_cache():
     """The default configurations are the published ones; depths as in the papers' models."""
     from diffusers import DiTTransformer2DModel, StableAudioDiTModel
 
-    from cineray.pipeline.cached_layers import layers_of
-    from cineray.pipeline.open_sora_transformer import STDiT3
+    from cineray.pipeline.adapters.open_sora_transformer import STDiT3
+    from cineray.pipeline.caches.layers import layers_of
 
     for kind, num_blocks, num_layers in (
         (DiTTransformer2DModel, 28, 2 * 28),

@@ -14,7 +14,7 @@ from cineray.caching.plan import ModelFacts, Presets, check_field, plan_blocks
 from cineray.caching.policy import Decision, Reason, forced
 from cineray.caching.spec import POLICIES
 from cineray.caching.token_sums import ModulatedInput
-from cineray.pipeline.modulated_input import SIGNAL_READERS
+from cineray.pipeline.caches.signals import SIGNAL_READERS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

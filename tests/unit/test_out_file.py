@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from test_bench_command import clips, run  # noqa: F401  # fixtures
 
-from cineray.jobs import out_file
-from cineray.jobs.out_file import check_out, ended_by_sigterm, locked, replace_text
-from cineray.jobs.quality_bench import BenchRow, _BenchFile, measured_on
+from cineray.jobs.measure import out_file
+from cineray.jobs.measure.bench import BenchRow, _BenchFile, measured_on
+from cineray.jobs.measure.out_file import check_out, ended_by_sigterm, locked, replace_text
 from cineray.pipeline.request import InputError
 
 BAD = {
@@ -70,7 +70,7 @@ COMMANDS = [
 def test_every_command_refuses_it_before_the_model_is_loaded(run, here, monkeypatch, words, out):  # noqa: F811
     for module in ("calibration", "quality_bench"):
         monkeypatch.setattr(f"cineray.jobs.{module}.load_model", None, raising=False)
-    monkeypatch.setattr("cineray.pipeline.loading.load_model", None)
+    monkeypatch.setattr("cineray.pipeline.loading.model.load_model", None)
     code, _, err = run(*words, "--out", out, steps=12)
     assert code == 2
     assert "--out" in err
@@ -84,7 +84,7 @@ def test_a_floor_that_nothing_reaches_is_refused_before_the_model_is_loaded(
     monkeypatch,
     floor,
 ):
-    monkeypatch.setattr("cineray.jobs.calibration.load_model", None)
+    monkeypatch.setattr("cineray.jobs.measure.calibration.load_model", None)
     code, _, err = run("calibrate", "dicache", "--floor", floor, "--out", str(tmp_path / "a.json"), steps=12)
     assert code == 2
     assert "--floor must be" in err or "the best keeps 100 dB" in err

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from cineray.jobs.quality import QualityMeter, policy_text
-from cineray.pipeline.compare import psnr_db, ssim
+from cineray.jobs.measure.quality import QualityMeter, policy_text
+from cineray.pipeline.media.compare import psnr_db, ssim
 from cineray.pipeline.request import InputError
 
 

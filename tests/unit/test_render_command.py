@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cineray.jobs import asked_clips
-from cineray.jobs.command_line import _run
+from cineray.jobs.cli import clips as asked_clips
+from cineray.jobs.cli.main import _run
+from cineray.pipeline.media.video import read_metadata, read_video
 from cineray.pipeline.render import render_clip
-from cineray.pipeline.video import read_metadata, read_video
 
 SMALL = ["--width", "32", "--height", "32", "--frames", "5", "--steps", "3", "--fps", "8"]
 
@@ -262,7 +262,7 @@ def test_a_clip_that_fails_does_not_stop_the_others(render, pictures, monkeypatc
         first.write_bytes(b"no image")
         return found
 
-    monkeypatch.setattr("cineray.jobs.command_line.requests_of", checked_then_broken)
+    monkeypatch.setattr("cineray.jobs.cli.main.requests_of", checked_then_broken)
     code, stdout, stderr, out = render("--manifest", str(manifest), "--json", model="wan_i2v")
     assert code == 1
     assert [(c["id"], c["status"]) for c in json.loads(stdout)["clips"]] == [("first", "failed"), ("second", "done")]

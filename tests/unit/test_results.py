@@ -3,7 +3,7 @@
 import io
 import json
 
-from cineray.jobs.results import ClipResult, ResultLog
+from cineray.jobs.output.results import ClipResult, ResultLog
 
 
 def test_all_results_come_back_as_one_json_line(new_request):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cineray.jobs.retry import RankOutcome, classify_failure, is_hung, is_quarantined, is_retired
+from cineray.jobs.gangs.retry import RankOutcome, classify_failure, is_hung, is_quarantined, is_retired
 
 ANSWERED = RankOutcome(kind="answered")
 SILENT = RankOutcome(kind="silent")

@@ -9,9 +9,9 @@ import torch
 from every_model import EVERY_MODEL, STACKED, build, call
 
 import cineray
-from cineray.caching.smoothcache import LayerSchedule, dump_schedule, load_schedule, schedule_row
-from cineray.pipeline.cached_layers import layers_of
-from cineray.pipeline.calibrate import measure_layer_errors, smooth_schedule
+from cineray.caching.policies.smoothcache import LayerSchedule, dump_schedule, load_schedule, schedule_row
+from cineray.pipeline.caches.layers import layers_of
+from cineray.pipeline.calibrate.smoothcache import measure_layer_errors, smooth_schedule
 from cineray.pipeline.render import render_clip
 
 

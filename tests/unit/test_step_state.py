@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cineray.pipeline.render import denoise_clip
-from cineray.pipeline.step_state import load_step_state, save_step_state
+from cineray.pipeline.resume.step_state import load_step_state, save_step_state
 
 STEPS = 7
 

@@ -5,8 +5,8 @@ import shlex
 
 import pytest
 
-from cineray.jobs.command_line import _run
-from cineray.jobs.submit import Submission, environment, write_manifest
+from cineray.jobs.cli.main import _run
+from cineray.jobs.gangs.submit import Submission, environment, write_manifest
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import torch
 from conftest import build_flux, build_hunyuan, build_wan
 
 import cineray
-from cineray.caching.taylorseer import TAYLORSEER, TaylorSeerConfig, derivatives, extrapolate
-from cineray.pipeline.cache_plan import plan_cache
+from cineray.caching.policies.taylorseer import TAYLORSEER, TaylorSeerConfig, derivatives, extrapolate
+from cineray.pipeline.adapters.cache_plan import plan_cache
 
 
 def call(pipe, steps=12, **kwargs):

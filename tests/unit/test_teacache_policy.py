@@ -13,10 +13,10 @@ from cineray.caching.consensus import SingleProcess
 from cineray.caching.controller import CacheController
 from cineray.caching.forecast import Forecasting
 from cineray.caching.observation import Observation
-from cineray.caching.teacache import TeaCacheConfig, TeaCachePolicy, polynomial
+from cineray.caching.policies.teacache import TeaCacheConfig, TeaCachePolicy, polynomial
 from cineray.caching.token_sums import ModulatedInput
 from cineray.caching.trace import Trace
-from cineray.pipeline.cache_plan import plan_cache
+from cineray.pipeline.adapters.cache_plan import plan_cache
 
 SEEN = Observation(
     step_index=5,
@@ -181,7 +181,7 @@ def test_published_and_shipped_models_have_a_profile():
     assert ret is not None
     assert ret.text.startswith("teacache(threshold=0.1,ret_steps=True,coefficients=-52186.2437:")
     for model in ("tiny-wan", "tiny-hunyuan"):
-        from cineray.pipeline.checkpoint import open_checkpoint
+        from cineray.pipeline.loading.checkpoint import open_checkpoint
 
         assert open_checkpoint(model).plan_cache("teacache") is not None
 

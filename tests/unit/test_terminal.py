@@ -10,13 +10,14 @@ import warnings
 import pytest
 from rich.console import Console
 
-from cineray.jobs import command_line, terminal
-from cineray.jobs.clip_bars import ClipBars
-from cineray.jobs.command_line import _run
-from cineray.jobs.measure_commands import _print_quality
-from cineray.jobs.progress import RenderProgress, checking_lines
-from cineray.jobs.quality_bench import BenchRow
-from cineray.jobs.terminal import UndeliveredError, print_json, print_lines, tell
+from cineray.jobs.cli import main as command_line
+from cineray.jobs.cli import terminal
+from cineray.jobs.cli.main import _run
+from cineray.jobs.cli.measure import _print_quality
+from cineray.jobs.console.bars import ClipBars
+from cineray.jobs.console.progress import RenderProgress, checking_lines
+from cineray.jobs.console.terminal import UndeliveredError, print_json, print_lines, tell
+from cineray.jobs.measure.bench import BenchRow
 
 HOSTILE = [
     "\x1b]0;owned\x07",
@@ -103,7 +104,7 @@ def test_on_a_terminal_too(text, monkeypatch):
     """There rich's own escape sequences are right; what stands between them must be ours."""
     out = io.StringIO()
     terminal_console = Console(file=out, force_terminal=True, width=200)
-    monkeypatch.setattr("cineray.jobs.clip_bars.new_console", lambda stream: terminal_console)
+    monkeypatch.setattr("cineray.jobs.console.bars.new_console", lambda stream: terminal_console)
     with RenderProgress(1) as bars:
         bars.begin_clip(text, 4)
         bars.step(1, 4)
@@ -152,7 +153,7 @@ def test_an_unexpected_error_is_one_line(capsys, monkeypatch):
     assert "Traceback" in capsys.readouterr().err
 
 
-CHILD = "from cineray.jobs.command_line import run; run(['models'])"
+CHILD = "from cineray.jobs.cli.main import run; run(['models'])"
 
 
 @pytest.mark.parametrize(

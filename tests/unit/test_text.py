@@ -33,9 +33,8 @@ def test_a_long_text_loses_its_middle():
 
 
 def test_a_reader_that_has_gone_ends_nothing():
-    script = (
-        "from cineray.jobs.terminal import tell\nfor n in range(20000): tell(n)\nopen('/dev/fd/3', 'w').write('on')"
-    )
+    tell = "from cineray.jobs.console.terminal import tell\nfor n in range(20000): tell(n)\n"
+    script = f"{tell}open('/dev/fd/3', 'w').write('on')"
     read, wrote = os.pipe()
     run = subprocess.Popen(
         ["bash", "-c", f'"$0" -c "$1" 3>&{wrote} 2>&1 | head -1', sys.executable, script],

@@ -9,7 +9,7 @@ import pytest
 
 from cineray.jobs.threads import num_threads, rank_threads, wait_passively
 from cineray.pipeline.adapters import MODELS
-from cineray.pipeline.checkpoint import open_checkpoint
+from cineray.pipeline.loading.checkpoint import open_checkpoint
 
 
 def test_threads_wait_passively_unless_the_user_has_said_how():

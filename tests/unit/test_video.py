@@ -12,9 +12,9 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from cineray.pipeline.ffmpeg import run_ffmpeg
+from cineray.pipeline.media.ffmpeg import run_ffmpeg
+from cineray.pipeline.media.video import VideoError, check_ffmpeg, count_frames, read_metadata, read_video, write_video
 from cineray.pipeline.request import InputError
-from cineray.pipeline.video import VideoError, check_ffmpeg, count_frames, read_metadata, read_video, write_video
 
 BARS = [(255, 255, 255), (255, 255, 0), (0, 255, 255), (0, 255, 0), (255, 0, 255), (255, 0, 0), (0, 0, 255), (0, 0, 0)]
 TEXTS = [
@@ -258,7 +258,7 @@ if child == 0:
     os.setpgid(0, 0)  # a job in the background: the terminal stays the leader's
     os.dup2(terminal, 0)
     import numpy as np
-    from cineray.pipeline.video import count_frames, read_metadata, read_video, write_video
+    from cineray.pipeline.media.video import count_frames, read_metadata, read_video, write_video
     write_video(np.zeros((2, 16, 16, 3), np.uint8), sys.argv[2], 8, {"prompt": "x"})
     assert count_frames(sys.argv[2]) == len(read_video(sys.argv[2])) == 2
     assert read_metadata(sys.argv[2]) == {"prompt": "x"}

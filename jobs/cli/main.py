@@ -1,0 +1,210 @@
+"""The command line: what a person types, and what the process answers."""
+
+import functools
+import os
+import sys
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from cineray.jobs.cli.batch import status, submit
+from cineray.jobs.cli.clips import load_options, requests_of, run_defaults, takes_long_to_check
+from cineray.jobs.cli.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED_CLIPS, EXIT_INTERRUPTED, EXIT_LEASED
+from cineray.jobs.cli.measure import bench, calibrate, verify
+from cineray.jobs.cli.options import Asked, FolderPath, RunAsked, clip_options, json_option, run_options
+from cineray.jobs.console.terminal import (
+    UndeliveredError,
+    begin_printing,
+    print_json,
+    print_lines,
+    print_table,
+    silence,
+    tell,
+)
+from cineray.jobs.stopping import Stopped, ending_on_signals
+
+_INTERRUPTED = "cineray: interrupted; finished clips are kept, run the same command again to go on"
+TRACEBACK = "CINERAY_TRACEBACK"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="cineray", message="%(prog)s %(version)s")
+def cineray() -> None:
+    """Renders batches of video clips with WAN 2.1 and HunyuanVideo."""
+
+
+@cineray.command()
+@clip_options
+@click.option("--out", type=FolderPath(), metavar="DIR", required=True, help="Folder for the clips.")
+@click.option("--cache", default="none", show_default=True, metavar="SPEC", help="Cache policy; see docs/caching.md.")
+@click.option("--fps", type=int, metavar="N", help="Frames per second of the MP4.  [default: the model's]")
+@click.option("--lossless", is_flag=True, help="MP4s whose decoded RGB frames are exactly the rendered ones.")
+@run_options
+@json_option
+def render(
+    asked: Asked, run_asked: RunAsked, out: Path, cache: str, fps: int | None, lossless: bool, as_json: bool
+) -> int:
+    """Renders clips from prompts or from a manifest.
+
+    A clip that is in the output folder already is not rendered again: the same command continues an interrupted
+    batch, also in the middle of a clip. With --sp, --gangs or --address the clips render on Ray; see docs/ray.md.
+
+    \b
+    Examples:
+      cineray render "a red circle moving left on a navy background" --out out/first
+      cineray render --manifest examples/demo.jsonl --out out/demo --steps 30 --json
+      cineray render --manifest examples/demo.jsonl --out out/two --sp 2
+      cineray render "a cat walks" --model wan2.1-t2v-1.3b --device cuda --offload model --out out/cat
+      cineray render --manifest m.jsonl --model wan2.1-t2v-14b --address auto --sp 4 --gangs 2 --out /nfs/m
+    """
+    from cineray.jobs.output.lease import LeasedError
+    from cineray.jobs.run import AskedRun, RunOptions, render_run
+    from cineray.pipeline.loading.checkpoint import open_checkpoint
+
+    options = RunOptions(**asdict(run_asked))
+    checkpoint = open_checkpoint(asked.model)
+    defaults = run_defaults(asked, checkpoint, cache, fps)
+    run = AskedRun(checkpoint=checkpoint, load_options=load_options(asked), options=options, out=out, lossless=lossless)
+    about = {"defaults": asdict(defaults)}
+    try:
+        check = functools.partial(requests_of, asked, defaults, checkpoint, options.layout.sequence_ranks)
+        report = render_run(run, check, takes_long_to_check(asked), about)
+    except LeasedError as error:
+        tell(f"cineray: {error}; wait until it has ended, or give another --out")
+        return EXIT_LEASED
+    counts, content = report.results.counts, report.content()
+    said = ", ".join(f"{number} {status}" for status, number in counts.items()) or "no clip"
+    busy = "" if report.gangs_busy is None else f", gangs busy {report.gangs_busy:.0%}"
+    speed = f"{content['clips_per_hour']:.0f} clips per hour{busy}"
+    tell(f"{said} in {report.wall_s:.1f} s ({speed}), in {out}")
+    if as_json:
+        report.results.print_json(content, sys.stdout)
+    if report.given_up:
+        tell(f"cineray: {report.given_up}; finished clips are kept")
+        return EXIT_FAILED_CLIPS
+    if report.stopped_by is not None:
+        tell(_INTERRUPTED)
+        return 128 + report.stopped_by
+    if report.num_missing:
+        tell(f"cineray: {report.num_missing} clips were asked for, and nothing became of them; finished clips are kept")
+        return EXIT_FAILED_CLIPS
+    return EXIT_FAILED_CLIPS if counts["failed"] or counts["quarantined"] else EXIT_DONE
+
+
+@cineray.command()
+@json_option
+def models(as_json: bool) -> int:
+    """Lists what can be rendered by name, and what can be cached.
+
+    \b
+    Example:
+      cineray models
+      cineray models --json
+    """
+    from rich.table import Table
+
+    from cineray.caching.spec import policies_for
+    from cineray.pipeline.adapters import FAMILIES, KNOWN_MODELS, MODELS
+
+    if as_json:
+        rows = [{"name": n, "source": k.source, "note": k.note} for n, k in KNOWN_MODELS.items()]
+        cached = [
+            {
+                "transformer": model.transformer,
+                "family": model.family,
+                "pipelines": list(model.pipelines),
+                "renders": [pipeline for pipeline in model.pipelines if pipeline in FAMILIES],
+                "policies": policies_for(model.family),
+            }
+            for model in MODELS.values()
+        ]
+        print_json({"models": rows, "pipelines": list(FAMILIES), "cached": cached})
+        return EXIT_DONE
+    table = Table("name", "what", "where from", box=None)
+    for name, known in KNOWN_MODELS.items():
+        shipped = Path(known.source).is_absolute()
+        table.add_row(name, known.note, "in the package" if shipped else known.source)
+    print_table(table)
+    fits = f"Any diffusers folder or hub id works whose pipeline is one of: {', '.join(FAMILIES)}."
+    print_lines(sys.stdout, "", fits, "")
+    table = Table(box=None)
+    for column in ("pipeline or transformer", "renders", "policies for --cache and enable_cache"):
+        table.add_column(column, no_wrap=column != "policies for --cache and enable_cache")
+    for model in MODELS.values():
+        for kind in model.pipelines or (model.transformer,):
+            table.add_row(kind, "yes" if kind in FAMILIES else "-", ", ".join(policies_for(model.family)))
+    print_table(table)
+    own = "What is not rendered here is cached in your own Python, cineray.enable_cache(pipe, policy): docs/models.md."
+    print_lines(sys.stdout, "", own)
+    return EXIT_DONE
+
+
+for command in (status, submit, calibrate, bench, verify):
+    cineray.add_command(command)
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Runs the command line and ends the process: 0 done, 1 some clips failed, 2 bad input, 130 interrupted."""
+    begin_printing()
+    try:
+        with ending_on_signals():
+            code = _run(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt as again:  # while the first one was being told
+        code = _interrupted(again)
+    except Exception as error:
+        code = _unexpected(error)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            silence(stream)  # or Python ends with a traceback of its own
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        code = cineray.main(arguments, prog_name="cineray", standalone_mode=False)
+        return code if isinstance(code, int) else EXIT_DONE
+    except click.ClickException as error:
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        command = context.command_path if context else "cineray"
+        tell(f"{command}: {error.format_message()} See: {command} --help")
+        return EXIT_BAD_INPUT
+    except click.Abort as abort:
+        return _interrupted(abort.__cause__ or abort)
+    except KeyboardInterrupt as interrupt:
+        return _interrupted(interrupt)
+    except UndeliveredError as error:
+        tell(f"cineray: {error}; what was done is kept")
+        return EXIT_BAD_INPUT
+    except OSError as error:
+        if error.filename is None:
+            raise
+        tell(f"cineray: {error.strerror}: {os.fsdecode(error.filename)}")  # no permission, too long a name
+        return EXIT_BAD_INPUT
+    except ValueError as error:
+        from cineray.pipeline.finite import NotFiniteError
+        from cineray.pipeline.request import InputError
+
+        if not isinstance(error, InputError | NotFiniteError):
+            raise
+        tell(*(f"cineray: {line}" for line in error.lines))
+        return EXIT_BAD_INPUT
+
+
+def _interrupted(reason: BaseException) -> int:
+    tell(_INTERRUPTED)
+    return 128 + reason.number if isinstance(reason, Stopped) else EXIT_INTERRUPTED
+
+
+def _unexpected(error: Exception) -> int:
+    """An error that no part of cineray has a sentence for: one line, and more for who asks."""
+    if os.environ.get(TRACEBACK):
+        traceback.print_exception(error)
+    else:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        tell(f"cineray: unexpected error: {said}; {TRACEBACK}=1 shows where; finished clips are kept")
+    return EXIT_FAILED_CLIPS

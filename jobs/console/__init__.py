@@ -1,0 +1,1 @@
+"""Lines, bars and tables on a person's terminal, and nothing else."""

@@ -1,0 +1,1 @@
+"""A batch on gangs of Ray actors. The only room that imports ray; knows no command line."""

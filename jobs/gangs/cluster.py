@@ -1,0 +1,201 @@
+"""Where the actors run: a Ray inside this process, or a cluster that is up already."""
+
+import logging
+import os
+import secrets
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+from ray._private.state import state
+
+from cineray.jobs.gangs.cluster_address import check_address
+from cineray.jobs.gangs.gang_slot import Resources
+from cineray.jobs.private_folder import private_folder
+from cineray.jobs.stopping import Stopped, kept_handlers
+from cineray.pipeline.request import InputError
+
+# latents and prompts cross as files; the store holds control messages alone (Ray's least is 75 MiB)
+OBJECT_STORE_BYTES = 100 * 2**20
+GPU_SHARE_OF_FINISHER = 0.1  # of a GPU, beside a rank; so ranks ask for the rest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fleet:
+    """How many actors, and what each takes.
+
+    Args:
+        ranks_per_gang: on one node.
+    """
+
+    num_gangs: int
+    ranks_per_gang: int
+    num_finishers: int
+    rank: Resources
+    finisher: Resources
+
+
+def plan_fleet(device: str, num_gangs: int, ranks_per_gang: int, num_finishers: int | None) -> Fleet:
+    """One CPU per actor; with CUDA one GPU per rank, whose tenth may serve a finisher.
+
+    Args:
+        num_finishers: None for one per four gangs.
+    """
+    gpus = 1.0 if device == "cuda" else 0.0
+    return Fleet(
+        num_gangs=num_gangs,
+        ranks_per_gang=ranks_per_gang,
+        num_finishers=num_finishers or -(-num_gangs // 4),
+        rank=Resources(num_cpus=1, num_gpus=gpus * (1 - GPU_SHARE_OF_FINISHER)),
+        finisher=Resources(num_cpus=1, num_gpus=gpus * GPU_SHARE_OF_FINISHER),
+    )
+
+
+@contextmanager
+def connected(address: str | None, fleet: Fleet) -> Iterator[None]:
+    """Joins the cluster at `address`, or starts a Ray of this process's own that listens on localhost alone.
+
+    A process that has joined one already stays there.
+
+    Raises:
+        InputError: there is no cluster at the address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # the driver says what was lost, once
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # of actors' lines
+    # that there is a token is nobody's business
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    try:
+        if address is None:
+            with private_folder() as folder, _own_token(folder):
+                _start(folder, fleet)
+                try:
+                    yield
+                finally:
+                    ray.shutdown()
+        else:
+            _join(address)
+            yield
+    finally:
+        ray.shutdown()
+
+
+def _start(folder: Path, fleet: Fleet) -> None:
+    """A Ray of this process's own. `folder` keeps others out; what Ray makes below it, anybody could write."""
+    num_ranks = fleet.num_gangs * fleet.ranks_per_gang
+    # a small /dev/shm is no reason for advice: nearly nothing goes through the store
+    logging.getLogger("ray._private.services").setLevel(logging.ERROR)
+    try:
+        with _ray_handles_signals_meanwhile():
+            ray.init(
+                address="local",
+                num_cpus=int(num_ranks * fleet.rank.num_cpus + fleet.num_finishers * fleet.finisher.num_cpus),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                _temp_dir=str(folder / "r"),
+                _plasma_directory=None if _has_shared_memory() else str(folder),
+            )
+    except Exception as error:  # Ray raises that very class where a machine is too busy to start it within 30 s
+        raise InputError(f"Ray does not start on this machine: {_reason(error)}") from None
+
+
+def _join(address: str) -> None:
+    """
+    Raises:
+        InputError: there is no cluster at the address.
+    """
+    check_address(address)
+    try:
+        with _ray_handles_signals_meanwhile():
+            ray.init(address=address, logging_level=logging.WARNING)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"no Ray cluster at --address {address}: {_reason(error)}; leave --address out to render on this machine "
+            "alone"
+        ) from None
+
+
+@contextmanager
+def _ray_handles_signals_meanwhile() -> Iterator[None]:
+    """ray.init leaves a handler of SIGTERM behind, which would end a driver that still cleans up."""
+    with kept_handlers():
+        try:
+            yield
+        except SystemExit as end:
+            if end.code == signal.SIGTERM:
+                raise Stopped(signal.SIGTERM) from None
+            raise
+
+
+@contextmanager
+def _own_token(folder: Path) -> Iterator[None]:
+    """A token for this Ray alone, that other users cannot read; the user's own, where there is one, is used instead."""
+    given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    if given:
+        yield
+        return
+    path = folder / "token"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+    _read_token_again()
+    try:
+        yield
+    finally:
+        del os.environ["RAY_AUTH_TOKEN_PATH"]
+        _read_token_again()
+
+
+def _read_token_again() -> None:
+    """This process may have had another Ray before."""
+    try:
+        from ray._raylet import AuthenticationTokenLoader
+
+        AuthenticationTokenLoader.instance().reset_cache()
+    except (ImportError, AttributeError):
+        pass  # a Ray without tokens
+
+
+def _has_shared_memory() -> bool:
+    try:
+        return shutil.disk_usage("/dev/shm").free > 1.2 * OBJECT_STORE_BYTES
+    except OSError:
+        return False
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def missing_resources(fleet: Fleet) -> str | None:
+    """Why no node that is up now could hold a gang; None if one can."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    need = {name: amount * fleet.ranks_per_gang for name, amount in fleet.rank.bundle.items()}
+    if any(all(node.get(name, 0) >= amount for name, amount in need.items()) for node in nodes):
+        return None
+    largest = {name: max((float(node.get(name, 0)) for node in nodes), default=0.0) for name in need}
+    each = _text(fleet.rank.bundle)
+    return (
+        f"no machine has room for a gang of {fleet.ranks_per_gang} ranks, each of which takes {each}: the largest has "
+        f"{_text(largest)}; use a smaller --sp, or a larger machine"
+    )
+
+
+def draining_nodes() -> frozenset[str]:
+    """Ids of the nodes that will be taken away soon; empty where this Ray cannot say."""
+    try:
+        return frozenset(state.get_draining_nodes())
+    except Exception:  # private: Ray Train's PreemptionWatcher reads it, there is no public way
+        return frozenset()
+
+
+def _text(resources: dict[str, float]) -> str:
+    return " and ".join(f"{amount:g} {name}" for name, amount in resources.items())

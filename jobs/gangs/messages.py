@@ -1,0 +1,92 @@
+"""What the driver and its actors tell each other: plain values. Latents and prompts cross as files."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cineray.distributed.layout import Layout
+from cineray.pipeline.loading.options import LoadOptions
+from cineray.pipeline.request import ClipRequest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSpec:
+    """What every actor of a run is told.
+
+    Args:
+        layout: of one gang.
+        checkpoint_s: seconds between two step states.
+        collective_s: a collective that takes longer fails.
+    """
+
+    model: str
+    options: LoadOptions
+    out: Path
+    lossless: bool
+    layout: Layout
+    checkpoint_s: float
+    collective_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One clip's way through the stages."""
+
+    request: ClipRequest
+    mark: str  # fingerprint
+    prompt_key: str
+    warnings: tuple[str, ...] = ()  # what was asked for and the pixels will not show
+
+    @property
+    def name(self) -> str:
+        """Of this clip alone: two rows may ask for the same pixels."""
+        return f"{self.request.id}.{self.mark}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where a rank runs; ranks are counted in this order, so that neighbours stand side by side."""
+
+    node_id: str
+    device: str
+    pid: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Denoised:
+    """The latents of a clip are on disk; seconds of this attempt."""
+
+    busy_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PutDown:
+    """The gang stopped between two steps because it was asked to."""
+
+    step: int
+    kept: bool
+    busy_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipFault:
+    """The clip cannot be rendered; the process is well. `fault` as `RankOutcome` says."""
+
+    reason: str
+    fault: Literal["input", "step"] = "input"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoPrompt:
+    """The clip's encoded prompt cannot be read by every rank; it must be encoded again."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pulse:
+    """How far a rank is."""
+
+    mark: str
+    step: int
+    num_steps: int

@@ -1,0 +1,144 @@
+"""The manifest as a driver reads it: a few clips ahead, with what the output folder knows of each."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from cineray.jobs.gangs.events import NewClip
+from cineray.jobs.gangs.messages import RunSpec, Task
+from cineray.jobs.gangs.retry import is_quarantined
+from cineray.jobs.output.commit import Doubt, EntryError, find_clip
+from cineray.jobs.output.folder import OutputError, OutputFolder
+from cineray.jobs.output.record import clip_warnings, mark_of, render_options
+from cineray.jobs.output.results import ClipResult
+from cineray.jobs.output.trouble import MAX_REASON_CHARS, MAX_REASONS, Trouble, read_trouble
+from cineray.pipeline.loading.checkpoint import Checkpoint
+from cineray.pipeline.loading.weights import Identity
+from cineray.pipeline.media.picture import Pictures
+from cineray.pipeline.request import ClipRequest, explain, prompt_key
+from cineray.text import printable
+
+MAX_SCANNED = 200  # lines looked up at once: the driver has other things to do
+MAX_LOOK_S = 1.0  # and for so long: a picture, or a video that no sidecar knows, takes a tenth of a second
+
+
+class ClipQueue:
+    """Reads clips and keeps the tasks of those that are in hand; where each stands is `BatchState`'s to know.
+
+    Args:
+        requests: a stream; read only as far as it is asked for.
+
+    Attributes:
+        tasks: of the clips in hand, by name.
+        doubted: lines about videos that are rendered again, until they are told.
+    """
+
+    def __init__(
+        self,
+        requests: Iterator[ClipRequest],
+        folder: OutputFolder,
+        checkpoint: Checkpoint,
+        identity: Identity,
+        spec: RunSpec,
+    ) -> None:
+        self._requests = requests
+        self._folder = folder
+        self._checkpoint = checkpoint
+        self._identity = identity
+        self._spec = spec
+        self._options = render_options(spec.options, spec.lossless)
+        self._pictures = Pictures()
+        self.tasks: dict[str, Task] = {}
+        self.is_exhausted = False
+        self.doubted: list[str] = []
+
+    def read(self, num_clips: int) -> tuple[list[NewClip], list[ClipResult]]:
+        """Reads until there are so many new clips, or for a moment.
+
+        Returns:
+            Clips to render; clips that an earlier run has committed, and those that cannot even be looked up.
+        """
+        new: list[NewClip] = []
+        known: list[ClipResult] = []
+        began_s = time.monotonic()
+        for _ in range(MAX_SCANNED):
+            if len(new) >= num_clips or time.monotonic() - began_s > MAX_LOOK_S:
+                break
+            request = next(self._requests, None)
+            if request is None:
+                self.is_exhausted = True
+                break
+            try:
+                found = self._look_up(request)
+            except OutputError:
+                raise
+            except Exception as reason:  # its image is gone, its video cannot be read
+                found = ClipResult.of(request, "failed", 0.0, error=explain(reason))
+            if isinstance(found, NewClip):
+                new.append(found)
+            else:
+                known.append(found)
+        return new, known
+
+    def _look_up(self, request: ClipRequest) -> NewClip | ClipResult:
+        task = self._task(self._pictures.pinned(request))
+        video = self._folder.video_path(request, task.mark)
+        try:
+            stands = find_clip(self._folder, request, task.mark)
+        except EntryError as reason:
+            self._write_trouble(task, "failed", [str(reason)])
+            return ClipResult.of(request, "failed", 0.0, error=str(reason))
+        if isinstance(stands, dict):
+            return ClipResult.of(request, "existing", 0.0, str(video), stands)
+        if isinstance(stands, Doubt):
+            self.doubted.append(f"{request.id}: {video} is rendered again: {stands.reason}")
+        self.tasks[task.name] = task
+        return NewClip(task.name, request.id, task.prompt_key, tuple(self._earlier_strikes(task)))
+
+    def warned(self, name: str, unread: Sequence[str]) -> Task:
+        """The task of a clip that is assigned, with all that it must be warned of.
+
+        Args:
+            unread: what the text encoder did not read of its prompts.
+        """
+        task = self.tasks[name]
+        unused = self._checkpoint.adapter.unused(task.request)
+        self.tasks[name] = replace(task, warnings=(*clip_warnings(task.request), *unused, *unread))
+        return self.tasks[name]
+
+    def record_failure(
+        self, name: str, status: Literal["failed", "quarantined", "retrying"], reasons: Sequence[str]
+    ) -> None:
+        """Writes down what a clip went through."""
+        self._write_trouble(self.tasks[name], status, reasons)
+
+    def end(self, name: str, is_done: bool) -> Task:
+        """The clip is out of hand."""
+        task = self.tasks.pop(name)
+        if is_done:
+            self._folder.forget(self._folder.trouble_path(task.request.id, task.mark))
+        return task
+
+    def _write_trouble(
+        self, task: Task, status: Literal["failed", "quarantined", "retrying"], reasons: Sequence[str]
+    ) -> None:
+        path = self._folder.trouble_path(task.request.id, task.mark)
+        shown = [printable(reason)[:MAX_REASON_CHARS] for reason in reasons[-MAX_REASONS:]]
+        trouble = Trouble(id=task.request.id, fingerprint=task.mark, status=status, reasons=shown)
+        self._folder.write_json(str(path.relative_to(self._folder.path)), trouble.model_dump())
+
+    def _task(self, request: ClipRequest) -> Task:
+        digest = self._identity.digest
+        mark = mark_of(request, self._checkpoint, digest, self._options)
+        key = prompt_key(self._checkpoint.adapter.prompt_inputs(request), digest, self._spec.options.dtype_name)
+        return Task(request=request, mark=mark, prompt_key=key)
+
+    def _earlier_strikes(self, task: Task) -> list[str]:
+        """Those of a run that was cut short; one that ended by quarantining the clip is forgotten: try again."""
+        try:
+            trouble = read_trouble(self._folder.trouble_path(task.request.id, task.mark))
+        except (OSError, ValueError):
+            return []  # what is not surely the clip's is not held against it
+        began_anew = trouble.status != "retrying" or is_quarantined(len(trouble.reasons))
+        return [] if began_anew else list(trouble.reasons)

@@ -1,0 +1,164 @@
+"""What a rank of a gang does: meets the others, loads the weights, denoises clip after clip."""
+
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cineray.distributed.exchange import gather_text
+from cineray.jobs.gangs.messages import ClipFault, Denoised, NoPrompt, Pulse, PutDown, RunSpec, Task
+from cineray.jobs.output.folder import OutputError, OutputFolder
+from cineray.jobs.output.step_keeper import StepKeeper, Yielded
+from cineray.jobs.threads import rank_threads
+from cineray.pipeline.gang import Gang
+from cineray.pipeline.loading.checkpoint import open_checkpoint
+from cineray.pipeline.loading.model import TEXT_ENCODERS, LoadedModel, load_model
+from cineray.pipeline.render import denoise_prepared, prepare_clip
+from cineray.pipeline.request import explain
+from cineray.pipeline.resume.encoded_prompts import EncodedPipe
+from cineray.pipeline.resume.tensor_file import TensorFileError
+
+# what a step of a clip raises because of its size or its cache; other errors are the clip's if every rank has the same
+CLIP_ERRORS = (ValueError, OSError, torch.OutOfMemoryError)
+# what ranks say of each other and of their devices: gloo, NCCL and CUDA raise plain RuntimeErrors
+_OF_MACHINE = re.compile(
+    r"gloo|nccl|rendezvous|connection|socket|broken pipe|timed? ?out|cuda error|cublas|cudnn|device-side", re.IGNORECASE
+)
+LOCALHOST = "127.0.0.1"  # a node's address in a Ray that listens there alone
+JOIN_TIMEOUT_S = 600.0  # ranks load their weights before they meet; a 28 GB checkpoint from a slow disk
+
+
+class RankWork:
+    """One rank's part.
+
+    Attributes:
+        pulse: how far it is; read from another thread.
+        asked_to_stop: set from another thread, it puts the gang's clip down after the current step.
+    """
+
+    def __init__(self, spec: RunSpec) -> None:
+        self.pulse = Pulse(mark="", step=0, num_steps=0)
+        self.asked_to_stop = threading.Event()
+        self._spec = spec
+        self._store: Any = None
+        self._gang: Gang | None = None
+        self._model: LoadedModel | None = None
+
+    def open_meeting(self, host: str) -> tuple[str, int]:
+        """Binds a free port of `host`, this node's address, and keeps it: the gang meets there."""
+        listening = socket.create_server((host, 0))
+        port = listening.getsockname()[1]
+        self._store = torch.distributed.TCPStore(
+            host,
+            port,
+            self._spec.layout.world_size,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=_join_timeout(),
+            master_listen_fd=listening.detach(),
+        )
+        return host, port
+
+    def join(self, rank: int, host: str, port: int) -> None:
+        """Loads the weights and meets the other ranks."""
+        torch.set_num_threads(rank_threads())
+        options = self._spec.options
+        if host == LOCALHOST:
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+        if self._store is None:
+            self._store = torch.distributed.TCPStore(host, port, is_master=False, timeout=_join_timeout())
+        # loading comes first: it takes ranks unequally long, and a collective would not wait for it
+        self._model = load_model(open_checkpoint(self._spec.model), options, without=TEXT_ENCODERS)
+        self._gang = Gang.join(
+            self._spec.layout,
+            rank,
+            self._spec.layout.world_size,
+            device="cuda:0" if options.device == "cuda" else "cpu",
+            store=self._store,
+            timeout_s=self._spec.collective_s,
+        )
+
+    def denoise(self, task: Task) -> Denoised | PutDown | NoPrompt | ClipFault:
+        """Denoises a clip with the other ranks; the first rank leaves the latents on disk."""
+        assert self._gang is not None
+        assert self._model is not None
+        began = time.monotonic()
+        steps = task.request.num_inference_steps
+        self.pulse = Pulse(mark=task.mark, step=0, num_steps=steps)
+        folder = OutputFolder.existing(self._spec.out)
+        keeper = StepKeeper(
+            folder.step_path(task.request.id, task.mark),
+            task.mark,
+            self._gang,
+            self._spec.checkpoint_s,
+            self.asked_to_stop.is_set,
+        )
+
+        def on_step(done: int, total: int) -> None:
+            self.pulse = Pulse(mark=task.mark, step=done, num_steps=total)
+
+        try:
+            with folder.explained(f"reading the encoded prompt of clip {task.request.id}"):
+                pipe = self._encoded_pipe(folder.prompt_path(task.prompt_key))
+            if isinstance(pipe, NoPrompt):
+                return pipe
+            prepared = prepare_clip(self._model, task.request, pipe)
+        except OutputError:
+            raise
+        except Exception as reason:
+            if is_of_machine(reason):
+                raise
+            folder.check(f"clip {task.request.id} was prepared")  # a fault of the folder is not the clip's
+            return ClipFault(reason=explain(reason))
+        try:
+            clip = denoise_prepared(self._model, task.request, prepared, on_step, gang=self._gang, keeper=keeper)
+            if self._gang.mesh.leads:
+                with folder.explained(f"keeping the latents of clip {task.request.id}"):
+                    keeper.save_finished(clip, steps)
+        except Yielded as put_down:
+            busy_s = time.monotonic() - began
+            return PutDown(step=put_down.step, kept=put_down.kept, busy_s=busy_s)
+        except OutputError:
+            raise
+        except Exception as reason:
+            if is_of_machine(reason):
+                raise
+            folder.check(f"clip {task.request.id} was denoised")
+            return ClipFault(reason=explain(reason), fault="input" if isinstance(reason, CLIP_ERRORS) else "step")
+        return Denoised(busy_s=time.monotonic() - began)
+
+    def _encoded_pipe(self, path: Path) -> EncodedPipe | NoPrompt:
+        """The same answer on every rank: one that went back alone would leave the others waiting in the first step."""
+        assert self._gang is not None
+        assert self._model is not None
+        pipe, said = None, "none"
+        try:
+            pipe = EncodedPipe(self._model.pipe, path)
+            said = pipe.digest
+        except (FileNotFoundError, TensorFileError) as error:
+            said = f"{said}: {error}"
+        texts = gather_text(said, self._gang.mesh.gang, self._gang.device)
+        if pipe is None or any(text != said for text in texts):
+            reasons = [text.removeprefix("none: ") for text in texts if text.startswith("none")]
+            return NoPrompt(reason=f"its encoded prompt: {(reasons or ['ranks read different ones'])[0]}")
+        return pipe
+
+
+def is_of_machine(error: Exception) -> bool:
+    """Whether an error tells of other ranks or of the device, and so says nothing about the clip."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    if isinstance(error, ConnectionError | TimeoutError | EOFError | torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and _OF_MACHINE.search(str(error)) is not None
+
+
+def _join_timeout() -> timedelta:
+    return timedelta(seconds=JOIN_TIMEOUT_S)

@@ -1,0 +1,292 @@
+"""A manifest to clip requests: every row is checked, and what was checked is what is rendered.
+
+The rows go through a temporary file, so a million of them need no more memory than 64 bits for each id, and a manifest
+that is changed, or that was a pipe, is not read again.
+"""
+
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cineray.caching.plan import AnyPlan, LayerPlan
+from cineray.jobs.manifest.forms import EXAMPLE, Numbered, read_rows
+from cineray.jobs.manifest.row import Row
+from cineray.jobs.manifest.row_file import RowFile
+from cineray.jobs.manifest.source import opened
+from cineray.pipeline.loading.checkpoint import Checkpoint
+from cineray.pipeline.media.picture import PictureError, Pictures
+from cineray.pipeline.request import ClipRequest, InputError, is_plain, problems
+from cineray.text import printable, shorten
+
+MAX_REPORTED = 20  # bad rows shown; the rest is counted
+MAX_BAD = 1_000_000  # then the rest is not read: a pipe of nonsense may have no end
+MAX_REASON = 400  # characters of what is wrong with one row
+MAX_REMEMBERED = 1000  # combinations of sizes and the like that were found good
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunDefaults:
+    """What a row gets where it is silent: the command line's options, else the model's own values."""
+
+    negative_prompt: str | None
+    seed: int
+    width: int
+    height: int
+    num_frames: int
+    num_inference_steps: int
+    guidance_scale: float
+    fps: int
+    cache: str
+    image: str | None
+    image_fit: str = "stretch"
+
+
+def to_request(row: Row, defaults: RunDefaults, folder: Path) -> ClipRequest:
+    """Fills in the defaults; a relative `image` is meant from the manifest's `folder`."""
+
+    def given(value, default):
+        return default if value is None else value
+
+    image = given(row.image, defaults.image)
+    return ClipRequest(
+        id=row.clip_id,
+        prompt=row.prompt,
+        negative_prompt=given(row.negative_prompt, defaults.negative_prompt),
+        seed=given(row.seed, defaults.seed),
+        width=given(row.width, defaults.width),
+        height=given(row.height, defaults.height),
+        num_frames=given(row.frames, defaults.num_frames),
+        num_inference_steps=given(row.steps, defaults.num_inference_steps),
+        guidance_scale=float(given(row.guidance, defaults.guidance_scale)),
+        fps=given(row.fps, defaults.fps),
+        cache=given(row.cache, defaults.cache),
+        image=None if image is None else str(folder / image),
+        image_fit=given(row.image_fit, defaults.image_fit),
+    )
+
+
+class RequestCheck:
+    """Says all that keeps a request from being rendered by a model, each in one phrase.
+
+    A manifest names the same few policies and pictures a million times; each is read once.
+
+    Args:
+        num_ranks: that share a clip's tokens.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, num_ranks: int = 1) -> None:
+        self._checkpoint = checkpoint
+        self._num_ranks = num_ranks
+        self._rule = checkpoint.size_rule
+        self._policies: dict[str, AnyPlan | str | None] = {}  # a text says what is wrong
+        self._pictures = Pictures()
+
+    def __call__(self, request: ClipRequest) -> list[str]:
+        found = problems(request, self._rule)
+        found += self._policy_problems(request)
+        num_tokens = self._checkpoint.adapter.num_tokens(self._checkpoint.configs, request)
+        if not found and num_tokens < self._num_ranks:
+            found.append(f"a clip of {num_tokens} tokens cannot be shared by {self._num_ranks} ranks; each needs one")
+        if request.image is not None and self._rule.takes_image:
+            try:
+                self._pictures.facts(request.image)
+            except PictureError as error:
+                found.append(str(error))
+        return found
+
+    def _policy_problems(self, request: ClipRequest) -> list[str]:
+        if request.cache not in self._policies:
+            if len(self._policies) >= MAX_REMEMBERED:
+                self._policies.clear()
+            try:
+                self._policies[request.cache] = self._checkpoint.plan_cache(request.cache)
+            except (ValueError, OSError) as error:  # OSError: a file's name that is too long
+                self._policies[request.cache] = str(error)
+        plan = self._policies[request.cache]
+        if isinstance(plan, str):
+            return [plan]
+        if isinstance(plan, LayerPlan) and plan.schedule.num_steps != request.num_inference_steps:
+            return [f"cache: the schedule is for {plan.schedule.num_steps} steps, got {request.num_inference_steps}"]
+        return []
+
+
+class RowCheck:
+    """Says what keeps a row from being rendered.
+
+    Rows of a large manifest differ in id, prompt and seed, and are alike in all else: that is checked once.
+    """
+
+    def __init__(self, defaults: RunDefaults, check: RequestCheck, folder: Path) -> None:
+        self._defaults = defaults
+        self._folder = folder
+        self._check = check
+        self._good: set[tuple[object, ...]] = set()
+
+    def __call__(self, row: Row) -> list[str]:
+        rest = (row.negative_prompt, row.width, row.height, row.frames, row.steps, row.guidance, row.fps)
+        rest = (*rest, row.cache, row.image_fit)
+        seed = self._defaults.seed if row.seed is None else row.seed
+        if row.image is None and rest in self._good and is_plain(row.clip_id, row.prompt, seed):
+            return []
+        found = self._check(to_request(row, self._defaults, self._folder))
+        if not found and row.image is None and len(self._good) < MAX_REMEMBERED:
+            self._good.add(rest)
+        return found
+
+
+class _Ids:
+    """Finds ids that are used twice, in 8 bytes for each: first the hashes that repeat, then who has them."""
+
+    def __init__(self) -> None:
+        self._hashes = array("q")
+
+    def add(self, clip_id: str) -> None:
+        self._hashes.append(hash(clip_id))
+
+    def repeated(self) -> set[int]:
+        """Hashes of two ids or more: nearly always of one that stands there twice."""
+        ordered = np.sort(np.frombuffer(self._hashes, dtype=np.int64)) if self._hashes else np.empty(0, np.int64)
+        return set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+
+
+class BadRows:
+    """What is wrong with which rows: the first MAX_REPORTED, and how many there are."""
+
+    def __init__(self, name: str, unit: str) -> None:
+        self._name = name
+        self.unit = unit
+        self.num_rows = 0
+        self._reasons: dict[int, list[str]] = {}
+
+    def add(self, number: int, reasons: list[str], is_known: bool = False) -> None:
+        """Args: is_known: the row is bad for another reason, and was added for it."""
+        self.num_rows += not is_known
+        if number in self._reasons:
+            self._reasons[number] += reasons
+        elif not is_known and (len(self._reasons) < MAX_REPORTED or number < max(self._reasons)):
+            self._reasons[number] = reasons
+            if len(self._reasons) > MAX_REPORTED:
+                del self._reasons[max(self._reasons)]
+
+    def raise_any(self) -> None:
+        """Raises InputError if there are any."""
+        if not self.num_rows:
+            return
+        lines = [
+            f"{self._name} {self.unit} {number}: {printable('; '.join(reasons), MAX_REASON)}"
+            for number, reasons in sorted(self._reasons.items())
+        ]
+        more = self.num_rows - len(lines)
+        if more:
+            unread = "; the rest was not read" if self.num_rows >= MAX_BAD else ""
+            lines.append(f"{self._name}: {more} more bad {self.unit}s{unread}")
+        raise InputError(*lines)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckedManifest:
+    """The clips of a manifest, all of which have been checked; it is not looked at any more.
+
+    Args:
+        notes: what was left out on purpose, for the user.
+    """
+
+    rows: RowFile
+    defaults: RunDefaults
+    folder: Path
+    notes: tuple[str, ...]
+
+    @property
+    def num_clips(self) -> int:
+        return len(self.rows)
+
+    def requests(self) -> Iterator[ClipRequest]:
+        """One at a time, in their order.
+
+        Raises:
+            InputError: the temporary file cannot be read any more.
+        """
+        for _, *values in self.rows:
+            yield to_request(Row(*values), self.defaults, self.folder)
+
+
+def check_manifest(
+    path: Path,
+    defaults: RunDefaults,
+    checkpoint: Checkpoint,
+    on_row: Callable[[int], None] = lambda number: None,
+    num_ranks: int = 1,
+) -> CheckedManifest:
+    """Reads the whole manifest, once; `-` is standard input.
+
+    Args:
+        on_row: called with each row's number, for a progress display.
+        num_ranks: that share a clip's tokens.
+
+    Raises:
+        InputError: it cannot be read, has no clips, or bad rows; one line of message per bad row with its number and
+            reason.
+    """
+    notes: list[str] = []
+    with opened(path) as source:
+        unit, numbered = read_rows(source, notes.append)
+        bad = BadRows(source.name, unit)
+        rows, ids = spool(numbered, RowCheck(defaults, RequestCheck(checkpoint, num_ranks), source.folder), bad, on_row)
+        if repeated := ids.repeated():
+            _find_repeated(rows, repeated, bad)
+        bad.raise_any()
+        if not rows:
+            raise InputError(f"{source.name} has no clips; write one JSON object per line, such as {EXAMPLE}")
+        return CheckedManifest(rows=rows, defaults=defaults, folder=source.folder, notes=tuple(notes))
+
+
+def spool(
+    numbered: Numbered, check: Callable[[Row], list[str]], bad: BadRows, on_row: Callable[[int], None]
+) -> tuple[RowFile, _Ids]:
+    """Puts all rows that can be read into a file of their own, each behind a flag that says whether it is bad."""
+    rows, ids = RowFile("the clips of the manifest"), _Ids()
+    for number, row in numbered:
+        on_row(number)
+        reasons = row if isinstance(row, list) else check(row)
+        if reasons:
+            bad.add(number, reasons)
+            if bad.num_rows >= MAX_BAD:
+                break
+        if isinstance(row, Row):
+            ids.add(row.clip_id)
+            rows.add((True, number, "", row.id) if reasons else (False, *row))  # a bad one may be a megabyte
+    return rows, ids
+
+
+def _find_repeated(rows: RowFile, repeated: set[int], bad: BadRows) -> None:
+    """Adds the rows whose id an earlier one has; remembers those ids alone whose hash is known to repeat."""
+    seen: set[str] = set()
+    for is_bad, *values in rows:
+        row = Row(*values)
+        if hash(row.clip_id) not in repeated:
+            continue
+        if row.clip_id in seen:
+            reason = f"id {shorten(row.clip_id)} is used by an earlier {bad.unit}; ids must be unique"
+            bad.add(row.number, [reason], is_known=is_bad)
+        seen.add(row.clip_id)
+
+
+def check_prompts(
+    prompts: list[str], defaults: RunDefaults, checkpoint: Checkpoint, num_ranks: int = 1
+) -> list[ClipRequest]:
+    """Requests of prompts typed on the command line; ids count from 1.
+
+    Raises:
+        InputError: no prompt, or a prompt or option that cannot be rendered.
+    """
+    if not prompts:
+        raise InputError("nothing to render: give prompts or --manifest FILE")
+    requests = [to_request(Row(number, prompt), defaults, Path()) for number, prompt in enumerate(prompts, 1)]
+    check = RequestCheck(checkpoint, num_ranks)
+    bad = [f"prompt {request.id}: {'; '.join(reasons)}" for request in requests if (reasons := check(request))]
+    if bad:
+        raise InputError(*bad[:MAX_REPORTED])
+    return requests

@@ -1,0 +1,245 @@
+"""Calibration runs: render a few clips, measure, write one file."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pydantic import ValidationError
+
+from cineray.caching.policies.smoothcache import LayerSchedule, dump_schedule
+from cineray.caching.policies.teacache import SIGNALS
+from cineray.caching.profile import DiCacheProfile, MagCacheProfile, TeaCacheFit, TeaCacheProfile
+from cineray.jobs.console.measure import counting
+from cineray.jobs.console.terminal import tell
+from cineray.jobs.measure.bench import measured_on
+from cineray.jobs.measure.out_file import check_out, ended_by_sigterm, replace_text
+from cineray.jobs.measure.trial_log import TrialLog
+from cineray.pipeline.adapters import MODELS
+from cineray.pipeline.calibrate.dicache import CURVE, MIN_STEPS, SPEEDUPS, CurvePoint, WeightSearch
+from cineray.pipeline.calibrate.smoothcache import measure_layer_errors, smooth_schedule
+from cineray.pipeline.calibrate.teacache_magcache import StepChanges, fit_polynomial, magnitude_ratios, measure_steps
+from cineray.pipeline.loading.checkpoint import Checkpoint
+from cineray.pipeline.loading.model import LoadedModel, LoadOptions, load_model
+from cineray.pipeline.media.compare import EQUAL_CLIPS_DB
+from cineray.pipeline.render import render_clip
+from cineray.pipeline.request import ClipRequest, InputError
+
+
+def calibrate_smoothcache(
+    checkpoint: Checkpoint, options: LoadOptions, requests: list[ClipRequest], alpha: float, max_lag: int, out: Path
+) -> LayerSchedule:
+    """Measures layer errors over the clips and writes the schedule to `out`, in one step.
+
+    Raises:
+        InputError: bad alpha or lag, clips of different lengths, a model without such layers, or `out` not writable.
+    """
+    kind = checkpoint.configs.transformer.get("_class_name")
+    if kind not in MODELS:
+        raise InputError(f"calibrate: {kind} is not supported; supported: {', '.join(MODELS)}")
+    if not alpha >= 0:
+        raise InputError(f"calibrate: alpha must be 0 or more, got {alpha}")
+    num_steps = _number_of_steps(requests)
+    if not 1 <= max_lag < num_steps:
+        raise InputError(f"calibrate: max-lag must be 1 to {num_steps - 1} for {num_steps} steps, got {max_lag}")
+    with _measuring(out), counting("clips", len(requests)) as on_done:
+        model = load_model(checkpoint, options)
+        clips = [partial(render_clip, model, request, lambda done, total: None) for request in requests]
+        errors = measure_layer_errors(model.pipe, clips, num_steps, max_lag, lambda done, total: on_done(done))
+        schedule = smooth_schedule(errors, alpha)
+        replace_text(out, dump_schedule(schedule), "calibrate")
+    return schedule
+
+
+def calibrate_teacache(
+    checkpoint: Checkpoint, options: LoadOptions, requests: list[ClipRequest], threshold: float, out: Path
+) -> tuple[TeaCacheProfile, dict[str, float]]:
+    """Fits the polynomial of each of the family's signals and writes a profile to `out`, in one step.
+
+    Args:
+        threshold: that the profile proposes.
+
+    Returns:
+        The profile; for each signal the share of the residual's change that its polynomial explains.
+
+    Raises:
+        InputError: a bad threshold, clips of different lengths, too few steps, an unknown family, or `out` not
+            writable.
+    """
+    family = _family(checkpoint)
+    with _measuring(out):
+        model, changes = _measure_steps(checkpoint, options, requests, threshold)
+        try:
+            fits = {signal: fit_polynomial(changes, signal) for signal in SIGNALS[family]}
+        except ValueError as error:
+            raise InputError(f"calibrate: {error}; use clips with more steps") from None
+        profile = TeaCacheProfile(
+            family=family,
+            transformer=_identity(checkpoint),
+            source=_source(model, requests, "teacache"),
+            signals={s: TeaCacheFit(coefficients=c, threshold=threshold) for s, (c, _) in fits.items()},  # type: ignore[misc]
+        )
+        replace_text(out, profile.model_dump_json(indent=1) + "\n", "calibrate")
+    return profile, {str(signal): explained for signal, (_, explained) in fits.items()}
+
+
+def calibrate_magcache(
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    requests: list[ClipRequest],
+    threshold: float,
+    max_skips: int,
+    out: Path,
+) -> MagCacheProfile:
+    """Measures the ratios of residual magnitudes and writes a profile to `out`, in one step.
+
+    Args:
+        threshold, max_skips: that the profile proposes.
+
+    Raises:
+        InputError: a bad threshold, clips of different lengths, or `out` not writable.
+    """
+    if max_skips < 0:
+        raise InputError(f"calibrate: max-skips must be 0 or more, got {max_skips}")
+    with _measuring(out):
+        model, changes = _measure_steps(checkpoint, options, requests, threshold)
+        profile = MagCacheProfile(
+            family=_family(checkpoint),
+            transformer=_identity(checkpoint),
+            source=_source(model, requests, "magcache"),
+            ratios=magnitude_ratios(changes),  # type: ignore[arg-type]
+            threshold=threshold,
+            max_skips=max_skips,
+        )
+        replace_text(out, profile.model_dump_json(indent=1) + "\n", "calibrate")
+    return profile
+
+
+def calibrate_dicache(
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    requests: list[ClipRequest],
+    num_trials: int,
+    floor_db: float | None,
+    out: Path,
+) -> tuple[DiCacheProfile, list[CurvePoint]]:
+    """Searches the weights of the steps and writes a profile to `out`, in one step.
+
+    Args:
+        num_trials: weights to try; each renders all clips once at each of `SPEEDUPS`.
+        floor_db: the profile proposes the fastest threshold whose worst clip keeps this PSNR; without a floor, that
+            of a usual clip at 2.5x.
+
+    Returns:
+        The profile; quality and speed-up over a row of thresholds, on these clips.
+
+    Raises:
+        InputError: no trials, clips of different lengths, too few steps, a floor that nothing reaches, or `out` not
+            writable.
+
+    What was measured stands in OUT.trials until the profile is written; the same call goes on from there.
+    """
+    if num_trials < 0:
+        raise InputError(f"calibrate: trials must be 0 or more, got {num_trials}")
+    if floor_db is not None and not 0 < floor_db < math.inf:
+        raise InputError(f"calibrate: --floor must be a number of dB above 0, got {floor_db}")
+    if floor_db is not None and floor_db > EQUAL_CLIPS_DB:
+        raise InputError(
+            f"calibrate: no threshold keeps {floor_db} dB on every clip; the best keeps {EQUAL_CLIPS_DB:g} dB, which "
+            "stands for equal frames"
+        )
+    if _number_of_steps(requests) < MIN_STEPS:
+        raise InputError(f"calibrate: dicache needs clips of {MIN_STEPS} or more steps")
+    with _measuring(out), TemporaryDirectory(prefix="cineray-calibrate-") as folder:
+        model = load_model(checkpoint, options)
+        known = TrialLog(out.with_name(f"{out.name}.trials"), json.dumps(measured_on(model, requests)))
+        if known:
+            tell(f"going on from {len(known)} points of an earlier run")
+        search = WeightSearch(model, requests, Path(folder), known)
+        with counting("trials", num_trials + 1) as on_done:
+            start = search.first_guess(_family(checkpoint), _identity(checkpoint), _source(model, requests, "dicache"))
+            found = search.run(
+                start, SPEEDUPS, num_trials, lambda done, best: on_done(done + 1, f"best so far {best:.1f} dB")
+            )
+        points = []
+        with counting("thresholds", len(CURVE)) as on_done:
+            for speedup in CURVE:
+                points.append(search.point(found, search.threshold_for(found, speedup)))
+                on_done(len(points))
+        good = [p for p in points if floor_db is not None and p.worst_psnr_db >= floor_db]
+        if floor_db is not None and not good:
+            best = max(p.worst_psnr_db for p in points)
+            raise InputError(
+                f"calibrate: no threshold keeps {floor_db} dB on every clip; the best keeps {best} dB; what was "
+                f"measured stays in {known.path}: the same command with a lower --floor goes on from there"
+            )
+        threshold = max(good, key=lambda p: p.speedup).threshold if good else search.threshold_for(found, 2.5)
+        found = found.model_copy(update={"threshold": threshold})
+        replace_text(out, found.model_dump_json(indent=1) + "\n", "calibrate")
+        known.delete()  # not before the profile is there: hours would be lost with it
+    return found, points
+
+
+def _measure_steps(
+    checkpoint: Checkpoint, options: LoadOptions, requests: list[ClipRequest], threshold: float
+) -> tuple[LoadedModel, StepChanges]:
+    if not 0 <= threshold < float("inf"):
+        raise InputError(f"calibrate: threshold must be 0 or more, got {threshold}")
+    if _number_of_steps(requests) < 2:
+        raise InputError("calibrate: clips must have 2 or more steps")
+    model = load_model(checkpoint, options)
+    with counting("clips", len(requests)) as on_done:
+        return model, measure_steps(model, requests, SIGNALS[_family(checkpoint)], on_done)
+
+
+def _family(checkpoint: Checkpoint) -> str:
+    """The family of a model that TeaCache and MagCache know."""
+    kind = checkpoint.configs.transformer.get("_class_name", "")
+    known = {name: model.family for name, model in MODELS.items() if model.family in SIGNALS}
+    if kind not in known:
+        raise InputError(f"calibrate: {kind} is not supported; supported: {', '.join(known)}")
+    return known[kind]
+
+
+def _identity(checkpoint: Checkpoint) -> dict[str, object]:
+    """The entries of the transformer's configuration by which a profile is found."""
+    config = checkpoint.configs.transformer
+    names = (*MODELS[config["_class_name"]].layout.counts, "num_attention_heads", "attention_head_dim", "in_channels")
+    return {name: config[name] for name in names}
+
+
+def _source(model: LoadedModel, requests: list[ClipRequest], policy: str) -> str:
+    first = requests[0]
+    size = f"{first.width}x{first.height}, {first.num_frames} frames, {first.num_inference_steps} steps"
+    clips = f"{len(requests)} clips of {size}, guidance {first.guidance_scale}"
+    return f"cineray calibrate {policy}: {clips}; weights {model.digest}"
+
+
+def _number_of_steps(requests: list[ClipRequest]) -> int:
+    steps = {request.num_inference_steps for request in requests}
+    if len(steps) != 1:
+        raise InputError(f"calibrate: all clips must have the same number of steps, got {sorted(steps)}")
+    return steps.pop()
+
+
+@contextmanager
+def _measuring(out: Path) -> Iterator[None]:
+    """What comes out goes to `out`, which is looked at first.
+
+    Raises:
+        InputError: `out` cannot be written, or the numbers that were measured make no profile.
+    """
+    check_out(out, "calibrate")
+    try:
+        with ended_by_sigterm():
+            yield
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where, reason = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        raise InputError(
+            f"calibrate: what was measured makes no {error.title}: {where}: {reason}; use more clips, or "
+            "clips that move"
+        ) from None

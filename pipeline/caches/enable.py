@@ -1,0 +1,200 @@
+"""`cineray.enable_cache`: a cache on any diffusers pipeline or transformer, ours or anyone's loop around it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+
+from cineray.caching.consensus import Consensus, SingleProcess
+from cineray.caching.controller import CacheController
+from cineray.caching.forecast import Forecasting
+from cineray.caching.plan import AnyPlan, CachePlan, LayerPlan, PolicyConfig
+from cineray.caching.spec import POLICIES, Policies
+from cineray.caching.trace import Trace
+from cineray.pipeline.adapters import MODELS
+from cineray.pipeline.adapters.cache_plan import plan_cache
+from cineray.pipeline.blocks import is_sharded
+from cineray.pipeline.caches.blocks import BlockRunner
+from cineray.pipeline.caches.clip_progress import ClipProgress
+from cineray.pipeline.caches.layers import check_blocks_not_compiled, run_schedule
+from cineray.pipeline.caches.other_caches import other_cache, switched_on
+from cineray.pipeline.caches.signals import SIGNAL_READERS, NewReader, signal_reader
+from cineray.pipeline.caches.step_tracker import Listener, Whereabouts, check_not_compiled_whole, refuse_other_cache
+from cineray.pipeline.caches.taylorseer import run_series
+
+
+class CacheHandle:
+    """A cache that is attached to one transformer, or to those that render a clip's steps in turn.
+
+    Attributes:
+        trace: what it did to the clip in the works, or to the last one.
+        policy: the policy with all its options, as text.
+    """
+
+    def __init__(self, plan: AnyPlan, trace: Trace, attached: Sequence[Whereabouts]) -> None:
+        self.policy = plan.text
+        self.trace = trace
+        self._attached = attached
+
+    def disable(self) -> None:
+        """Takes the cache off; the transformer is as before. Again does nothing, whatever else is attached since."""
+        for whereabouts in self._attached:
+            whereabouts.detach()
+
+    def __enter__(self) -> "CacheHandle":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.disable()
+
+
+def enable_cache(
+    pipe_or_transformer: Any,
+    policy: str | PolicyConfig,
+    num_branches: int | None = None,
+    scheduler: Any = None,
+    *,
+    policies: Policies = POLICIES,
+    signals: Mapping[str, NewReader] = SIGNAL_READERS,
+) -> CacheHandle:
+    """Attaches a cache.
+
+    Args:
+        pipe_or_transformer: a diffusers pipeline, or its transformer.
+        policy: text as on the command line ("dicache", "dicache(threshold=0.1)"), or a configuration.
+        num_branches: guidance branches per step; default: what the family's pipeline makes. 1 says that no branches
+            are stacked in the batch; else that is seen by the batch's halves being equal.
+        scheduler: for a transformer in a loop that sets no `cache_context`: its timesteps tell the step.
+        policies: what the text may name; one of your own is `{**POLICIES, "mine": Presets(default=MyConfig())}`.
+        signals: readers of what a policy judges by, beside probes: `{**SIGNAL_READERS, "mine": MyReader}`.
+
+    Raises:
+        ValueError: an unknown model or policy, an option out of range, a transformer compiled as a whole, or a cache
+            that is enabled already.
+    """
+    transformers = transformers_of(pipe_or_transformer)
+    plans = []
+    for transformer in transformers:
+        check_not_compiled_whole(transformer)
+        kind = type(transformer).__name__
+        if kind not in MODELS:
+            raise ValueError(f"enable_cache: {kind} is not supported; supported: {', '.join(MODELS)}")
+        plan = plan_cache(policy, kind, transformer.config, policies)
+        if plan is None:
+            raise ValueError("enable_cache: policy 'none' is no cache; leave the call out")
+        plans.append(plan)
+    refuse_other_cache(switched_on(pipe_or_transformer), transformers[0])
+    if len({(plan.text, plan.num_blocks) for plan in plans}) > 1:
+        raise ValueError(
+            "enable_cache: the pipeline's transformers differ, and one trace cannot tell of both; enable a cache on "
+            "each: enable_cache(pipe.transformer, ..., scheduler=pipe.scheduler), and the same for transformer_2"
+        )
+    steps = scheduler_of(pipe_or_transformer, scheduler)
+    return _attach(transformers, plans, num_branches, steps, SingleProcess(), signals)
+
+
+def transformers_of(pipe_or_transformer: Any) -> list[Any]:
+    """The pipeline's transformers: two where experts share the steps (Wan 2.2); or the transformer itself."""
+    found: list[Any] = []
+    for name in ("transformer", "transformer_2"):
+        transformer = getattr(pipe_or_transformer, name, None)
+        if transformer is not None and not any(transformer is other for other in found):
+            found.append(transformer)
+    return found or [pipe_or_transformer]
+
+
+def scheduler_of(pipe_or_transformer: Any, scheduler: Any = None) -> Callable[[], Any] | None:
+    """Looks up the scheduler that a loop uses: the one given, or the pipeline's at the time of the call."""
+    if scheduler is not None:
+        return lambda: scheduler
+    return (lambda: pipe_or_transformer.scheduler) if hasattr(pipe_or_transformer, "scheduler") else None
+
+
+def attach_cache(
+    transformer: nn.Module,
+    plan: AnyPlan,
+    num_branches: int | None = None,
+    scheduler: Callable[[], Any] | None = None,
+    consensus: Consensus | None = None,
+) -> CacheHandle:
+    """Attaches a cache whose plan was made for this transformer.
+
+    Args:
+        consensus: how a gang's ranks agree; None for one process.
+
+    Raises:
+        ValueError: a cache is enabled already, the transformer is sharded already (the cache must see shards), or
+            layers are to be cached within compiled blocks.
+    """
+    return _attach([transformer], [plan], num_branches, scheduler, consensus or SingleProcess(), SIGNAL_READERS)
+
+
+def _attach(
+    transformers: Sequence[nn.Module],
+    plans: Sequence[AnyPlan],
+    num_branches: int | None,
+    scheduler: Callable[[], Any] | None,
+    consensus: Consensus,
+    signals: Mapping[str, NewReader],
+) -> CacheHandle:
+    """One cache on all of these, or on none."""
+    for transformer, plan in zip(transformers, plans, strict=True):
+        kind = type(transformer).__name__
+        if Whereabouts.is_attached(transformer):
+            raise ValueError(f"enable_cache: this {kind} has a cache already; call disable() of its handle first")
+        if is_sharded(transformer):
+            raise ValueError("enable_cache: the transformer is sharded already; enable the cache first, then shard")
+        refuse_other_cache(other_cache(transformer), transformer)
+        if not isinstance(plan, CachePlan):
+            check_blocks_not_compiled(transformer)
+    trace = _new_trace(plans[0])
+    progress = ClipProgress()
+    with ExitStack() as undo:
+        attached = []
+        for transformer, plan in zip(transformers, plans, strict=True):
+            whereabouts = whereabouts_of(transformer, num_branches, scheduler, progress)
+            undo.callback(whereabouts.detach)
+            whereabouts.listener = _new_runner(transformer, plan, trace, consensus, whereabouts, signals)
+            attached.append(whereabouts)
+        undo.pop_all()
+    return CacheHandle(plans[0], trace, attached)
+
+
+def _new_trace(plan: AnyPlan) -> Trace:
+    if isinstance(plan, CachePlan):
+        return Trace(
+            policy=plan.text, forecasting=plan.forecasting, num_blocks=plan.num_blocks, probe_depth=plan.probe_depth
+        )
+    return Trace(policy=plan.text, forecasting=Forecasting(), num_blocks=plan.num_blocks, probe_depth=0, by_layer=True)
+
+
+def _new_runner(
+    transformer: nn.Module,
+    plan: AnyPlan,
+    trace: Trace,
+    consensus: Consensus,
+    whereabouts: Whereabouts,
+    signals: Mapping[str, NewReader],
+) -> Listener:
+    if isinstance(plan, LayerPlan):
+        return run_schedule(transformer, plan.schedule, trace, whereabouts.where)
+    if not isinstance(plan, CachePlan):
+        return run_series(transformer, plan.config, trace, whereabouts.where)
+    controller = CacheController(policy=plan.policy, forecasting=plan.forecasting, trace=trace, consensus=consensus)
+    layout = MODELS[type(transformer).__name__].layout
+    signal = signal_reader(transformer, plan.policy.signal, signals)
+    return BlockRunner(transformer, layout, controller, plan.probe_depth, signal, whereabouts.where)
+
+
+def whereabouts_of(
+    transformer: nn.Module,
+    num_branches: int | None,
+    scheduler: Callable[[], Any] | None,
+    progress: ClipProgress | None = None,
+) -> Whereabouts:
+    """A `Whereabouts` on a transformer, with what its model says of the branches unless told otherwise."""
+    model = MODELS[type(transformer).__name__]
+    stacked = model.branches if model.stacked and num_branches != 1 else ()
+    calls = 1 if model.stacked else len(model.branches)
+    return Whereabouts(transformer, num_branches or calls, scheduler, stacked, progress)

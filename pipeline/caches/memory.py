@@ -1,0 +1,37 @@
+"""How much memory a cache will hold, told before a clip is rendered."""
+
+import math
+
+from cineray.caching.plan import CachePlan
+from cineray.pipeline.adapters import MODELS
+from cineray.pipeline.loading.checkpoint import Checkpoint
+from cineray.pipeline.request import ClipRequest
+
+
+def held_tensors(plan: CachePlan) -> float:
+    """Token tensors [S, D] that a branch of a clip holds at most; TeaCache's timestep embeddings are not counted."""
+    forecasting, signal, part = plan.forecasting, plan.policy.signal, 1 / plan.forecasting.keep_every
+    pair = 1 + part * forecasting.keeps_probe_residual(signal)
+    return part + (signal == "modulated-input") + forecasting.num_pairs * pair
+
+
+def forecast_cache_bytes(
+    checkpoint: Checkpoint, request: ClipRequest, element_bytes: int, num_ranks: int = 1
+) -> int | None:
+    """Bytes that each rank's cache holds at most during the clip; None for policies by layer, which are not forecast.
+
+    Args:
+        element_bytes: of the transformer's type.
+        num_ranks: that share the clip's tokens; the first ones hold a token more where it does not divide.
+    """
+    plan = checkpoint.plan_cache(request.cache)
+    if plan is None:
+        return 0
+    if not isinstance(plan, CachePlan):
+        return None
+    config = checkpoint.configs.transformer
+    branches = MODELS[config["_class_name"]].branches
+    num_branches = len(branches) if request.guidance_scale > 1 else 1
+    num_tokens = math.ceil(checkpoint.adapter.num_tokens(checkpoint.configs, request) / num_ranks)
+    num_channels = config["num_attention_heads"] * config["attention_head_dim"]
+    return round(held_tensors(plan) * num_tokens * num_channels * element_bytes * num_branches)

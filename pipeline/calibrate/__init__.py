@@ -1,0 +1,1 @@
+"""Measurements of a model from which cache policies are calibrated. Writes no file."""

@@ -1,0 +1,74 @@
+"""Calibrates SmoothCache: how far each layer type's output moves in 1, 2, ... steps, over a few clips.
+
+SmoothCache (arXiv 2411.10510), section 3.2: the relative L1 error of a layer's output between two steps, averaged
+over the blocks of a layer type and over the calibration clips.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cineray.caching.policies.smoothcache import LayerSchedule, schedule_row
+from cineray.pipeline.caches.enable import scheduler_of, whereabouts_of
+from cineray.pipeline.caches.layers import LayerRecorder, check_blocks_not_compiled, hang, layers_of, unhang
+
+Errors = dict[str, list[list[float]]]  # layer type -> [lag - 1][step]; NaN where a step has no such successor
+
+
+def measure_layer_errors(
+    pipe_or_transformer: Any,
+    clips: Sequence[Callable[[], object]],
+    num_steps: int,
+    max_lag: int,
+    on_clip: Callable[[int, int], None] = lambda done, total: None,
+) -> Errors:
+    """Renders the clips uncached and compares each layer's outputs.
+
+    Args:
+        pipe_or_transformer: what the clips are rendered with; as for `enable_cache`.
+        clips: each call renders one clip, of `num_steps` steps.
+        max_lag: longest run of skipped steps to consider.
+        on_clip: called with (clips done, clips).
+
+    Raises:
+        ValueError: a clip of another number of steps, one whose loop does not say where it is, or compiled blocks.
+    """
+    transformer = getattr(pipe_or_transformer, "transformer", pipe_or_transformer)
+    check_blocks_not_compiled(transformer)
+    whereabouts = whereabouts_of(transformer, None, scheduler_of(pipe_or_transformer))
+    values: dict[str, list[list[list[float]]]] = defaultdict(
+        lambda: [[[] for _ in range(num_steps)] for _ in range(max_lag)]
+    )
+
+    def place() -> tuple[str, int]:
+        here = whereabouts.where()
+        if here.num_steps != num_steps:
+            raise ValueError(f"calibrate: a clip has {here.num_steps} steps; num_steps is {num_steps}")
+        return here.branch, here.step_index
+
+    try:
+        for number, render in enumerate(clips, 1):
+            recorders = [(layer, module, LayerRecorder(max_lag, place)) for layer, _, module in layers_of(transformer)]
+            try:
+                for _, module, recorder in recorders:
+                    hang(module, recorder)
+                render()
+            finally:
+                for _, module, _ in recorders:
+                    unhang(module)
+            for layer, _, recorder in recorders:
+                for (step, lag), (moved, size) in recorder.sums.items():
+                    values[layer][lag - 1][step].append(moved / size if size > 0 else math.inf)
+            on_clip(number, len(clips))
+    finally:
+        whereabouts.detach()
+    return {
+        layer: [[math.fsum(v) / len(v) if v else math.nan for v in row] for row in by_lag]
+        for layer, by_lag in values.items()
+    }
+
+
+def smooth_schedule(errors: Errors, alpha: float) -> LayerSchedule:
+    """One schedule row per layer type."""
+    return LayerSchedule({layer: schedule_row(by_lag, len(by_lag[0]), alpha) for layer, by_lag in errors.items()})

@@ -1,0 +1,131 @@
+"""Loads the weights of a checkpoint into a diffusers pipeline."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cineray.pipeline.adapters import Adapter
+from cineray.pipeline.loading.checkpoint import Checkpoint
+from cineray.pipeline.loading.device import check_device
+from cineray.pipeline.loading.loaded_weights import check_finite, check_names, check_scheduler, check_vocabulary
+from cineray.pipeline.loading.options import LoadOptions
+from cineray.pipeline.loading.weights import identify, local_folder
+from cineray.pipeline.request import InputError
+from cineray.text import printable
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedModel:
+    """A checkpoint in memory, ready to render."""
+
+    checkpoint: Checkpoint
+    pipe: Any  # the diffusers pipeline that model_index.json names
+    options: LoadOptions
+    digest: str
+    revision: str | None  # hub commit, None for a folder
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.checkpoint.adapter
+
+
+# the parts of a pipeline that one stage of a batch needs and another does not
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TRANSFORMER = ("transformer",)
+
+
+def load_model(checkpoint: Checkpoint, options: LoadOptions, without: Sequence[str] = ()) -> LoadedModel:
+    """Loads the pipeline, from safetensors only.
+
+    Args:
+        without: parts that stay out of memory and are None in the pipeline.
+
+    Raises:
+        InputError: a file is missing or broken, the weights are not those that the configuration asks for or are not
+            finite, the download failed, or there is no such device.
+    """
+    import diffusers
+    import transformers
+
+    check_device(options.device)
+    folder = local_folder(checkpoint)
+    # their weight-loading bars and "expected types" notes would tear our progress display apart
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
+    try:
+        _check_names(checkpoint, folder, without)
+        pipe = _load(checkpoint, folder, options, without)
+        _check_loaded(checkpoint, pipe)
+    except InputError:
+        raise
+    # diffusers, transformers, safetensors and tokenizers each raise their own, Rust's panics among them
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+            raise
+        reason = printable(" ".join(str(error).split()) or type(error).__name__, 400)
+        name, place = printable(checkpoint.name, 200), printable(folder, 200)
+        raise InputError(f"model {name}: loading from {place} failed: {reason}") from error
+    identity = identify(checkpoint)
+    return LoadedModel(
+        checkpoint=checkpoint, pipe=pipe, options=options, digest=identity.digest, revision=identity.revision
+    )
+
+
+def _check_names(checkpoint: Checkpoint, folder: Path, without: Sequence[str]) -> None:
+    for component in checkpoint.adapter.components:
+        if component.weights is None or component.name in without or component.name not in checkpoint.parts:
+            continue
+        kind = checkpoint.configs.index[component.name][1]
+        with _about(component.name):
+            check_names(component, kind, folder / component.name)
+
+
+def _load(checkpoint: Checkpoint, folder: Path, options: LoadOptions, without: Sequence[str]) -> Any:
+    import diffusers
+
+    dtype = DTYPES[options.dtype_name]
+    vae_dtype = torch.float32 if checkpoint.adapter.vae_in_float32 else dtype
+    pipe = getattr(diffusers, checkpoint.pipeline_class).from_pretrained(
+        folder,
+        dtype={"default": dtype, "vae": vae_dtype},
+        use_safetensors=True,
+        local_files_only=True,
+        **{name: None for name in without if name in checkpoint.configs.index},
+    )
+    pipe.set_progress_bar_config(disable=True)
+    if options.vae_tiling:
+        pipe.vae.enable_tiling()
+    if options.offload == "none":
+        pipe.to(options.device)
+    check_finite(pipe.components)  # on the device, where it is fastest, and before parts of it are offloaded
+    if options.offload == "model":
+        pipe.enable_model_cpu_offload()
+    elif options.offload == "sequential":
+        pipe.enable_sequential_cpu_offload()
+    return pipe
+
+
+def _check_loaded(checkpoint: Checkpoint, pipe: Any) -> None:
+    with _about("scheduler"):
+        check_scheduler(checkpoint.adapter, pipe.scheduler)
+    for encoder in TEXT_ENCODERS:
+        tokenizer = encoder.replace("text_encoder", "tokenizer")
+        if getattr(pipe, encoder, None) is not None:
+            with _about(tokenizer):
+                check_vocabulary(getattr(pipe, tokenizer), getattr(pipe, encoder))
+
+
+@contextmanager
+def _about(part: str) -> Iterator[None]:
+    """Puts the part's name before what is wrong with it."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{part}: {' '.join(str(error).split()) or type(error).__name__}") from error

@@ -1,0 +1,52 @@
+"""Where a checkpoint's weights lie on this machine, and which they are; none is read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cineray.pipeline.loading.checkpoint import Checkpoint, weights_digest
+from cineray.pipeline.request import InputError
+from cineray.text import printable
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """Which weights these are; `revision` is the hub commit, None for a folder."""
+
+    digest: str
+    revision: str | None
+
+
+def identify(checkpoint: Checkpoint) -> Identity:
+    """The identity of a checkpoint's weights without loading them; downloads what is not here.
+
+    Raises:
+        InputError: the download failed.
+    """
+    folder = local_folder(checkpoint)
+    try:
+        digest = weights_digest(folder)
+    except OSError as error:
+        raise InputError(f"model {printable(checkpoint.name, 200)}: cannot be read: {error.strerror}") from None
+    return Identity(digest=digest, revision=None if checkpoint.is_local else folder.name)
+
+
+def local_folder(checkpoint: Checkpoint) -> Path:
+    """The checkpoint's folder on this machine; downloads what is not here.
+
+    Raises:
+        InputError: the download failed, or brought files that cannot be loaded; or the folder has gone.
+    """
+    if checkpoint.is_local:
+        if not Path(checkpoint.source).is_dir():
+            raise InputError(f"model {printable(checkpoint.name, 200)}: the folder has gone since it was looked at")
+        return Path(checkpoint.source)
+    import diffusers
+
+    try:
+        pipeline_class = getattr(diffusers, checkpoint.pipeline_class)
+        folder = Path(pipeline_class.download(checkpoint.source, use_safetensors=True))
+    except Exception as error:  # network, disk, hub: all end here
+        reason = printable(" ".join(str(error).split()), 400)
+        raise InputError(f"model {printable(checkpoint.name, 200)}: download from the hub failed: {reason}") from error
+    checkpoint.check_files(folder)
+    return folder

@@ -1,0 +1,1 @@
+"""Pictures in, videos out, and how far two clips are apart. Knows no model."""

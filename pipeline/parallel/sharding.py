@@ -1,0 +1,151 @@
+"""Shards the image tokens of a diffusers transformer over a gang's ranks.
+
+What a model does before its blocks runs on every rank, on all tokens. In front of the blocks each rank takes its
+share, behind the output projection the shares are put together again. In between only attention sees other ranks:
+the model's own attention processors run, with an attention that spans ranks where they would call diffusers' own.
+
+Letters: B batch, S image tokens, T text tokens, D channels.
+"""
+
+from copy import copy
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import nn
+
+from cineray.distributed.attention import Sequence, SequenceAttention
+from cineray.distributed.mesh import Mesh
+from cineray.distributed.tokens import gather_tokens, split_tokens
+from cineray.pipeline.adapters import MODELS
+from cineray.pipeline.blocks import BlockArguments, BlockListStandIn, ShardedBlockList, is_sharded
+
+_DISPATCH = "dispatch_attention_fn"  # the name under which every processor of diffusers calls attention
+
+
+class ShardedTransformer:
+    """A transformer whose image tokens are sharded, until `detach`. Attach a cache first: it must see shards.
+
+    Raises:
+        ValueError: a transformer that cannot be sharded, or is sharded already.
+    """
+
+    def __init__(self, transformer: nn.Module, mesh: Mesh, attention: SequenceAttention) -> None:
+        kind = type(transformer).__name__
+        model = MODELS.get(kind)
+        if model is None or model.sharded is None:
+            supported = ", ".join(name for name, model in MODELS.items() if model.sharded is not None)
+            raise ValueError(f"sharding: {kind} is not supported; supported: {supported}")
+        if is_sharded(transformer):
+            raise ValueError(f"sharding: this {kind} is sharded already; detach that first")
+        self._mesh = mesh
+        self._attention = attention
+        self._layout, self._sharded = model.layout, model.sharded
+        self._transformer = transformer
+        self._sequence: Sequence | None = None
+        self._lists = {name: getattr(transformer, name) for name in self._layout.lists}
+        self._inner = dict(self._lists)  # what runs on shards
+        self._processors: list[tuple[Any, Any]] = []
+        for name, blocks in self._lists.items():
+            for block in blocks._modules.values():
+                attention_module = getattr(block, self._sharded.attention)
+                self._processors.append((attention_module, attention_module.processor))
+                attention_module.processor = _calling(attention_module.processor, self._attend)
+            run = partial(self._run_list, name, name == self._layout.lists[0])
+            setattr(transformer, name, ShardedBlockList(blocks, transformer, self._inner, run))
+        self._gather = transformer.get_submodule("proj_out").register_forward_hook(self._gather_output)
+
+    def detach(self) -> None:
+        """The transformer is as before."""
+        self._gather.remove()
+        for module, processor in self._processors:
+            module.processor = processor
+        for name, blocks in self._lists.items():
+            setattr(self._transformer, name, blocks)
+
+    def __enter__(self) -> "ShardedTransformer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def _run_list(self, name: str, is_first: bool, *args: Any, **kwargs: Any) -> Any:
+        arguments = BlockArguments(self._layout, args, kwargs)
+        if is_first:
+            hidden_states = arguments.hidden_states  # [B, S, D], on every rank
+            axis = self._mesh.sequence
+            shards = split_tokens(hidden_states.shape[1], axis.size, axis.index)
+            self._sequence = Sequence(shards=shards, text_first=self._sharded.text_first)
+            arguments = arguments.with_hidden_states(shards.own(hidden_states, 1).contiguous())
+        blocks = self._inner[name]
+        callables = blocks.yields if isinstance(blocks, BlockListStandIn) else list(blocks)
+        return self._own(arguments).through(callables).output()
+
+    def _own(self, arguments: BlockArguments) -> BlockArguments:
+        """The arguments beside the hidden states, as they are for this rank's tokens."""
+        assert self._sequence is not None  # the first list has run
+        shards, sharded = self._sequence.shards, self._sharded
+        if sharded.per_token is not None and arguments.at(sharded.per_token[0]).dim() != sharded.per_token[1]:
+            raise ValueError("sharding: timesteps per token (Wan 2.2 TI2V) cannot be sharded")
+        num_image = sum(shards.sizes)
+
+        def own_rotary(values: torch.Tensor) -> torch.Tensor:
+            text, image = values.split([values.shape[sharded.rotary_dim] - num_image, num_image], sharded.rotary_dim)
+            own = shards.own(image, sharded.rotary_dim)
+            return torch.cat([text, own], sharded.rotary_dim) if text.numel() else own
+
+        rotary = tuple(own_rotary(values) for values in arguments.at(sharded.rotary))
+        arguments = arguments.with_value(sharded.rotary, rotary)
+        if sharded.first_frame is not None:
+            num_first = arguments.at(sharded.first_frame)
+            own_first = min(max(num_first - shards.begin, 0), shards.size)
+            arguments = arguments.with_value(sharded.first_frame, own_first)
+        return arguments
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        backend: Any = None,
+        parallel_config: Any = None,
+    ) -> torch.Tensor:
+        """In place of diffusers' dispatch_attention_fn: [B, S here + T, H, D] in and out."""
+        assert self._sequence is not None
+        assert not dropout_p
+        assert not is_causal
+        assert parallel_config is None
+
+        def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+            return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend)
+
+        return self._attention(query, key, value, attn_mask, self._sequence, kernel)
+
+    def _gather_output(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        assert self._sequence is not None
+        return gather_tokens(output, self._sequence.shards, self._mesh.sequence.group, dim=1)
+
+
+def _calling(processor: Any, attend: Any) -> Any:
+    """A processor like this one whose attention call goes to `attend`; this one is not changed.
+
+    The same code runs with another global name. So no processor is copied, and neither module nor class is patched.
+    """
+    kind = type(processor)
+    call: Any = kind.__call__
+    if _DISPATCH not in call.__code__.co_names:
+        raise ValueError(f"sharding: attention processor {kind.__name__} does not call {_DISPATCH}")
+    ours = FunctionType(
+        call.__code__, {**call.__globals__, _DISPATCH: attend}, call.__name__, call.__defaults__, call.__closure__
+    )
+    ours.__kwdefaults__ = call.__kwdefaults__
+    ours.__annotations__ = call.__annotations__
+    changed = copy(processor)
+    changed.__class__ = type(kind.__name__, (kind,), {"__call__": ours})
+    return changed
