@@ -11,7 +11,7 @@ import ray
 from gang_runs import Harm, events, pixels, render, sidecar, start_driver, steps_on_disk, wait_for, write_manifest
 
 from cineray.jobs.cli import clips as asked_clips
-from cineray.jobs.cli import command_line
+from cineray.jobs.cli import main as command_line
 
 STEPS = 600  # of a millisecond or ten: long enough that a second driver has started before the first one is done
 GOOD = ["a", "b", "c"]

@@ -9,7 +9,9 @@ from cineray.pipeline.loading.device import sees_cuda
 DRIVER = """
 import sys
 from pathlib import Path
-from cineray.jobs.gangs import queue as clip_queue, command_line, gang_progress, metrics, ray_batch, run, slots
+import cineray.jobs.cli.main
+import cineray.jobs.run
+from cineray.jobs.gangs import driver, metrics, progress, queue, slots, state
 from cineray.jobs.manifest.check import RequestCheck
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.device import default_device

@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 from cineray.jobs.cli import main as command_line
-from cineray.jobs.cli import terminal
 from cineray.jobs.cli.main import _run
 from cineray.jobs.cli.measure import _print_quality
+from cineray.jobs.console import terminal
 from cineray.jobs.console.bars import ClipBars
 from cineray.jobs.console.progress import RenderProgress, checking_lines
 from cineray.jobs.console.terminal import UndeliveredError, print_json, print_lines, tell
