@@ -111,8 +111,8 @@ class NoOpFinisher(Finisher):
     def load(self) -> None:
         pass
 
-    def encode(self, task: Task) -> ClipFault | None:
-        return None
+    def encode(self, task: Task) -> tuple[str, ...] | ClipFault:
+        return ()
 
     def finish(self, task: Task) -> dict[str, Any] | ClipFault | None:
         return {}

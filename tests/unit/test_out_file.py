@@ -68,8 +68,8 @@ COMMANDS = [
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: words[1])
 @pytest.mark.parametrize("out", ["folder", "link", "fifo", "/", ""])
 def test_every_command_refuses_it_before_the_model_is_loaded(run, here, monkeypatch, words, out):  # noqa: F811
-    for module in ("calibration", "quality_bench"):
-        monkeypatch.setattr(f"cineray.jobs.{module}.load_model", None, raising=False)
+    for module in ("calibration", "bench"):
+        monkeypatch.setattr(f"cineray.jobs.measure.{module}.load_model", None, raising=False)
     monkeypatch.setattr("cineray.pipeline.loading.model.load_model", None)
     code, _, err = run(*words, "--out", out, steps=12)
     assert code == 2
