@@ -155,10 +155,9 @@ def run(arguments: list[str] | None = None) -> None:
         code = _interrupted(again)
     except Exception as error:
         code = _unexpected(error)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
-            if stream is not None:
-                stream.flush()
+            stream.flush()
         except OSError:
             silence(stream)  # or Python ends with a traceback of its own
     sys.exit(code)

@@ -157,7 +157,7 @@ def _own_token(folder: Path) -> Iterator[None]:
 def _read_token_again() -> None:
     """This process may have had another Ray before."""
     try:
-        from ray._raylet import AuthenticationTokenLoader
+        from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled
 
         AuthenticationTokenLoader.instance().reset_cache()
     except (ImportError, AttributeError):
