@@ -56,13 +56,13 @@ def test_what_is_damaged_on_its_way_is_made_again(stages, new_request, capsys):
 
     answer = rank.denoise(task)
     assert isinstance(answer, NoPrompt)
-    assert finisher.encode(task) is None
+    assert finisher.encode(task) == ()
     whole = read_tensors(prompt).digest
     damage(prompt)
     answer = rank.denoise(task)
     assert isinstance(answer, NoPrompt)
     assert "changed or damaged" in answer.reason
-    assert finisher.encode(task) is None
+    assert finisher.encode(task) == ()
     assert read_tensors(prompt).digest == whole
     shutil.copy(prompt, folder.prompt_path("j" * 32))
     assert not is_encoded(folder.prompt_path("j" * 32))  # of other prompts
@@ -92,7 +92,7 @@ def test_latents_that_are_not_finite_are_the_clip_s_fault(stages, new_request):
     finisher, rank, _ = stages
     request = new_request(width=16, height=16, num_frames=1, num_inference_steps=2)
     task = Task(request=request, mark=MARK, prompt_key="k" * 32)
-    assert finisher.encode(task) is None
+    assert finisher.encode(task) == ()
     rank._model.pipe.transformer.proj_out.bias.data[0] = float("nan")
     answer = rank.denoise(task)
     assert isinstance(answer, ClipFault)
