@@ -28,7 +28,7 @@ class RowFile:
         self._num_rows = 0
         self._batch: list[Sequence[Any]] = []
         try:
-            self._file = tempfile.TemporaryFile()
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115  # for as long as this object
         except OSError as error:
             raise self._unusable(error) from None
 

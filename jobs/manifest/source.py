@@ -140,9 +140,7 @@ def read_lines(
     source: ManifestSource, chunks: Iterator[str], keeps_blank: bool = False
 ) -> Iterator[tuple[int, str | list[str]]]:
     """(line number from 1, line without its end), less blank ones; a list of what is wrong where it is no text."""
-    number = 0
-    for line in _split(source, chunks):
-        number += 1
+    for number, line in enumerate(_split(source, chunks), 1):
         if line is None:
             yield number, [f"the line must have at most {MAX_LINE_CHARS} characters"]
         elif not line.isascii() and (found := _NOT_UTF8.search(line)):

@@ -93,7 +93,7 @@ def _collect(pipes: list[Connection], ranks: list[BaseProcess], timeout_s: float
     while open_pipes:
         ready = wait(list(open_pipes), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            failures |= {rank: f"did not end within {timeout_s:g} s" for rank in open_pipes.values()}
+            failures |= dict.fromkeys(open_pipes.values(), f"did not end within {timeout_s:g} s")
             break
         for pipe in ready:
             assert isinstance(pipe, Connection)

@@ -67,7 +67,7 @@ class ResultLog:
     """Results in the order in which they came; a temporary file that ends with the process."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile("w+", encoding="utf-8")
+        self._file = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  # for as long as this object
         self.counts: Counter[Status] = Counter()
 
     def add(self, result: ClipResult) -> None:

@@ -45,5 +45,5 @@ def _is_for_cpus_alone() -> bool:
         text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
     except OSError:
         return False
-    found = {name: value for name, value in re.findall(r"^(cuda|hip)\b[^=\n]*= *(\S+)", text, re.MULTILINE)}
+    found = dict(re.findall(r"^(cuda|hip)\b[^=\n]*= *(\S+)", text, re.MULTILINE))
     return found == {"cuda": "None", "hip": "None"}

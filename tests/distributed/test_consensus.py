@@ -152,13 +152,16 @@ def decide_per_sample(rank, num_ranks, init_method):
     text = tiny.draw(2, 512, 32)
     outputs = []
     consensus = GangConsensus(mesh=mesh, device=CPU)
-    with attach_cache(model, plan, num_branches=1, consensus=consensus) as cache, torch.no_grad():
-        with ShardedTransformer(model, mesh, NativeAttention(mesh)):
-            for step in range(STEPS):
-                latents = torch.cat([frames_that_change(step), still * (1 + max(0, step - 6))])
-                with model.cache_context("cond", step_index=step, num_inference_steps=STEPS):
-                    timestep = torch.full((2,), 500.0 - step)
-                    outputs.append(model(latents, timestep, text, return_dict=False)[0])
+    with (
+        attach_cache(model, plan, num_branches=1, consensus=consensus) as cache,
+        torch.no_grad(),
+        ShardedTransformer(model, mesh, NativeAttention(mesh)),
+    ):
+        for step in range(STEPS):
+            latents = torch.cat([frames_that_change(step), still * (1 + max(0, step - 6))])
+            with model.cache_context("cond", step_index=step, num_inference_steps=STEPS):
+                timestep = torch.full((2,), 500.0 - step)
+                outputs.append(model(latents, timestep, text, return_dict=False)[0])
     return [(e.step, e.sample, e.compute, e.gamma) for e in cache.trace.entries], outputs
 
 

@@ -39,7 +39,7 @@ FORMS = {
     "m.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode(),
     "m.json": json.dumps(ROWS, indent=1).encode("utf-16"),
     "m.csv": CSV.encode("utf-8-sig"),
-    "m.txt": "a red circle\r\na blue square\r\n\r\n".encode(),
+    "m.txt": b"a red circle\r\na blue square\r\n\r\n",
 }
 
 

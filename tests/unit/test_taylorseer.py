@@ -42,7 +42,7 @@ def test_a_line_is_forecast_exactly_and_order_0_reuses():
 def test_a_parabola_leaves_the_error_of_backward_differences():
     """f = s^2 every n steps: f' is (2s - n), f'' is 2; at s + x the series misses n x of (s + x)^2."""
     interval = 3
-    seen = [f for f in forecasts(TaylorSeerConfig(interval=interval, order=2), lambda s: torch.tensor(s**2.0), 20)]
+    seen = list(forecasts(TaylorSeerConfig(interval=interval, order=2), lambda s: torch.tensor(s**2.0), 20))
     assert [step for step, _, _ in seen if step > 6] == [7, 8, 10, 11, 13, 14, 16, 17, 19]
     for step, forecast, truth in seen:
         if step > 2 * interval:
