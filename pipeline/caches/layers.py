@@ -223,7 +223,8 @@ class LayerRunner:
         """
         self._take_down()
         skipped = sum(layer.take_skipped() for layer in self._layers)
-        if not any(layer.take_run() for layer in self._layers):
+        has_run = [layer.take_run() for layer in self._layers]  # each one forgets that it ran
+        if not any(has_run):
             raise ValueError(
                 f"a cache is enabled, and the forward of this {type(self._transformer).__name__} ran none of its "
                 "layers: it has been replaced, by another cache or by hand; undo that, or disable the cache"
