@@ -155,6 +155,13 @@ def build_flux(seed: int = 0):
 BUILDERS = {"wan": build_wan, "wan_i2v": build_wan_i2v, "hunyuan": build_hunyuan}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Ranks of a gang want the cores for themselves."""
+    for item in items:
+        if "distributed" in item.path.parts:
+            item.add_marker(pytest.mark.cores)
+
+
 @pytest.fixture(scope="session")
 def checkpoint_folder(tmp_path_factory):
     """Factory: name in BUILDERS -> folder of a saved random checkpoint, made once."""

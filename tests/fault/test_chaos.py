@@ -5,6 +5,8 @@ import random
 import pytest
 from chaos import Chaos
 
+pytestmark = pytest.mark.cores
+
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # pipes of nodes that were killed
 def test_a_batch_survives_lost_nodes_and_a_sleeping_driver(checkpoint_folder, tmp_path):

@@ -13,6 +13,8 @@ from gang_runs import Harm, events, pixels, render, sidecar, start_driver, steps
 from cineray.jobs.cli import clips as asked_clips
 from cineray.jobs.cli import main as command_line
 
+pytestmark = pytest.mark.cores
+
 STEPS = 300  # long enough to be caught in the middle: 0.6 s on a fast machine
 GOOD = ["a", "b", "c"]
 OFTEN = ("--checkpoint-every", 0)

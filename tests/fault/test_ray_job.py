@@ -5,8 +5,11 @@ import re
 import signal
 import time
 
+import pytest
 from gang_runs import arguments, events, pixels, render, sidecar, steps_on_disk, wait_for, write_manifest
 from local_cluster import head_node
+
+pytestmark = pytest.mark.cores
 
 STEPS = 300  # the clip in the works lasts a good part of a second: long enough to be caught in it
 PATIENCE_S = 240.0

@@ -12,6 +12,8 @@ from pathlib import Path
 import imageio_ffmpeg
 import pytest
 
+pytestmark = pytest.mark.cores
+
 SMALL = ["--width", "32", "--height", "32", "--frames", "5"]
 
 

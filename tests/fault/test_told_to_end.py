@@ -54,6 +54,8 @@ def test_nohup_stays_deaf(checkpoint_folder, tmp_path):
 STUCK = """
 import ctypes, subprocess, sys, time
 from cineray.jobs import stopping
+
+pytestmark = pytest.mark.cores
 stopping.UNWIND_S = 1.0
 child = subprocess.Popen(["sleep", "600"])
 with stopping.ending_on_signals():

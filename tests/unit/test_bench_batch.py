@@ -8,6 +8,8 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
+pytestmark = pytest.mark.cores
+
 
 @pytest.mark.parametrize(
     ("arguments", "measured"),
