@@ -11,6 +11,8 @@ import psutil
 import pytest
 from gang_runs import arguments, events, pixels, sidecar, start_driver, steps_on_disk, wait_for, write_manifest
 
+pytestmark = pytest.mark.cores
+
 PATIENCE_S = 300.0
 STEPS = 100
 
@@ -54,8 +56,6 @@ def test_nohup_stays_deaf(checkpoint_folder, tmp_path):
 STUCK = """
 import ctypes, subprocess, sys, time
 from cineray.jobs import stopping
-
-pytestmark = pytest.mark.cores
 stopping.UNWIND_S = 1.0
 child = subprocess.Popen(["sleep", "600"])
 with stopping.ending_on_signals():
