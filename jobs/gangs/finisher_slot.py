@@ -29,7 +29,6 @@ class FinisherSlot:
     spec: RunSpec
     resources: Resources
     actor: Any = field(repr=False)  # of `Actors`
-    is_ready: bool = False
     _finishing: dict[Any, Task] = field(default_factory=dict)
     _encoding: dict[Any, Task] = field(default_factory=dict)
     _actor: Any = None
@@ -43,10 +42,6 @@ class FinisherSlot:
     def refs(self) -> list[Any]:
         # its death last: what it answered before counts
         return [ref for ref in (self._load, *self._finishing, *self._encoding, self._life) if ref is not None]
-
-    @property
-    def is_there(self) -> bool:
-        return self._actor is not None
 
     def build(self) -> None:
         self._actor = self.actor.options(
@@ -78,7 +73,7 @@ class FinisherSlot:
         if is_lost:
             return [FinisherLost(self.number, answer.reason)]
         if ref == self._load:
-            self._load, self.is_ready = None, True
+            self._load = None
             return [FinisherReady(self.number)]
         if ref in self._finishing:
             return [self._finished(self._finishing.pop(ref), answer)]
@@ -103,4 +98,4 @@ class FinisherSlot:
             ray.kill(self._actor, no_restart=True)
         forget(self.refs())
         self._actor = self._load = self._life = None
-        self._encoding, self._finishing, self.is_ready = {}, {}, False
+        self._encoding, self._finishing = {}, {}
