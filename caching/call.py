@@ -31,7 +31,7 @@ class StepContext:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CallPlan:
-    """Which rows of the batch a call computes, and which ones it forecasts.
+    """Rows of the batch that a call computes, and rows that it forecasts.
 
     Args:
         gammas: of the forecasts, one for each of `skip_rows`.

@@ -13,7 +13,9 @@ from cineray.caching.token_sums import ModulatedInput, alignment_sums, change_su
 
 @dataclass(frozen=True, slots=True)
 class ResidualPair:
-    """Of one computed step: what the probe blocks added [B, S / keep_every, D], what all blocks added [B, S, D].
+    """The residuals of one computed step: what the probe blocks and what all blocks added.
+
+    probe [B, S / keep_every, D], full [B, S, D].
 
     Where nobody asks for it, the probe's is [B, 0, D].
     """

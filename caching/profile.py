@@ -1,4 +1,4 @@
-"""What was measured once for a model: DiCache's weights, TeaCache's polynomials, MagCache's ratios, as JSON files.
+"""What was measured once for a model: DiCache's skip costs, TeaCache's polynomials, MagCache's ratios, as JSON files.
 
 Those of published models and of the shipped ones stand in caching/profiles/POLICY/NAME.json; each says where it comes
 from. A profile fits a model whose family and whose transformer configuration agree in every value that it names.
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cineray.files import read_regular
 from cineray.text import printable
@@ -62,7 +62,8 @@ class Profile(BaseModel):
     @property
     def digest(self) -> str:
         """Identity of its numbers, whatever its source says."""
-        numbers = self.model_dump(exclude={"source", "transformer", "family"})
+        # by the names of the first files: a digest is in the fingerprints of clips
+        numbers = self.model_dump(exclude={"source", "transformer", "family"}, by_alias=True)
         return f"sha256={hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
@@ -97,37 +98,41 @@ class MagCacheProfile(Profile):
 
 
 class DiCacheProfile(Profile):
-    """How much it costs to skip a step here or there.
+    """Cost of skipping each step, for `dicache`. Earlier files call `skip_costs` weights and `expected_change` usual.
 
     Args:
-        weights: of each step; a step of twice the weight may have changed half as much to be skipped.
-        usual_change: relative change of the probe's output from the step before, mean over the calibration's clips.
+        skip_costs: by step; doubling a step's cost halves the change tolerated before it is recomputed.
+        expected_change: relative change of the probe's output from the step before, mean over the calibration's clips.
         gamma_clip, threshold: that the calibration proposes.
     """
 
     policy: Literal["dicache"] = "dicache"
-    weights: tuple[Finite, ...]
-    usual_change: tuple[Finite, ...]
+    skip_costs: tuple[Finite, ...] = Field(
+        validation_alias=AliasChoices("skip_costs", "weights"), serialization_alias="weights"
+    )
+    expected_change: tuple[Finite, ...] = Field(
+        validation_alias=AliasChoices("expected_change", "usual_change"), serialization_alias="usual_change"
+    )
     gamma_clip: tuple[Finite, Finite]
     threshold: NotNegative
 
     @model_validator(mode="after")
     def _one_number_a_step(self) -> "DiCacheProfile":
-        if len(self.weights) != len(self.usual_change) or len(self.weights) < 2:
-            raise ValueError("weights and usual_change must have one number for each of 2 or more steps")
-        if min(self.weights) <= 0 or min(self.usual_change) <= 0:
-            raise ValueError("weights and usual_change must be above 0")
+        if len(self.skip_costs) != len(self.expected_change) or len(self.skip_costs) < 2:
+            raise ValueError("skip_costs and expected_change must have one number for each of 2 or more steps")
+        if min(self.skip_costs) <= 0 or min(self.expected_change) <= 0:
+            raise ValueError("skip_costs and expected_change must be above 0")
         if self.gamma_clip[0] > self.gamma_clip[1]:
             raise ValueError("gamma_clip must be two numbers, low and high")
         return self
 
     def at(self, num_steps: int) -> tuple[list[float], list[float]]:
-        """(weights, usual change) for another number of steps: longer steps change in proportion."""
-        known = np.linspace(0, 1, len(self.weights))
+        """(skip costs, expected change) for another number of steps: longer steps change in proportion."""
+        known = np.linspace(0, 1, len(self.skip_costs))
         wanted = np.linspace(0, 1, num_steps)
-        scale = len(self.weights) / num_steps
-        weights = np.exp(np.interp(wanted, known, np.log(self.weights)))
-        return weights.tolist(), (np.interp(wanted, known, self.usual_change) * scale).tolist()
+        scale = len(self.skip_costs) / num_steps
+        skip_costs = np.exp(np.interp(wanted, known, np.log(self.skip_costs)))
+        return skip_costs.tolist(), (np.interp(wanted, known, self.expected_change) * scale).tolist()
 
 
 AnyProfile = TypeVar("AnyProfile", TeaCacheProfile, MagCacheProfile, DiCacheProfile)
@@ -140,7 +145,7 @@ def shipped_profile(kind: type[AnyProfile], family: str, transformer: Mapping[st
 
 
 def generic_profile(kind: type[AnyProfile]) -> AnyProfile:
-    """For models that nobody has calibrated."""
+    """The profile for models that nobody has calibrated."""
     return _load(kind, SHIPPED / kind.model_fields["policy"].default / "generic.json", "a file")
 
 

@@ -58,7 +58,7 @@ def policies_for(family: str) -> list[str]:
 
 
 def parse_spec(text: str, policies: Policies = POLICIES) -> CacheSpec:
-    """Reads a policy.
+    """Reads a policy as it is written for --cache.
 
     Args:
         policies: the known ones by name, beside those with a file.

@@ -77,7 +77,7 @@ class Trace:
             "reasons": dict(Counter(entry.reason for entry in self.entries)),
         }
 
-    def content(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """All of it as JSON can hold it; `load_trace` reads it back."""
         return {
             "policy": self.policy,
@@ -91,7 +91,7 @@ class Trace:
 
 
 def trace_from(content: Any) -> Trace:
-    """The inverse of `Trace.content`.
+    """The inverse of `Trace.to_dict`.
 
     Raises:
         ValueError: it is not such a content; says where, in one line.
@@ -112,7 +112,7 @@ def trace_from(content: Any) -> Trace:
 
 
 def entries_from(content: Any) -> list[TraceEntry]:
-    """The `entries` of a `Trace.content`.
+    """The `entries` of a `Trace.to_dict`.
 
     Raises:
         ValueError: as `trace_from`.
@@ -123,7 +123,7 @@ def entries_from(content: Any) -> list[TraceEntry]:
 
 
 def load_trace(path: Path) -> Trace:
-    """Reads a file that holds a `Trace.content`.
+    """Reads a file that holds a `Trace.to_dict`.
 
     Raises:
         ValueError: no such file, or not a trace.

@@ -24,7 +24,7 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sequence:
+class JointSequence:
     """What is known of a joint sequence.
 
     Args:
@@ -45,10 +45,10 @@ class SequenceAttention(Protocol):
         key: torch.Tensor,
         value: torch.Tensor,
         mask: torch.Tensor | None,
-        sequence: Sequence,
+        sequence: JointSequence,
         kernel: Kernel,
     ) -> torch.Tensor:
-        """Attends.
+        """Attends over the whole joint sequence.
 
         Args:
             query, key, value: [B, S + T, H, D]; text may be none.
@@ -90,7 +90,7 @@ class NativeAttention:
         key: torch.Tensor,
         value: torch.Tensor,
         mask: torch.Tensor | None,
-        sequence: Sequence,
+        sequence: JointSequence,
         kernel: Kernel,
     ) -> torch.Tensor:
         mesh, shards = self.mesh, sequence.shards
@@ -109,15 +109,17 @@ class NativeAttention:
         return out if not sequence.text_first else out.roll(text.shape[1], dims=1)
 
     def close(self) -> None:
-        """It uses the mesh's groups and has none of its own."""
+        """Does nothing: it uses the mesh's groups and has none of its own."""
 
 
-def split_joint(values: torch.Tensor, sequence: Sequence, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def split_joint(values: torch.Tensor, sequence: JointSequence, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(image, text) parts of this rank's joint sequence along `dim`; views."""
     return split_at(values, sequence.shards.size, sequence, dim)
 
 
-def split_at(values: torch.Tensor, num_image: int, sequence: Sequence, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def split_at(
+    values: torch.Tensor, num_image: int, sequence: JointSequence, dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(image, text) where `num_image` tokens are image; views."""
     num_text = values.shape[dim] - num_image
     if sequence.text_first:
@@ -127,6 +129,6 @@ def split_at(values: torch.Tensor, num_image: int, sequence: Sequence, dim: int)
     return image, text
 
 
-def join_joint(image: torch.Tensor, text: torch.Tensor, sequence: Sequence, dim: int) -> torch.Tensor:
+def join_joint(image: torch.Tensor, text: torch.Tensor, sequence: JointSequence, dim: int) -> torch.Tensor:
     """The inverse of `split_at`."""
     return torch.cat([text, image] if sequence.text_first else [image, text], dim=dim)

@@ -49,25 +49,27 @@ class Layout:
 
     @property
     def text(self) -> str:
-        """As `parse_layout` reads it: `cfg2xulysses4`; `1` for one rank."""
+        """The layout as text, which `parse_layout` reads: `cfg2xulysses4`; `1` for one rank."""
         return "x".join(f"{axis}{degree}" for axis, degree in asdict(self).items() if degree > 1) or "1"
 
-    def place(self, rank: int) -> "Place":
+    def coordinates(self, rank: int) -> "Coordinates":
         """Where a rank of the world stands."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"layout {self.text}: rank must be 0 to {self.world_size - 1}, got {rank}")
         rest, ulysses = divmod(rank, self.ulysses)
         rest, ring = divmod(rest, self.ring)
         gang, cfg = divmod(rest, self.cfg)
-        return Place(gang=gang, cfg=cfg, ring=ring, ulysses=ulysses)
+        return Coordinates(gang=gang, cfg=cfg, ring=ring, ulysses=ulysses)
 
-    def rank_at(self, place: "Place") -> int:
-        """The inverse of `place`."""
-        return ((place.gang * self.cfg + place.cfg) * self.ring + place.ring) * self.ulysses + place.ulysses
+    def rank_at(self, coordinates: "Coordinates") -> int:
+        """The rank with these coordinates; the inverse of `coordinates`."""
+        return (
+            (coordinates.gang * self.cfg + coordinates.cfg) * self.ring + coordinates.ring
+        ) * self.ulysses + coordinates.ulysses
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class Coordinates:
     """Coordinates of a rank, each from 0."""
 
     gang: int

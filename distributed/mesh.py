@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cineray.distributed.layout import Layout, Place
+from cineray.distributed.layout import Coordinates, Layout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,7 @@ class Mesh:
 
     layout: Layout
     rank: int
-    place: Place
+    coordinates: Coordinates
     gang: Axis
     sequence: Axis
     ring: Axis
@@ -45,7 +45,7 @@ class Mesh:
     _owns_world: bool = False
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether this is the gang's first rank."""
         return self.gang.index == 0
 
@@ -85,7 +85,7 @@ def new_mesh(
     Raises:
         ValueError: the world has another size than the layout, or this process another rank.
     """
-    place = layout.place(rank)
+    coordinates = layout.coordinates(rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
     owns_world = not dist.is_initialized()
     if owns_world:
@@ -112,13 +112,13 @@ def new_mesh(
         raise
 
     def axis(name: str) -> Axis:
-        ranks = _ranks_along(layout, place, _AXES[name])
+        ranks = _ranks_along(layout, coordinates, _AXES[name])
         return Axis(size=len(ranks), index=ranks.index(rank), group=groups.get(ranks), ranks=ranks)
 
     return Mesh(
         layout=layout,
         rank=rank,
-        place=place,
+        coordinates=coordinates,
         **{name: axis(name) for name in _AXES},
         _groups=groups,
         _owns_world=owns_world,
@@ -135,11 +135,11 @@ _AXES = {
 }
 
 
-def _ranks_along(layout: Layout, place: Place, degrees: tuple[str, ...]) -> tuple[int, ...]:
-    places = [place]
+def _ranks_along(layout: Layout, coordinates: Coordinates, degrees: tuple[str, ...]) -> tuple[int, ...]:
+    all_coordinates = [coordinates]
     for name in degrees:
-        places = [replace(p, **{name: i}) for p in places for i in range(getattr(layout, name))]
-    return tuple(layout.rank_at(p) for p in places)
+        all_coordinates = [replace(c, **{name: i}) for c in all_coordinates for i in range(getattr(layout, name))]
+    return tuple(layout.rank_at(c) for c in all_coordinates)
 
 
 def _new_groups(
@@ -151,8 +151,8 @@ def _new_groups(
     (use_local_synchronization) names a group by its ranks, and a second mesh over the same ranks then meets the
     first one's stale addresses in the store and hangs.
     """
-    places = [layout.place(r) for r in range(layout.world_size)]
-    wanted = dict.fromkeys(_ranks_along(layout, place, degrees) for degrees in _AXES.values() for place in places)
+    every_rank = [layout.coordinates(r) for r in range(layout.world_size)]
+    wanted = dict.fromkeys(_ranks_along(layout, its, degrees) for degrees in _AXES.values() for its in every_rank)
     made = {}
     for ranks in wanted:
         if len(ranks) > 1:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cineray.distributed.attention import Kernel, Sequence, split_joint
+from cineray.distributed.attention import JointSequence, Kernel, split_joint
 from cineray.distributed.mesh import Mesh
 
 
@@ -27,7 +27,7 @@ class XfuserAttention:
         key: torch.Tensor,
         value: torch.Tensor,
         mask: torch.Tensor | None,
-        sequence: Sequence,
+        sequence: JointSequence,
         kernel: Kernel,
     ) -> torch.Tensor:
         """Raises ValueError for uneven shards, and for masks that differ between the samples of a batch."""
@@ -60,7 +60,7 @@ class XfuserAttention:
         parallel_state._WORLD = None
 
 
-def _num_valid_text(mask: torch.Tensor | None, num_text: int, sequence: Sequence) -> int:
+def _num_valid_text(mask: torch.Tensor | None, num_text: int, sequence: JointSequence) -> int:
     """Text tokens that are attended to, which must stand at the text's start and be as many in every sample."""
     if mask is None:
         return num_text

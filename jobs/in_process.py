@@ -10,9 +10,9 @@ from cineray.jobs.console.progress import RenderProgress
 from cineray.jobs.output.commit import Doubt, commit_clip, find_clip
 from cineray.jobs.output.folder import OutputError, OutputFolder
 from cineray.jobs.output.lease import Lease, LeasedError
-from cineray.jobs.output.record import clip_record, clip_warnings, mark_of, render_options
+from cineray.jobs.output.record import clip_record, clip_warnings, fingerprint_of, render_options
 from cineray.jobs.output.results import ClipResult, ResultLog, Status
-from cineray.jobs.output.step_keeper import StepKeeper, Yielded
+from cineray.jobs.output.step_keeper import ClipPreempted, StepKeeper
 from cineray.pipeline.loading.model import LoadedModel
 from cineray.pipeline.media.picture import Pictures
 from cineray.pipeline.render import render_clip
@@ -29,14 +29,14 @@ class Batch:
     progress: RenderProgress
     lossless: bool
     checkpoint_s: float
-    is_asked_to_stop: Callable[[], bool]
+    is_stop_requested: Callable[[], bool]
     pictures: Pictures = field(default_factory=Pictures)
 
 
 def render_batch(batch: Batch, requests: Iterable[ClipRequest], results: ResultLog) -> None:
-    """Renders what is not there yet, one clip after the other; whatever one raises, the others go on.
+    """Renders what is not there yet, one clip after the other; whatever one raises, the others continue.
 
-    Asked to stop, it puts the clip in the works down after its step.
+    When it is asked to stop, it preempts the clip in flight after its step.
 
     Raises:
         OutputError: the output folder is full or gone.
@@ -45,24 +45,24 @@ def render_batch(batch: Batch, requests: Iterable[ClipRequest], results: ResultL
     options = render_options(batch.model.options, batch.lossless)
     for request in requests:
         batch.lease.check()
-        if batch.is_asked_to_stop():
+        if batch.is_stop_requested():
             return
         try:
             results.add(_render_or_find(batch, request, options))
-        except Yielded as put_down:
-            batch.folder.log_event("yielded", id=request.id, step=put_down.step, kept=put_down.kept)
+        except ClipPreempted as preempted:
+            batch.folder.log_event("yielded", id=request.id, step=preempted.step, kept=preempted.kept)
             return
 
 
 def _render_or_find(batch: Batch, request: ClipRequest, options: dict[str, object]) -> ClipResult:
     began = time.monotonic()
     status: Status = "existing"
-    mark, video, error, record = None, None, None, {}
+    fingerprint, video, error, record = None, None, None, {}
     try:
         request = batch.pictures.pinned(request)
-        mark = mark_of(request, batch.model.checkpoint, batch.model.digest, options)
-        video = batch.folder.video_path(request, mark)
-        stands = find_clip(batch.folder, request, mark)
+        fingerprint = fingerprint_of(request, batch.model.checkpoint, batch.model.digest, options)
+        video = batch.folder.video_path(request, fingerprint)
+        stands = find_clip(batch.folder, request, fingerprint)
         if isinstance(stands, dict):
             record = stands
         else:
@@ -70,14 +70,14 @@ def _render_or_find(batch: Batch, request: ClipRequest, options: dict[str, objec
                 batch.progress.say(f"{request.id}: {video} is rendered again: {stands.reason}")
             batch.folder.check(f"clip {request.id} was to be rendered")
             batch.progress.begin_clip(request.id, request.num_inference_steps)
-            record, status = _render(batch, request, mark, options), "done"
-    except (OutputError, LeasedError, Yielded):
+            record, status = _render(batch, request, fingerprint, options), "done"
+    except (OutputError, LeasedError, ClipPreempted):
         raise
     except Exception as reason:  # out of memory, a bad image, ffmpeg; and whatever a tokenizer or a model may raise
         error, status = explain(reason), "failed"
     wall_s = time.monotonic() - began
     batch.folder.log_event(
-        status, id=request.id, fingerprint=mark, wall_s=round(wall_s, 3), **({"error": error} if error else {})
+        status, id=request.id, fingerprint=fingerprint, wall_s=round(wall_s, 3), **({"error": error} if error else {})
     )
     note = f": {record['warning']}" if "warning" in record else ""
     batch.progress.count_clip(
@@ -86,17 +86,19 @@ def _render_or_find(batch: Batch, request: ClipRequest, options: dict[str, objec
     return ClipResult.of(request, status, wall_s, None if error else str(video), record, error)
 
 
-def _render(batch: Batch, request: ClipRequest, mark: str, options: dict[str, object]) -> dict[str, Any]:
+def _render(batch: Batch, request: ClipRequest, fingerprint: str, options: dict[str, object]) -> dict[str, Any]:
     """Renders, writes and commits one clip; returns its record."""
-    state = batch.folder.step_path(request.id, mark)
-    keeper = StepKeeper(state, mark, None, batch.checkpoint_s, batch.is_asked_to_stop)
+    state = batch.folder.step_path(request.id, fingerprint)
+    keeper = StepKeeper(state, fingerprint, None, batch.checkpoint_s, batch.is_stop_requested)
     adapter = batch.model.adapter
     warnings = [*clip_warnings(request), *adapter.unused(request), *adapter.cut_prompts(batch.model.pipe, request)]
     batch.progress.warn(request.id, warnings)
     clip = render_clip(batch.model, request, batch.progress.step, keeper)
-    record = clip_record(request, mark, batch.model, options, clip, resumed_at=keeper.resumed_at, warnings=warnings)
+    record = clip_record(
+        request, fingerprint, batch.model, options, clip, resumed_at=keeper.resumed_at, warnings=warnings
+    )
     batch.lease.check()
-    commit_clip(batch.folder, request, mark, clip, record, batch.lossless)
+    commit_clip(batch.folder, request, fingerprint, clip, record, batch.lossless)
     with suppress(OSError):  # the clip is committed, whatever lies there
         state.unlink(missing_ok=True)
     return record

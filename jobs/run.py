@@ -15,7 +15,7 @@ from cineray.distributed.layout import Layout, check_layout
 from cineray.jobs.output.folder import OutputFolder, refuse_early
 from cineray.jobs.output.lease import MIN_TTL_S, TTL_S, Lease
 from cineray.jobs.output.results import ResultLog
-from cineray.jobs.stopping import asked_to_stop
+from cineray.jobs.stopping import stop_requested
 from cineray.jobs.threads import num_threads
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.options import LoadOptions
@@ -61,7 +61,7 @@ class RunOptions:
 
     @property
     def layout(self) -> Layout:
-        """Of one gang."""
+        """Layout of one gang."""
         return Layout(cfg=2 if self.cfg_parallel else 1, ulysses=self.sp)
 
     @property
@@ -75,7 +75,7 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunReport:
-    """What became of a run; `stopped_by` is the signal that ended it early, `given_up` why there was no going on.
+    """What became of a run; `stopped_by` is the signal that ended it early, `abort_reason` why it was aborted.
 
     `num_missing` clips were promised, and nothing became of them though the run went to its end.
     """
@@ -84,25 +84,25 @@ class RunReport:
     wall_s: float
     gangs_busy: float | None = None
     stopped_by: int | None = None
-    given_up: str | None = None
+    abort_reason: str | None = None
     num_missing: int = 0
 
     @property
     def is_complete(self) -> bool:
         """Whether all that was asked for is there."""
         counts = self.results.counts
-        has_ended = self.stopped_by is None and self.given_up is None and not self.num_missing
+        has_ended = self.stopped_by is None and self.abort_reason is None and not self.num_missing
         return has_ended and not (counts["failed"] or counts["quarantined"])
 
-    def content(self) -> dict[str, Any]:
-        """All but the clips."""
+    def to_dict(self) -> dict[str, Any]:
+        """The report for JSON, all but the clips."""
         per_hour = self.results.counts["done"] / self.wall_s * 3600 if self.wall_s else 0.0
         content = {"wall_s": round(self.wall_s, 3), "clips_per_hour": round(per_hour, 1)}
         return content | ({} if self.gangs_busy is None else {"gangs_busy": self.gangs_busy})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AskedRun:
+class RunPlan:
     """What a run renders with, and where to."""
 
     checkpoint: Checkpoint
@@ -127,7 +127,7 @@ T = TypeVar("T")
 
 
 def render_run(
-    asked: AskedRun,
+    asked: RunPlan,
     check: Callable[[], tuple[int, Iterable[ClipRequest]]],
     takes_long: bool,
     about: dict[str, Any],
@@ -163,13 +163,13 @@ def render_run(
             with nullcontext(early) if early else ready as render:
                 folder.write_json("run.json", run)
                 report = render(Work(num_clips=num_clips, requests=iter(requests), folder=folder, lease=lease))
-                if report.stopped_by is None and report.given_up is None:
+                if report.stopped_by is None and report.abort_reason is None:
                     report = replace(report, num_missing=num_clips - report.results.counts.total())
             lease.check()
-            folder.write_json("run.json", run | report.content() | {"counts": report.results.counts})
-            folder.forget(folder.state / "running.json")
+            folder.write_json("run.json", run | report.to_dict() | {"counts": report.results.counts})
+            folder.delete(folder.state / "running.json")
             if report.is_complete:
-                folder.forget_clips()
+                folder.delete_stale_clips()
             return report
 
 
@@ -181,13 +181,13 @@ def _held_folder(out: Path, lease_s: float) -> Iterator[tuple[OutputFolder, Leas
     try:
         with lease:
             try:
-                folder.sweep()
+                folder.remove_leftovers()
                 folder.own_log()
                 yield folder, lease
             finally:
                 if lease.is_ours():  # else all that lies there is another driver's
-                    folder.sweep()  # after actors that were killed as they wrote
-                    folder.tidy()
+                    folder.remove_leftovers()  # after actors that were killed as they wrote
+                    folder.remove_empty_folders()
     finally:
         folder.remove_if_empty()
 
@@ -221,7 +221,7 @@ def _check_fits(checkpoint: Checkpoint, layout: Layout) -> None:
 
 
 @contextmanager
-def _model_here(asked: AskedRun) -> Iterator[Renderer]:
+def _model_here(asked: RunPlan) -> Iterator[Renderer]:
     """Loads the model into this process."""
     from cineray.jobs.console.progress import RenderProgress
     from cineray.jobs.in_process import Batch, render_batch
@@ -234,7 +234,7 @@ def _model_here(asked: AskedRun) -> Iterator[Renderer]:
 
     def render(work: Work) -> RunReport:
         results, began = ResultLog(), time.monotonic()
-        with asked_to_stop() as request, RenderProgress(work.num_clips) as progress:
+        with stop_requested() as request, RenderProgress(work.num_clips) as progress:
             batch = Batch(
                 model=model,
                 folder=work.folder,
@@ -242,7 +242,7 @@ def _model_here(asked: AskedRun) -> Iterator[Renderer]:
                 progress=progress,
                 lossless=asked.lossless,
                 checkpoint_s=asked.options.checkpoint_s,
-                is_asked_to_stop=lambda: request.number is not None,
+                is_stop_requested=lambda: request.number is not None,
             )
             render_batch(batch, work.requests, results)
         wall_s = time.monotonic() - began
@@ -265,7 +265,7 @@ def use_threads(checkpoint: Checkpoint, options: LoadOptions) -> None:
 
 
 @contextmanager
-def _gangs(asked: AskedRun, start_now: bool = False) -> Iterator[Renderer]:
+def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
     """Connects to Ray; this process imports no torch.
 
     Args:
@@ -332,7 +332,7 @@ def _gangs(asked: AskedRun, start_now: bool = False) -> Iterator[Renderer]:
                 wall_s=time.monotonic() - began,
                 gangs_busy=batch.gangs_busy,
                 stopped_by=state.stopped_by,
-                given_up=state.aborted,
+                abort_reason=state.aborted,
             )
 
         try:

@@ -17,7 +17,7 @@ from cineray.jobs.console.terminal import tell
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 UNWIND_S = 6.0  # to give back lease and actors, which takes one to three seconds
-# a batch that was asked: the step in the works, the clean-up; above RayBatch's DRAIN_S, within submit's STOP_WAIT_S
+# a batch that was asked: the step in flight, the clean-up; above RayBatch's DRAIN_S, within submit's STOP_WAIT_S
 PATIENCE_S = 38.0
 
 
@@ -49,7 +49,7 @@ class StopRequest:
 
 
 @contextmanager
-def asked_to_stop(on_stop: Callable[[int], None] | None = None) -> Iterator[StopRequest]:
+def stop_requested(on_stop: Callable[[int], None] | None = None) -> Iterator[StopRequest]:
     """While it lasts, SIGTERM, Ctrl-C and SIGHUP ask instead of ending the process."""
     request = StopRequest(on_stop)
     with _handled_by(request):

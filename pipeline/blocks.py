@@ -14,7 +14,7 @@ from torch import nn
 from cineray.pipeline.adapters import BlockLayout
 
 
-class BlockListStandIn(nn.ModuleList):
+class BlockListProxy(nn.ModuleList):
     """The blocks of a transformer; iteration by its forward yields something else. Its modules are the blocks.
 
     Args:
@@ -43,7 +43,7 @@ class BlockListStandIn(nn.ModuleList):
         return nn.ModuleList, (list(self._modules.values()),)
 
 
-class ShardedBlockList(BlockListStandIn):
+class ShardedBlockList(BlockListProxy):
     """The blocks of a transformer whose tokens are sharded.
 
     Args:

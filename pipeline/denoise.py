@@ -30,7 +30,7 @@ def denoise(
     run_branches: Callable[[Sequence[Branch], RunBranch], list[torch.Tensor]] = run_here,
     keeper: Keeper | None = None,
 ) -> torch.Tensor:
-    """Runs every step; equals the loop of diffusers' pipeline bit for bit, also where it goes on from a state.
+    """Runs every step; equals the loop of diffusers' pipeline bit for bit, also where it resumes from a state.
 
     Args:
         latents: noise [B, C, F, H, W] float32; not changed.

@@ -23,7 +23,7 @@ def is_finite(values: "torch.Tensor") -> bool:
 
 
 def check_finite(values: "torch.Tensor", what: str, stage: str, clip_id: str, cache: str | None = None) -> None:
-    """Nothing if all are.
+    """Raises unless all values are finite.
 
     Args:
         what, stage: as "latents", "denoising".

@@ -27,7 +27,7 @@ from cineray.pipeline.resume.step_state import Keeper
 from cineray.pipeline.resume.trace_keeper import TraceKeeper
 
 Attention = Literal["native", "xfuser"]
-# A rank that is not heard of for so long is given up: some of the slowest steps of the largest models.
+# A rank that is not heard of for so long counts as lost: some of the slowest steps of the largest models.
 TIMEOUT_S = 300.0
 # A product of one to three rows runs in other kernels, whose last bits differ (MKL, float32); from four on rows were as
 # among all 520, for every size tried. A smaller clip gains nothing by being sharded.
@@ -150,10 +150,10 @@ class Gang:
     def decode(self, model: LoadedModel, latents: torch.Tensor) -> torch.Tensor | None:
         """The video on the gang's first rank, None on the others."""
         if not self.parallel_decode:
-            return model.adapter.decode(model.pipe, latents) if self.mesh.leads else None
+            return model.adapter.decode(model.pipe, latents) if self.mesh.is_leader else None
         with decoding_by_rows(model.pipe.vae, self.mesh.gang):
             video = model.adapter.decode(model.pipe, latents)
-        return video if self.mesh.leads else None
+        return video if self.mesh.is_leader else None
 
     def _run_branches(self, branches: Sequence[Branch], run: Callable[[Branch], torch.Tensor]) -> list[torch.Tensor]:
         if self.mesh.cfg.size == 1:

@@ -52,7 +52,7 @@ def render_clip(
     The noise is drawn on the CPU from the clip's seed, wherever the model runs.
 
     Args:
-        keeper: keeps step states, so that the clip can go on where an earlier process left it.
+        keeper: keeps step states, so that the clip can resume where an earlier process left it.
 
     Raises:
         NotFiniteError: its latents or frames are not finite.
@@ -92,7 +92,7 @@ def denoise_clip(
     keeper: Keeper | None = None,
     pipe: Any = None,
 ) -> DenoisedClip:
-    """From the prompt to the clip's latents, the same on every rank of a gang.
+    """Denoises a clip from its prompt to its latents, the same on every rank of a gang.
 
     Args:
         pipe: encodes the prompt in the place of the model's own pipeline, such as an `EncodedPipe`.
@@ -142,7 +142,7 @@ def decode_clip(model: LoadedModel, clip: DenoisedClip, request: ClipRequest, ga
 def decode_clip(
     model: LoadedModel, clip: DenoisedClip, request: ClipRequest, gang: Gang | None = None
 ) -> RenderedClip | None:
-    """From latents to frames; on a gang every rank calls it and its first rank gets the frames.
+    """Decodes latents to frames; on a gang every rank calls it and its first rank gets the frames.
 
     Raises:
         NotFiniteError: the video is not finite.

@@ -24,11 +24,11 @@ import click
 
 from cineray.distributed.layout import Layout
 from cineray.jobs.cli.clips import run_defaults
-from cineray.jobs.cli.options import Asked
+from cineray.jobs.cli.options import ClipArguments
 from cineray.jobs.gangs.actors import Finisher, GangRank, actors_of
 from cineray.jobs.gangs.cluster import connected, plan_fleet
 from cineray.jobs.gangs.driver import RayBatch
-from cineray.jobs.gangs.messages import ClipFault, Denoised, PutDown, RunSpec, Task
+from cineray.jobs.gangs.messages import ClipFault, Denoised, Preempted, RunSpec, Task
 from cineray.jobs.gangs.metrics import RunMetrics
 from cineray.jobs.gangs.progress import GangProgress
 from cineray.jobs.gangs.queue import ClipQueue
@@ -92,13 +92,13 @@ class NoOpRank(GangRank):
     def __init__(self, name: str, spec: RunSpec) -> None:
         self._name = name
 
-    def open_meeting(self) -> tuple[str, int]:
+    def open_rendezvous(self) -> tuple[str, int]:
         return "", 0
 
     def join(self, rank: int, host: str, port: int) -> None:
         pass
 
-    def denoise(self, task: Task) -> Denoised | PutDown | ClipFault:
+    def denoise(self, task: Task) -> Denoised | Preempted | ClipFault:
         return Denoised(busy_s=0.0)
 
 
@@ -175,7 +175,7 @@ def dispatch(clips: int, gangs: int, finishers: int, model: str) -> None:
 
 def new_queue(manifest: Path, folder: OutputFolder, checkpoint: Checkpoint, spec: RunSpec) -> ClipQueue:
     """The queue of a run over a manifest."""
-    asked = Asked(
+    asked = ClipArguments(
         **dict.fromkeys(("steps", "width", "height", "frames", "guidance", "negative_prompt", "image")),
         **{"prompts": (), "manifest": manifest, "model": checkpoint.name, "seed": 0, "image_fit": "stretch"},
         **{"device": "cpu", "dtype": "auto", "offload": "none", "vae_tiling": False},

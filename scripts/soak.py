@@ -2,7 +2,7 @@
 """Long batches of tiny clips whose processes are weighed, and drivers that are killed at random moments.
 
 `memory` renders many clips in one process, then on gangs, and writes down resident memory, open files and threads of
-the driver, the ranks and the finishers as the batch goes on: they must not grow. `kills` kills the driver of a batch
+the driver, the ranks and the finishers as the batch continues: they must not grow. `kills` kills the driver of a batch
 with SIGKILL and waits until the last process that it started has ended.
 
 Examples:

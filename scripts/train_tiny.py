@@ -4,7 +4,7 @@
     python scripts/train_tiny.py wan      --work out/train/wan      --out pipeline/checkpoints/tiny-wan
     python scripts/train_tiny.py hunyuan  --work out/train/hunyuan  --out pipeline/checkpoints/tiny-hunyuan
 
-About two hours each on one CPU core. The work folder keeps logs and states: the same command goes on where it
+About two hours each on one CPU core. The work folder keeps logs and states: the same command resumes where it
 was stopped. Weights are stored in float16; they load in any dtype.
 """
 

@@ -42,12 +42,13 @@ class DiCacheConfig:
         skip_at_threshold: a change equal to the threshold still skips (HunyuanVideo's official code).
         compute_first_after_warmup: the step at the warm-up's end is computed too (FLUX's official code).
         look: "step" probes and decides at every step (the paper). "run" probes the first step after a computed one,
-            decides there how many steps to skip, and goes on at the pace that gamma had there.
-        profile: weights of the steps: a shipped profile's name, a file made by `cineray calibrate dicache`, "auto" for
-            the shipped one that fits the model, else the generic one; or "none": every step weighs the same.
+            decides there how many steps to skip, and extrapolates gamma at the rate it had there.
+        profile: where the skip costs of the steps come from: a shipped profile's name, a file made by
+            `cineray calibrate dicache`, "auto" for the shipped one that fits the model, else the generic one; or
+            "none": all steps have the same skip cost.
         keep_every: keep and compare only every n-th token of the probe's tensors; 4 holds 2.75 token tensors per
             branch instead of 5.
-        adaptivity: with a profile: 1 takes the probe's change as it is, 0 what is usual at this step.
+        adaptivity: with a profile: 1 takes the probe's change as it is, 0 the expected change of this step.
     """
 
     threshold: float | None = None
@@ -171,9 +172,9 @@ class DiCachePolicy:
             end = min(end, step + config.max_skips) if config.max_skips else end
         if self.profile is None:
             return [change] * (end - step)
-        weights, usual = self.profile.at(num_steps)
-        pace = (change / usual[step]) ** config.adaptivity
-        return [pace * usual[i] * weights[i] for i in range(step, end)]
+        skip_costs, expected = self.profile.at(num_steps)
+        relative_rate = (change / expected[step]) ** config.adaptivity
+        return [relative_rate * expected[i] * skip_costs[i] for i in range(step, end)]
 
     def _forced(self, observation: Observation) -> Reason | None:
         config = self.config
@@ -190,14 +191,14 @@ class DiCachePolicy:
         )
 
 
-def usual_cost(policy: DiCachePolicy, num_steps: int, probe_cost: float) -> float:
-    """Share of the block evaluations that run for a clip that changes as the policy's profile says is usual.
+def expected_cost(policy: DiCachePolicy, num_steps: int, probe_cost: float) -> float:
+    """Share of the block evaluations that run for a clip that changes as the policy's profile expects.
 
     Args:
         probe_cost: share of a step's blocks that a probe runs.
     """
     assert policy.profile is not None
-    _, usual = policy.profile.at(num_steps)
+    _, expected = policy.profile.at(num_steps)
     step, num_pairs, num_skips, cost = 0, 0, 0, 0.0
     while step < num_steps:
         decision = policy.decide(
@@ -207,7 +208,7 @@ def usual_cost(policy: DiCachePolicy, num_steps: int, probe_cost: float) -> floa
                 branch_index=0,
                 num_branches=1,
                 sample=0,
-                change_sum=usual[step] if step else None,
+                change_sum=expected[step] if step else None,
                 previous_sum=1.0,
                 accumulated=0.0,
                 num_skips_in_a_row=num_skips,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # a driver on Ray reads policies, and does without torch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaylorSeerConfig:
-    """Which steps are computed, and the order of the series.
+    """Options of TaylorSeer: which steps are computed, and the order of the series.
 
     Args:
         interval: steps from one computed step to the next.

@@ -127,7 +127,7 @@ class TeaCachePolicy:
 
 
 def polynomial(coefficients: tuple[float, ...], x: float) -> float:
-    """Its value at x, by Horner's rule; the highest power's coefficient comes first, as numpy.poly1d has it."""
+    """The polynomial's value at x, by Horner's rule; coefficients from the highest power down, as in numpy.poly1d."""
     value = 0.0
     for coefficient in coefficients:
         value = value * x + coefficient

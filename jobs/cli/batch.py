@@ -28,7 +28,7 @@ def status(folder: Path, as_json: bool) -> int:
 
     found = read_status(folder)
     if as_json:
-        print_json(found.content())
+        print_json(found.to_dict())
     else:
         print_lines(sys.stdout, *lines(found))
     return 0

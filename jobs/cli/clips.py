@@ -1,10 +1,10 @@
-"""From what was typed to checked requests and load options."""
+"""Turns what was typed into checked requests and load options."""
 
 import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from cineray.jobs.cli.options import Asked
+from cineray.jobs.cli.options import ClipArguments
 
 if TYPE_CHECKING:  # torch and diffusers take seconds to import; `--help` should not wait for them
     from cineray.jobs.manifest.check import RunDefaults
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # torch and diffusers take seconds to import; `--help` should
 LONG_BYTES = 4_000_000  # 40,000 lines of 100 bytes: a fifth of a second
 
 
-def run_defaults(asked: Asked, checkpoint: "Checkpoint", cache: str, fps: int | None) -> "RunDefaults":
+def run_defaults(asked: ClipArguments, checkpoint: "Checkpoint", cache: str, fps: int | None) -> "RunDefaults":
     """What a clip gets that says nothing itself: what was typed, else the model's own."""
     from cineray.jobs.manifest.check import RunDefaults
 
@@ -36,7 +36,7 @@ def run_defaults(asked: Asked, checkpoint: "Checkpoint", cache: str, fps: int | 
     )
 
 
-def load_options(asked: Asked) -> "LoadOptions":
+def load_options(asked: ClipArguments) -> "LoadOptions":
     """How the weights are to be loaded."""
     from cineray.pipeline.loading.device import default_device
     from cineray.pipeline.loading.options import LoadOptions
@@ -53,7 +53,7 @@ def _given(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def takes_long_to_check(asked: Asked) -> bool:
+def takes_long_to_check(asked: ClipArguments) -> bool:
     """Whether there are so many lines that something should be done meanwhile."""
     try:
         return asked.manifest is not None and asked.manifest.stat().st_size >= LONG_BYTES
@@ -61,8 +61,8 @@ def takes_long_to_check(asked: Asked) -> bool:
         return False  # the check says what is wrong
 
 
-def requests_of(
-    asked: Asked, defaults: "RunDefaults", checkpoint: "Checkpoint", num_ranks: int = 1
+def read_requests(
+    asked: ClipArguments, defaults: "RunDefaults", checkpoint: "Checkpoint", num_ranks: int = 1
 ) -> tuple[int, Iterable["ClipRequest"]]:
     """(number of clips, the clips as a stream), all of them checked.
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import click
 
 from cineray.jobs.cli.batch import status, submit
-from cineray.jobs.cli.clips import load_options, requests_of, run_defaults, takes_long_to_check
+from cineray.jobs.cli.clips import load_options, read_requests, run_defaults, takes_long_to_check
 from cineray.jobs.cli.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED_CLIPS, EXIT_INTERRUPTED, EXIT_LEASED
 from cineray.jobs.cli.measure import bench, calibrate, verify
-from cineray.jobs.cli.options import Asked, FolderPath, RunAsked, clip_options, json_option, run_options
+from cineray.jobs.cli.options import ClipArguments, FolderPath, RunArguments, clip_options, json_option, run_options
 from cineray.jobs.console.terminal import (
     UndeliveredError,
     begin_printing,
@@ -25,7 +25,7 @@ from cineray.jobs.console.terminal import (
 )
 from cineray.jobs.stopping import Stopped, ending_on_signals
 
-_INTERRUPTED = "cineray: interrupted; finished clips are kept, run the same command again to go on"
+_INTERRUPTED = "cineray: interrupted; finished clips are kept, run the same command again to resume"
 TRACEBACK = "CINERAY_TRACEBACK"
 
 
@@ -44,7 +44,7 @@ def cineray() -> None:
 @run_options
 @json_option
 def render(
-    asked: Asked, run_asked: RunAsked, out: Path, cache: str, fps: int | None, lossless: bool, as_json: bool
+    asked: ClipArguments, run_asked: RunArguments, out: Path, cache: str, fps: int | None, lossless: bool, as_json: bool
 ) -> int:
     """Renders clips from prompts or from a manifest.
 
@@ -60,29 +60,29 @@ def render(
       cineray render --manifest m.jsonl --model wan2.1-t2v-14b --address auto --sp 4 --gangs 2 --out /nfs/m
     """
     from cineray.jobs.output.lease import LeasedError
-    from cineray.jobs.run import AskedRun, RunOptions, render_run
+    from cineray.jobs.run import RunOptions, RunPlan, render_run
     from cineray.pipeline.loading.checkpoint import open_checkpoint
 
     options = RunOptions(**asdict(run_asked))
     checkpoint = open_checkpoint(asked.model)
     defaults = run_defaults(asked, checkpoint, cache, fps)
-    run = AskedRun(checkpoint=checkpoint, load_options=load_options(asked), options=options, out=out, lossless=lossless)
+    run = RunPlan(checkpoint=checkpoint, load_options=load_options(asked), options=options, out=out, lossless=lossless)
     about = {"defaults": asdict(defaults)}
     try:
-        check = functools.partial(requests_of, asked, defaults, checkpoint, options.layout.sequence_ranks)
+        check = functools.partial(read_requests, asked, defaults, checkpoint, options.layout.sequence_ranks)
         report = render_run(run, check, takes_long_to_check(asked), about)
     except LeasedError as error:
         tell(f"cineray: {error}; wait until it has ended, or give another --out")
         return EXIT_LEASED
-    counts, content = report.results.counts, report.content()
+    counts, content = report.results.counts, report.to_dict()
     said = ", ".join(f"{number} {status}" for status, number in counts.items()) or "no clip"
     busy = "" if report.gangs_busy is None else f", gangs busy {report.gangs_busy:.0%}"
     speed = f"{content['clips_per_hour']:.0f} clips per hour{busy}"
     tell(f"{said} in {report.wall_s:.1f} s ({speed}), in {out}")
     if as_json:
         report.results.print_json(content, sys.stdout)
-    if report.given_up:
-        tell(f"cineray: {report.given_up}; finished clips are kept")
+    if report.abort_reason:
+        tell(f"cineray: {report.abort_reason}; finished clips are kept")
         return EXIT_FAILED_CLIPS
     if report.stopped_by is not None:
         tell(_INTERRUPTED)
@@ -106,7 +106,7 @@ def models(as_json: bool) -> int:
     from rich.table import Table
 
     from cineray.caching.spec import policies_for
-    from cineray.pipeline.adapters import FAMILIES, KNOWN_MODELS, MODELS
+    from cineray.pipeline.adapters import ADAPTERS, KNOWN_MODELS, MODELS
 
     if as_json:
         rows = [{"name": n, "source": k.source, "note": k.note} for n, k in KNOWN_MODELS.items()]
@@ -115,26 +115,26 @@ def models(as_json: bool) -> int:
                 "transformer": model.transformer,
                 "family": model.family,
                 "pipelines": list(model.pipelines),
-                "renders": [pipeline for pipeline in model.pipelines if pipeline in FAMILIES],
+                "renders": [pipeline for pipeline in model.pipelines if pipeline in ADAPTERS],
                 "policies": policies_for(model.family),
             }
             for model in MODELS.values()
         ]
-        print_json({"models": rows, "pipelines": list(FAMILIES), "cached": cached})
+        print_json({"models": rows, "pipelines": list(ADAPTERS), "cached": cached})
         return EXIT_DONE
     table = Table("name", "what", "where from", box=None)
     for name, known in KNOWN_MODELS.items():
         shipped = Path(known.source).is_absolute()
         table.add_row(name, known.note, "in the package" if shipped else known.source)
     print_table(table)
-    fits = f"Any diffusers folder or hub id works whose pipeline is one of: {', '.join(FAMILIES)}."
+    fits = f"Any diffusers folder or hub id works whose pipeline is one of: {', '.join(ADAPTERS)}."
     print_lines(sys.stdout, "", fits, "")
     table = Table(box=None)
     for column in ("pipeline or transformer", "renders", "policies for --cache and enable_cache"):
         table.add_column(column, no_wrap=column != "policies for --cache and enable_cache")
     for model in MODELS.values():
         for kind in model.pipelines or (model.transformer,):
-            table.add_row(kind, "yes" if kind in FAMILIES else "-", ", ".join(policies_for(model.family)))
+            table.add_row(kind, "yes" if kind in ADAPTERS else "-", ", ".join(policies_for(model.family)))
     print_table(table)
     own = "What is not rendered here is cached in your own Python, cineray.enable_cache(pipe, policy): docs/models.md."
     print_lines(sys.stdout, "", own)

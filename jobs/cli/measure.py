@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cineray.jobs.cli.clips import load_options, requests_of, run_defaults
+from cineray.jobs.cli.clips import load_options, read_requests, run_defaults
 from cineray.jobs.cli.exit_codes import EXIT_DONE, EXIT_FAILED_CLIPS
-from cineray.jobs.cli.options import Asked, clip_options, json_option, manifest_options
+from cineray.jobs.cli.options import ClipArguments, clip_options, json_option, manifest_options
 from cineray.jobs.console.terminal import print_json, print_table, tell
 from cineray.text import printable
 
@@ -27,9 +27,15 @@ def calibrate() -> None:
 @clip_options
 @click.option("--alpha", type=float, required=True, metavar="A", help="Largest relative L1 error that is accepted.")
 @click.option("--max-lag", type=int, default=3, show_default=True, metavar="N", help="Longest run of skipped steps.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE.json", required=True, help="Schedule; replaced.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE.json",
+    required=True,
+    help="Schedule file to write (overwritten).",
+)
 @json_option
-def smoothcache(asked: Asked, alpha: float, max_lag: int, out: Path, as_json: bool) -> int:
+def smoothcache(asked: ClipArguments, alpha: float, max_lag: int, out: Path, as_json: bool) -> int:
     """Measures how far each layer type's output moves, and writes a schedule.
 
     Render about ten clips: the errors are averaged over them. Use the schedule with --cache smoothcache:FILE.json.
@@ -52,10 +58,23 @@ def smoothcache(asked: Asked, alpha: float, max_lag: int, out: Path, as_json: bo
 
 @calibrate.command()
 @clip_options
-@click.option("--threshold", type=float, default=0.1, show_default=True, metavar="T", help="That the profile proposes.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE.json", required=True, help="Profile; replaced.")
+@click.option(
+    "--threshold",
+    type=float,
+    default=0.1,
+    show_default=True,
+    metavar="T",
+    help="Default threshold to store in the profile.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE.json",
+    required=True,
+    help="Profile file to write (overwritten).",
+)
 @json_option
-def teacache(asked: Asked, threshold: float, out: Path, as_json: bool) -> int:
+def teacache(asked: ClipArguments, threshold: float, out: Path, as_json: bool) -> int:
     """Fits TeaCache's polynomials to a model and writes a profile.
 
     A polynomial tells how far the blocks' residual moves from how far the timestep's embedding does. Use the profile
@@ -80,12 +99,30 @@ def teacache(asked: Asked, threshold: float, out: Path, as_json: bool) -> int:
 @calibrate.command()
 @clip_options
 @click.option(
-    "--threshold", type=float, default=0.12, show_default=True, metavar="T", help="That the profile proposes."
+    "--threshold",
+    type=float,
+    default=0.12,
+    show_default=True,
+    metavar="T",
+    help="Default threshold to store in the profile.",
 )
-@click.option("--max-skips", type=int, default=4, show_default=True, metavar="N", help="That the profile proposes.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE.json", required=True, help="Profile; replaced.")
+@click.option(
+    "--max-skips",
+    type=int,
+    default=4,
+    show_default=True,
+    metavar="N",
+    help="Default limit of skips to store in the profile.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE.json",
+    required=True,
+    help="Profile file to write (overwritten).",
+)
 @json_option
-def magcache(asked: Asked, threshold: float, max_skips: int, out: Path, as_json: bool) -> int:
+def magcache(asked: ClipArguments, threshold: float, max_skips: int, out: Path, as_json: bool) -> int:
     """Measures a model's ratios of residual magnitudes and writes a profile.
 
     Use the profile with --cache "magcache(profile=FILE.json)"; other numbers of steps take the nearest ratios.
@@ -109,18 +146,24 @@ def magcache(asked: Asked, threshold: float, max_skips: int, out: Path, as_json:
 @clip_options
 @click.option("--trials", type=int, default=60, show_default=True, metavar="N", help="Weights to try.")
 @click.option("--floor", type=float, metavar="DB", help="Propose the fastest threshold that keeps every clip above it.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE.json", required=True, help="Profile; replaced.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE.json",
+    required=True,
+    help="Profile file to write (overwritten).",
+)
 @json_option
-def dicache_weights(asked: Asked, trials: int, floor: float | None, out: Path, as_json: bool) -> int:
+def dicache_skip_costs(asked: ClipArguments, trials: int, floor: float | None, out: Path, as_json: bool) -> int:
     """Searches where over the steps the computed ones do most for the frames, and writes a profile.
 
     A trial renders every clip three times, at about 2x, 2.5x and 3x; four to eight clips are enough. Use the profile
-    with --cache "dicache(profile=FILE.json)"; it serves other numbers of steps, too. Stopped, the same command goes on
+    with --cache "dicache(profile=FILE.json)"; it serves other numbers of steps, too. Stopped, the same command resumes
     where it was (FILE.json.trials).
 
     \b
     Example:
-      cineray calibrate dicache --manifest clips.jsonl --floor 40 --out weights.json
+      cineray calibrate dicache --manifest clips.jsonl --floor 40 --out profile.json
     """
     from cineray.jobs.measure.calibration import calibrate_dicache
 
@@ -158,11 +201,11 @@ def bench() -> None:
     "--out",
     type=click.Path(path_type=Path),
     metavar="FILE.json",
-    help="Keeps each row when it is done; the same command goes on from there.",
+    help="Keeps each row when it is done; the same command resumes.",
 )
 @json_option
 def quality(
-    asked: Asked, policies: tuple[str, ...], targets: tuple[float, ...], out: Path | None, as_json: bool
+    asked: ClipArguments, policies: tuple[str, ...], targets: tuple[float, ...], out: Path | None, as_json: bool
 ) -> int:
     """Compares cached clips with uncached ones: PSNR, SSIM, cost and seconds of each policy.
 
@@ -187,7 +230,7 @@ def quality(
     if out is not None:
         check_out(out, "bench quality")
     checkpoint = open_checkpoint(asked.model)
-    _, requests = requests_of(asked, run_defaults(asked, checkpoint, "none", None), checkpoint)
+    _, requests = read_requests(asked, run_defaults(asked, checkpoint, "none", None), checkpoint)
     use_threads(checkpoint, load_options(asked))
     model = load_model(checkpoint, load_options(asked))
     rows = bench_quality(model, list(requests), list(policies), list(targets), out)
@@ -214,12 +257,12 @@ def _print_quality(rows: "list[BenchRow]") -> None:
     print_table(table)
 
 
-def _clips_to_calibrate(asked: Asked) -> tuple["Checkpoint", list["ClipRequest"]]:
+def _clips_to_calibrate(asked: ClipArguments) -> tuple["Checkpoint", list["ClipRequest"]]:
     from cineray.jobs.run import use_threads
     from cineray.pipeline.loading.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(asked.model)
-    _, requests = requests_of(asked, run_defaults(asked, checkpoint, "none", None), checkpoint)
+    _, requests = read_requests(asked, run_defaults(asked, checkpoint, "none", None), checkpoint)
     use_threads(checkpoint, load_options(asked))
     return checkpoint, list(requests)
 
@@ -237,7 +280,13 @@ def _clips_to_calibrate(asked: Asked) -> tuple["Checkpoint", list["ClipRequest"]
 @click.option("--parallel-decode", is_flag=True, help="Every rank decodes a band of rows, as it does on GPUs.")
 @json_option
 def verify(
-    asked: Asked, cache: str, layouts: str | None, attention: str, consensus: str, parallel_decode: bool, as_json: bool
+    asked: ClipArguments,
+    cache: str,
+    layouts: str | None,
+    attention: str,
+    consensus: str,
+    parallel_decode: bool,
+    as_json: bool,
 ) -> int:
     """Renders the same clips on one rank and on gangs of local processes, and compares them.
 
@@ -264,7 +313,7 @@ def verify(
     checkpoint = open_checkpoint(asked.model)
     if not asked.prompts and asked.manifest is None:
         asked = replace(asked, prompts=("a red circle moving left on a navy background",))
-    _, requests = requests_of(asked, run_defaults(asked, checkpoint, cache, None), checkpoint)
+    _, requests = read_requests(asked, run_defaults(asked, checkpoint, cache, None), checkpoint)
     clips = list(requests)
     chosen = choose_layouts(checkpoint, clips, layouts.split(",") if layouts else [])
     try:
@@ -279,5 +328,5 @@ def verify(
         return EXIT_FAILED_CLIPS
     good = all(row.ok for row in rows)
     if as_json:
-        print_json({"model": asked.model, "cache": cache, "ok": good, "clips": [row.content() for row in rows]})
+        print_json({"model": asked.model, "cache": cache, "ok": good, "clips": [row.to_dict() for row in rows]})
     return EXIT_DONE if good else EXIT_FAILED_CLIPS

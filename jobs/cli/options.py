@@ -10,7 +10,7 @@ import click
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
+class ClipArguments:
     """What was typed; None means the model's own value."""
 
     prompts: tuple[str, ...]
@@ -93,25 +93,25 @@ _OPTIONS = [
 
 
 def clip_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options to a command, which receives them as its first argument, an `Asked`."""
+    """Adds the options to a command, which receives them as its first argument, an `ClipArguments`."""
     return _PROMPTS(manifest_options(command))
 
 
 def manifest_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The same for a command that takes its clips from a manifest alone."""
-    names = [field.name for field in fields(Asked)]
+    names = [field.name for field in fields(ClipArguments)]
 
     @functools.wraps(command)
-    def with_asked(**values: Any) -> Any:
+    def with_clip_arguments(**values: Any) -> Any:
         values.setdefault("prompts", ())
-        asked = Asked(**{name: values.pop(name) for name in names})
+        asked = ClipArguments(**{name: values.pop(name) for name in names})
         return command(asked, **values)
 
-    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(_OPTIONS), with_asked)
+    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(_OPTIONS), with_clip_arguments)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunAsked:
+class RunArguments:
     """How to carry a run out, as typed; `RunOptions` checks it."""
 
     sp: int
@@ -166,11 +166,11 @@ _RUN_OPTIONS = [
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options of a run to a command, which receives them as its argument `run_asked`."""
-    names = [field.name for field in fields(RunAsked)]
+    names = [field.name for field in fields(RunArguments)]
 
     @functools.wraps(command)
     def with_run(*arguments: Any, **values: Any) -> Any:
-        run_asked = RunAsked(**{name: values.pop(name) for name in names})
+        run_asked = RunArguments(**{name: values.pop(name) for name in names})
         return command(*arguments, run_asked=run_asked, **values)
 
     return functools.reduce(lambda wrapped, option: option(wrapped), reversed(_RUN_OPTIONS), with_run)

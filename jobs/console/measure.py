@@ -17,7 +17,7 @@ OnDone = Callable[..., None]  # (number done, what stands beside the count)
 
 
 @contextmanager
-def counting(what: str, total: int) -> Iterator[OnDone]:
+def progress_bar(what: str, total: int) -> Iterator[OnDone]:
     """Yields the callback that takes how many are done, and optionally a remark on them."""
     console = new_console(sys.stderr)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -71,7 +71,7 @@ def print_table(table: RenderableType) -> None:
 
 
 def write(stream: TextIO | None, text: str, flush: bool = True) -> None:
-    """Text of our own. A reader that has gone (`| head -1`) is no reason to stop: the work goes on without it.
+    """Text of our own. A reader that has gone (`| head -1`) is no reason to stop: the work continues without it.
 
     Raises:
         UndeliveredError: stdout is closed or full, so that a result would be lost without a word.
@@ -106,7 +106,7 @@ def silence(stream: TextIO) -> None:
 
 
 def new_console(stream: TextIO | None, width: int | None = None) -> Console:
-    """For bars and tables: whatever ends the reading of `stream` ends nothing else."""
+    """A console for bars and tables: whatever ends the reading of `stream` ends nothing else."""
     return Console(file=_RawStream(stream), width=width)  # type: ignore[arg-type]  # all that rich calls is there
 
 

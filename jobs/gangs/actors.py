@@ -13,7 +13,16 @@ from typing import Any
 import ray
 
 from cineray.jobs.console.terminal import begin_printing
-from cineray.jobs.gangs.messages import ClipFault, Denoised, NoPrompt, Place, Pulse, PutDown, RunSpec, Task
+from cineray.jobs.gangs.messages import (
+    ClipFault,
+    Denoised,
+    NoPrompt,
+    Preempted,
+    RunSpec,
+    StepCount,
+    Task,
+    WorkerLocation,
+)
 from cineray.jobs.threads import wait_passively
 
 
@@ -30,31 +39,31 @@ class GangRank:
     def __repr__(self) -> str:
         return self._name
 
-    def place(self) -> Place:
+    def place(self) -> WorkerLocation:
         context = ray.get_runtime_context()
         devices = context.get_accelerator_ids().get("GPU", [])
-        return Place(node_id=context.get_node_id(), device=",".join(devices), pid=os.getpid())
+        return WorkerLocation(node_id=context.get_node_id(), device=",".join(devices), pid=os.getpid())
 
-    def open_meeting(self) -> tuple[str, int]:
-        return self._work.open_meeting(ray.util.get_node_ip_address())
+    def open_rendezvous(self) -> tuple[str, int]:
+        return self._work.open_rendezvous(ray.util.get_node_ip_address())
 
     def join(self, rank: int, host: str, port: int) -> None:
         self._work.join(rank, host, port)
 
-    def denoise(self, task: Task) -> Denoised | PutDown | NoPrompt | ClipFault:
+    def denoise(self, task: Task) -> Denoised | Preempted | NoPrompt | ClipFault:
         return self._work.denoise(task)
 
     @ray.method(concurrency_group="control")
-    def pulse(self) -> Pulse:
-        return self._work.pulse
+    def step_count(self) -> StepCount:
+        return self._work.step_count
 
     @ray.method(concurrency_group="control")
     def stop(self) -> None:
         """Asks the gang to put its clip down after the current step, and every later one."""
-        self._work.asked_to_stop.set()
+        self._work.stop_requested.set()
 
     @ray.method(concurrency_group="life")
-    def live(self) -> None:
+    def wait_until_death(self) -> None:
         """Never returns: its failure is how the driver hears of this process's death, busy or idle."""
         threading.Event().wait()
 
@@ -83,12 +92,12 @@ class Finisher:
         return self._work.finish(task)
 
     @ray.method(concurrency_group="life")
-    def live(self) -> None:
+    def wait_until_death(self) -> None:
         threading.Event().wait()
 
 
 def _begin_process() -> None:
-    """Of an actor, before it imports torch. Its lines reach the driver's terminal through Ray's log."""
+    """Prepares an actor's process, before it imports torch. Its lines reach the driver's terminal through Ray's log."""
     begin_printing()
     wait_passively()
 

@@ -24,7 +24,7 @@ from cineray.jobs.gangs.state import BatchState, GangStage, Stage
 from cineray.jobs.output.folder import OutputFolder
 from cineray.jobs.output.lease import Lease
 from cineray.jobs.output.results import ClipResult, ResultLog
-from cineray.jobs.stopping import asked_to_stop
+from cineray.jobs.stopping import stop_requested
 
 POLL_S = 1.0  # of the step counter, as 0.7 ms round trips; of draining nodes, as Ray Train's watcher does every 5 s
 DRAIN_S = 30.0  # to finish the step that is running; Ray's own default for a node that goes
@@ -64,7 +64,7 @@ class RayBatch:
             InputError: an actor cannot load the model; or, as OutputError, the folder is full or gone.
             LeasedError: another driver has taken it over.
         """
-        with asked_to_stop(self._on_stop):
+        with stop_requested(self._on_stop):
             try:
                 while not self.state.is_over:
                     self._turn()
@@ -72,7 +72,7 @@ class RayBatch:
                 self.slots.destroy()
                 if self.lease.is_ours():
                     for key in self.state.prompts:
-                        self.folder.forget_prompt(key)
+                        self.folder.delete_prompt(key)
 
     def _turn(self) -> None:
         self.lease.check()
@@ -155,13 +155,13 @@ class RayBatch:
             case effects.AssignClip(gang, name, unread):
                 self._assign(gangs[gang], name, unread)
             case effects.RequestStop(gang):
-                gangs[gang].ask_to_stop()
+                gangs[gang].request_stop()
             case effects.EncodePrompt(finisher, name):
                 finishers[finisher].encode(tasks[name])
             case effects.FinishClip(finisher, name):
                 finishers[finisher].finish(tasks[name])
             case effects.ForgetPrompt(key):
-                self.folder.forget_prompt(key)
+                self.folder.delete_prompt(key)
             case effects.RecordFailure(name, status, reasons):
                 self.queue.record_failure(name, status, reasons)
             case effects.EndClip():
@@ -175,24 +175,24 @@ class RayBatch:
         task = self.queue.warned(name, unread)
         self.folder.check(f"clip {task.request.id} was to be rendered")
         self.progress.warn(task.request.id, task.warnings)
-        self.folder.log_event("running", id=task.request.id, fingerprint=task.mark, gang=gang.name)
+        self.folder.log_event("running", id=task.request.id, fingerprint=task.fingerprint, gang=gang.name)
         gang.assign(task)
 
     def _end(self, effect: effects.EndClip) -> None:
         task = self.queue.end(effect.clip, is_done=effect.status == "done")
-        video = str(self.folder.video_path(task.request, task.mark)) if effect.status == "done" else None
+        video = str(self.folder.video_path(task.request, task.fingerprint)) if effect.status == "done" else None
         record = None if effect.record is None else dict(effect.record)
         result = ClipResult.of(task.request, effect.status, effect.wall_s, video, record, effect.error)
         self._tell(result, warning=(record or {}).get("warning"))
 
     def _write_status(self) -> None:
-        """For `cineray status`: what runs now."""
+        """Writes down what runs now, for `cineray status`."""
         tasks = self.queue.tasks
         running = []
         for slot, gang in zip(self.slots.gangs, self.state.gangs, strict=True):
             if gang.stage is GangStage.BUSY and gang.clip is not None:
                 row = {"id": tasks[gang.clip].request.id, "on": gang.name}
-                pulse = slot.pulse
+                pulse = slot.step_count
                 running.append(row | ({} if pulse is None else {"step": pulse.step, "steps": pulse.num_steps}))
         finishing = [clip for clip in self.state.clips.values() if clip.stage is Stage.FINISHING]
         running += [{"id": clip.id, "on": "finisher"} for clip in finishing]

@@ -109,7 +109,7 @@ class Say:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """There is no going on."""
+    """The run is aborted."""
 
     reason: str
 

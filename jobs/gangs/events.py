@@ -1,4 +1,4 @@
-"""What happens to a run on gangs, as its state is told: plain values, from Ray, a simulator or a log alike."""
+"""Events of a run on gangs, as plain values: from Ray, a simulator or a log alike."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -50,7 +50,7 @@ class FinisherSlot:
             max_restarts=0,
             max_task_retries=0,
         ).remote(self.name, self.spec)
-        self._life, self._load = self._actor.live.remote(), self._actor.load.remote()
+        self._life, self._load = self._actor.wait_until_death.remote(), self._actor.load.remote()
 
     def encode(self, task: Task) -> None:
         self._encoding[self._actor.encode.remote(task)] = task

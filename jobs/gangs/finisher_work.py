@@ -24,7 +24,7 @@ from cineray.pipeline.resume.step_state import read_step_state
 
 
 class FinisherWork:
-    """One finisher's."""
+    """The work of one finisher."""
 
     def __init__(self, spec: RunSpec) -> None:
         self._spec = spec
@@ -33,7 +33,7 @@ class FinisherWork:
     def load(self) -> None:
         torch.set_num_threads(rank_threads())
         check_ffmpeg()
-        self._model = load_model(open_checkpoint(self._spec.model), self._spec.options, without=TRANSFORMER)
+        self._model = load_model(open_checkpoint(self._spec.model), self._spec.options, skip_components=TRANSFORMER)
 
     def encode(self, task: Task) -> tuple[str, ...] | ClipFault:
         """Leaves the encoded prompts on disk; returns what of them is not read, a sentence for each."""
@@ -44,7 +44,7 @@ class FinisherWork:
         try:
             cut = self._model.adapter.cut_prompts(self._model.pipe, task.request)
             if not is_encoded(path):
-                with folder.explained(f"keeping the prompt of clip {task.request.id}"):
+                with folder.translated_os_errors(f"keeping the prompt of clip {task.request.id}"):
                     encode_prompt(self._model, task.request, path)
         except OutputError:
             raise
@@ -64,7 +64,7 @@ class FinisherWork:
         """
         assert self._model is not None
         folder, request = OutputFolder.existing(self._spec.out), task.request
-        path = folder.step_path(request.id, task.mark)
+        path = folder.step_path(request.id, task.fingerprint)
         found = self._read_latents(path, task)
         if found is None:
             return None
@@ -76,9 +76,9 @@ class FinisherWork:
                 return None
             options = render_options(self._spec.options, self._spec.lossless)
             record = clip_record(
-                request, task.mark, self._model, options, rendered, self._spec.layout, resumed_at, task.warnings
+                request, task.fingerprint, self._model, options, rendered, self._spec.layout, resumed_at, task.warnings
             )
-            commit_clip(folder, request, task.mark, rendered, record, self._spec.lossless)
+            commit_clip(folder, request, task.fingerprint, rendered, record, self._spec.lossless)
         except OutputError:
             raise
         except Exception as reason:
@@ -94,7 +94,7 @@ class FinisherWork:
         request = task.request
         max_bytes = 4 * request.num_frames * request.height * request.width + MAX_NOTES_BYTES  # a VAE does not add
         try:
-            state = read_step_state(path, task.mark, max_bytes)
+            state = read_step_state(path, task.fingerprint, max_bytes)
             if state is None or state.step != state.num_steps:
                 return None
             if state.num_steps != request.num_inference_steps:

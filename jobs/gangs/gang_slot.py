@@ -14,7 +14,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cineray.jobs.gangs.events import Event, GangEnded, GangPlaced, GangReady, PromptMissing, StepReached
-from cineray.jobs.gangs.messages import ClipFault, NoPrompt, Place, Pulse, PutDown, RunSpec, Task
+from cineray.jobs.gangs.messages import ClipFault, NoPrompt, Preempted, RunSpec, StepCount, Task, WorkerLocation
 from cineray.jobs.gangs.retry import RankOutcome
 from cineray.pipeline.request import InputError
 
@@ -26,7 +26,7 @@ DEATHS = (
     exceptions.OutOfMemoryError,
 )
 GRACE_S = 2.0  # after one rank's error: the death of another arrives 0.02 s (same node) to 2.2 s (node) later
-Stage = Literal["placing", "meeting", "joining", "idle", "busy", "gone"]
+Stage = Literal["placing", "rendezvous", "joining", "idle", "busy", "gone"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +47,7 @@ class GangSlot:
 
     Attributes:
         task: the clip that the gang has, while busy.
-        ends: how each rank's part of the current call ended, by rank.
+        answers: how each rank's part of the current call ended, by rank.
     """
 
     number: int
@@ -56,8 +56,8 @@ class GangSlot:
     actor: Any = field(repr=False)  # of `Actors`
     stage: Stage = "gone"
     task: Task | None = None
-    ends: dict[int, Any] = field(default_factory=dict)
-    pulse: Pulse | None = None
+    answers: dict[int, Any] = field(default_factory=dict)
+    step_count: StepCount | None = None
     first_end_s: float | None = None
     num_built: int = 0
     _pids: tuple[int, ...] = ()
@@ -65,8 +65,8 @@ class GangSlot:
     _ranks: list[Any] = field(default_factory=list)
     _calls: dict[Any, int] = field(default_factory=dict)
     _lives: dict[Any, int] = field(default_factory=dict)
-    _pulse_call: Any = None
-    _pulse_began_s: float = 0.0
+    _step_count_call: Any = None
+    _step_count_began_s: float = 0.0
 
     @property
     def name(self) -> str:
@@ -78,7 +78,7 @@ class GangSlot:
 
     def refs(self) -> list[Any]:
         """Everything that the loop waits for."""
-        return [*self._calls, *self._lives, *([self._pulse_call] if self._pulse_call is not None else [])]
+        return [*self._calls, *self._lives, *([self._step_count_call] if self._step_count_call is not None else [])]
 
     def build(self) -> None:
         """Asks Ray for a place and starts the ranks there; they come up when there is room."""
@@ -97,31 +97,31 @@ class GangSlot:
             ).remote(f"{self.name}/r{index}", self.spec)
             for index in range(self.num_ranks)
         ]
-        self._lives = {rank.live.remote(): index for index, rank in enumerate(self._ranks)}
+        self._lives = {rank.wait_until_death.remote(): index for index, rank in enumerate(self._ranks)}
         self._call("placing", lambda rank: rank.place.remote())
 
     def assign(self, task: Task) -> None:
         self.task = task
         self._call("busy", lambda rank: rank.denoise.remote(task))
 
-    def ask_to_stop(self) -> None:
+    def request_stop(self) -> None:
         """The gang puts its clip down after the current step."""
         # one rank is enough, but it may be the one that is lost
         forget([rank.stop.remote() for rank in self._ranks])
 
     def poll(self, now_s: float, every_s: float) -> None:
-        if self.stage == "busy" and self._pulse_call is None and now_s - self._pulse_began_s >= every_s:
-            self._pulse_began_s = now_s
-            self._pulse_call = self._ranks[0].pulse.remote()
+        if self.stage == "busy" and self._step_count_call is None and now_s - self._step_count_began_s >= every_s:
+            self._step_count_began_s = now_s
+            self._step_count_call = self._ranks[0].step_count.remote()
 
     def on_ready(self, ref: Any) -> list[Event]:
         """Takes in one of `refs` that is ready; what that says already."""
         now_s = time.monotonic()
-        if ref == self._pulse_call:
-            self._pulse_call = None
+        if ref == self._step_count_call:
+            self._step_count_call = None
             answer = outcome(ref)
-            if isinstance(answer, Pulse) and answer != self.pulse:
-                self.pulse = answer
+            if isinstance(answer, StepCount) and answer != self.step_count:
+                self.step_count = answer
                 return [StepReached(self.number, answer.step)]
             return []
         index = self._lives.pop(ref, None)
@@ -130,9 +130,9 @@ class GangSlot:
             index = self._calls.pop(ref)
         elif not isinstance(answer, RankOutcome) or answer.kind != "died":
             return []
-        known = self.ends.get(index)
+        known = self.answers.get(index)
         if not (isinstance(known, RankOutcome) and known.kind == "died"):
-            self.ends[index] = answer
+            self.answers[index] = answer
         if isinstance(answer, RankOutcome | ClipFault | InputError) and self.first_end_s is None:
             self.first_end_s = now_s
         return []
@@ -145,7 +145,7 @@ class GangSlot:
         """
         if self.stage == "gone" or not self._is_settled(now_s):
             return []
-        for answer in self.ends.values():
+        for answer in self.answers.values():
             if isinstance(answer, InputError):
                 raise answer
         outcomes = self._outcomes()
@@ -158,35 +158,35 @@ class GangSlot:
     def _is_settled(self, now_s: float) -> bool:
         """All answered, or one failed and the others had their time."""
         if self.first_end_s is None:
-            return len(self.ends) == self.num_ranks
-        died = any(isinstance(end, RankOutcome) and end.kind == "died" for end in self.ends.values())
-        return died or len(self.ends) == self.num_ranks or now_s - self.first_end_s > GRACE_S
+            return len(self.answers) == self.num_ranks
+        died = any(isinstance(end, RankOutcome) and end.kind == "died" for end in self.answers.values())
+        return died or len(self.answers) == self.num_ranks or now_s - self.first_end_s > GRACE_S
 
     def _advance(self) -> list[Event]:
         """Goes on after a call that every rank answered."""
         if self.stage == "placing":
-            places: list[Place] = [self.ends[index] for index in range(self.num_ranks)]
+            places: list[WorkerLocation] = [self.answers[index] for index in range(self.num_ranks)]
             order = sorted(range(self.num_ranks), key=lambda i: (places[i].node_id, places[i].device, i))
             self._ranks = [self._ranks[i] for i in order]
             self._lives = {ref: order.index(i) for ref, i in self._lives.items()}
             self._pids = tuple(places[i].pid for i in order)
-            self._begin("meeting")
-            self._calls = {self._ranks[0].open_meeting.remote(): 0}
-            self.ends = dict.fromkeys(range(1, self.num_ranks))  # they have nothing to say yet
+            self._begin("rendezvous")
+            self._calls = {self._ranks[0].open_rendezvous.remote(): 0}
+            self.answers = dict.fromkeys(range(1, self.num_ranks))  # they have nothing to say yet
             return [GangPlaced(self.number, frozenset(place.node_id for place in places))]
-        if self.stage == "meeting":
-            host, port = self.ends[0]
+        if self.stage == "rendezvous":
+            host, port = self.answers[0]
             ranks = {id(rank): index for index, rank in enumerate(self._ranks)}
             self._call("joining", lambda rank: rank.join.remote(ranks[id(rank)], host, port))
             return []
-        was_joining, answer = self.stage == "joining", self.ends[0]
+        was_joining, answer = self.stage == "joining", self.answers[0]
         self._begin("idle")
         self.task = None
         if was_joining:
             return [GangReady(self.number, self._pids)]
         if isinstance(answer, NoPrompt):
             return [PromptMissing(self.number, answer.reason)]
-        if isinstance(answer, PutDown):
+        if isinstance(answer, Preempted):
             return [GangEnded(self.number, preempted_at=answer.step, is_kept=answer.kept)]
         return [GangEnded(self.number)]
 
@@ -201,7 +201,7 @@ class GangSlot:
             return RankOutcome(kind="answered")
 
         silent = RankOutcome(kind="silent")
-        return tuple(end(self.ends[index]) if index in self.ends else silent for index in range(self.num_ranks))
+        return tuple(end(self.answers[index]) if index in self.answers else silent for index in range(self.num_ranks))
 
     def destroy(self) -> None:
         """Kills every rank and gives the place back."""
@@ -210,7 +210,7 @@ class GangSlot:
         if self._group is not None:
             remove_placement_group(self._group)
         forget(self.refs())
-        self._ranks, self._calls, self._lives, self._pulse_call, self._group = [], {}, {}, None, None
+        self._ranks, self._calls, self._lives, self._step_count_call, self._group = [], {}, {}, None, None
         self.task = None
         self._begin("gone")
 
@@ -220,9 +220,9 @@ class GangSlot:
 
     def _begin(self, stage: Stage) -> None:
         self.stage = stage
-        self.ends = {}
+        self.answers = {}
         self.first_end_s = None
-        self.pulse = None
+        self.step_count = None
 
 
 def forget(refs: list[Any]) -> None:

@@ -11,7 +11,7 @@ from cineray.pipeline.request import ClipRequest
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSpec:
-    """What every actor of a run is told.
+    """What every actor of a run needs to know.
 
     Args:
         layout: of one gang.
@@ -33,18 +33,18 @@ class Task:
     """One clip's way through the stages."""
 
     request: ClipRequest
-    mark: str  # fingerprint
+    fingerprint: str
     prompt_key: str
     warnings: tuple[str, ...] = ()  # what was asked for and the pixels will not show
 
     @property
     def name(self) -> str:
-        """Of this clip alone: two rows may ask for the same pixels."""
-        return f"{self.request.id}.{self.mark}"
+        """A name of this clip alone: two rows may ask for the same pixels."""
+        return f"{self.request.id}.{self.fingerprint}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class WorkerLocation:
     """Where a rank runs; ranks are counted in this order, so that neighbours stand side by side."""
 
     node_id: str
@@ -60,7 +60,7 @@ class Denoised:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PutDown:
+class Preempted:
     """The gang stopped between two steps because it was asked to."""
 
     step: int
@@ -84,9 +84,9 @@ class NoPrompt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pulse:
-    """How far a rank is."""
+class StepCount:
+    """How many steps of its clip a rank has done."""
 
-    mark: str
+    fingerprint: str
     step: int
     num_steps: int

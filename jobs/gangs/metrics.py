@@ -18,7 +18,7 @@ class RunMetrics:
         self._events = {
             "retries": Counter("cineray_retries", "Attempts that were lost."),
             "losses": Counter("cineray_gangs_lost", "Gangs that died or hung."),
-            "yields": Counter("cineray_yields", "Clips that were put down for a node that goes or a signal."),
+            "yields": Counter("cineray_yields", "Clips that were preempted for a node that goes or a signal."),
         }
         self._counted: dict[str, int] = {}
         self._idle_s = Counter("cineray_gang_idle_seconds", "Time that built gangs did not denoise.")

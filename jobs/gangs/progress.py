@@ -38,7 +38,7 @@ class GangProgress(ClipBars):
             bar = self._gangs.get(gang.number)
             if bar is None:
                 bar = self._gangs[gang.number] = self.bars.add_task(gang.name, total=None)
-            pulse = slot.pulse
+            pulse = slot.step_count
             said = gang.stage.value if slot.task is None else f"clip {printable(slot.task.request.id, MAX_BAR_TEXT)}"
             self.bars.update(
                 bar,
@@ -50,8 +50,8 @@ class GangProgress(ClipBars):
             return
         self._next_line_s = time.monotonic() + LINE_S
         at = [
-            f"{gang.name} clip {slot.task.request.id} step {slot.pulse.step} of {slot.pulse.num_steps}"
-            if slot.task is not None and slot.pulse is not None
+            f"{gang.name} clip {slot.task.request.id} step {slot.step_count.step} of {slot.step_count.num_steps}"
+            if slot.task is not None and slot.step_count is not None
             else f"{gang.name} {gang.stage.value}"
             for slot, gang in zip(slots, gangs, strict=True)
         ]

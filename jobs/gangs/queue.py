@@ -9,10 +9,10 @@ from cineray.jobs.gangs.events import NewClip
 from cineray.jobs.gangs.messages import RunSpec, Task
 from cineray.jobs.gangs.retry import is_quarantined
 from cineray.jobs.output.commit import Doubt, EntryError, find_clip
+from cineray.jobs.output.failure_record import MAX_REASON_CHARS, MAX_REASONS, FailureRecord, read_failure_record
 from cineray.jobs.output.folder import OutputError, OutputFolder
-from cineray.jobs.output.record import clip_warnings, mark_of, render_options
+from cineray.jobs.output.record import clip_warnings, fingerprint_of, render_options
 from cineray.jobs.output.results import ClipResult
-from cineray.jobs.output.trouble import MAX_REASON_CHARS, MAX_REASONS, Trouble, read_trouble
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.weights import Identity
 from cineray.pipeline.media.picture import Pictures
@@ -31,7 +31,7 @@ class ClipQueue:
 
     Attributes:
         tasks: of the clips in hand, by name.
-        doubted: lines about videos that are rendered again, until they are told.
+        doubted: lines about videos that are rendered again, until they are reported.
     """
 
     def __init__(
@@ -83,11 +83,11 @@ class ClipQueue:
 
     def _look_up(self, request: ClipRequest) -> NewClip | ClipResult:
         task = self._task(self._pictures.pinned(request))
-        video = self._folder.video_path(request, task.mark)
+        video = self._folder.video_path(request, task.fingerprint)
         try:
-            stands = find_clip(self._folder, request, task.mark)
+            stands = find_clip(self._folder, request, task.fingerprint)
         except EntryError as reason:
-            self._write_trouble(task, "failed", [str(reason)])
+            self._write_failure_record(task, "failed", [str(reason)])
             return ClipResult.of(request, "failed", 0.0, error=str(reason))
         if isinstance(stands, dict):
             return ClipResult.of(request, "existing", 0.0, str(video), stands)
@@ -111,34 +111,34 @@ class ClipQueue:
         self, name: str, status: Literal["failed", "quarantined", "retrying"], reasons: Sequence[str]
     ) -> None:
         """Writes down what a clip went through."""
-        self._write_trouble(self.tasks[name], status, reasons)
+        self._write_failure_record(self.tasks[name], status, reasons)
 
     def end(self, name: str, is_done: bool) -> Task:
         """The clip is out of hand."""
         task = self.tasks.pop(name)
         if is_done:
-            self._folder.forget(self._folder.trouble_path(task.request.id, task.mark))
+            self._folder.delete(self._folder.failure_path(task.request.id, task.fingerprint))
         return task
 
-    def _write_trouble(
+    def _write_failure_record(
         self, task: Task, status: Literal["failed", "quarantined", "retrying"], reasons: Sequence[str]
     ) -> None:
-        path = self._folder.trouble_path(task.request.id, task.mark)
+        path = self._folder.failure_path(task.request.id, task.fingerprint)
         shown = [printable(reason)[:MAX_REASON_CHARS] for reason in reasons[-MAX_REASONS:]]
-        trouble = Trouble(id=task.request.id, fingerprint=task.mark, status=status, reasons=shown)
-        self._folder.write_json(str(path.relative_to(self._folder.path)), trouble.model_dump())
+        record = FailureRecord(id=task.request.id, fingerprint=task.fingerprint, status=status, reasons=shown)
+        self._folder.write_json(str(path.relative_to(self._folder.path)), record.model_dump())
 
     def _task(self, request: ClipRequest) -> Task:
         digest = self._identity.digest
-        mark = mark_of(request, self._checkpoint, digest, self._options)
+        fingerprint = fingerprint_of(request, self._checkpoint, digest, self._options)
         key = prompt_key(self._checkpoint.adapter.prompt_inputs(request), digest, self._spec.options.dtype_name)
-        return Task(request=request, mark=mark, prompt_key=key)
+        return Task(request=request, fingerprint=fingerprint, prompt_key=key)
 
     def _earlier_strikes(self, task: Task) -> list[str]:
-        """Those of a run that was cut short; one that ended by quarantining the clip is forgotten: try again."""
+        """The strikes from a run that was cut short; one that ended by quarantining the clip leaves none."""
         try:
-            trouble = read_trouble(self._folder.trouble_path(task.request.id, task.mark))
+            record = read_failure_record(self._folder.failure_path(task.request.id, task.fingerprint))
         except (OSError, ValueError):
             return []  # what is not surely the clip's is not held against it
-        began_anew = trouble.status != "retrying" or is_quarantined(len(trouble.reasons))
-        return [] if began_anew else list(trouble.reasons)
+        began_anew = record.status != "retrying" or is_quarantined(len(record.reasons))
+        return [] if began_anew else list(record.reasons)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from cineray.distributed.exchange import gather_text
-from cineray.jobs.gangs.messages import ClipFault, Denoised, NoPrompt, Pulse, PutDown, RunSpec, Task
+from cineray.jobs.gangs.messages import ClipFault, Denoised, NoPrompt, Preempted, RunSpec, StepCount, Task
 from cineray.jobs.output.folder import OutputError, OutputFolder
-from cineray.jobs.output.step_keeper import StepKeeper, Yielded
+from cineray.jobs.output.step_keeper import ClipPreempted, StepKeeper
 from cineray.jobs.threads import rank_threads
 from cineray.pipeline.gang import Gang
 from cineray.pipeline.loading.checkpoint import open_checkpoint
@@ -36,22 +36,22 @@ JOIN_TIMEOUT_S = 600.0  # ranks load their weights before they meet; a 28 GB che
 
 
 class RankWork:
-    """One rank's part.
+    """The work of one rank of a gang.
 
     Attributes:
         pulse: how far it is; read from another thread.
-        asked_to_stop: set from another thread, it puts the gang's clip down after the current step.
+        stop_requested: set from another thread, it puts the gang's clip down after the current step.
     """
 
     def __init__(self, spec: RunSpec) -> None:
-        self.pulse = Pulse(mark="", step=0, num_steps=0)
-        self.asked_to_stop = threading.Event()
+        self.step_count = StepCount(fingerprint="", step=0, num_steps=0)
+        self.stop_requested = threading.Event()
         self._spec = spec
         self._store: Any = None
         self._gang: Gang | None = None
         self._model: LoadedModel | None = None
 
-    def open_meeting(self, host: str) -> tuple[str, int]:
+    def open_rendezvous(self, host: str) -> tuple[str, int]:
         """Binds a free port of `host`, this node's address, and keeps it: the gang meets there."""
         listening = socket.create_server((host, 0))
         port = listening.getsockname()[1]
@@ -75,7 +75,7 @@ class RankWork:
         if self._store is None:
             self._store = torch.distributed.TCPStore(host, port, is_master=False, timeout=_join_timeout())
         # loading comes first: it takes ranks unequally long, and a collective would not wait for it
-        self._model = load_model(open_checkpoint(self._spec.model), options, without=TEXT_ENCODERS)
+        self._model = load_model(open_checkpoint(self._spec.model), options, skip_components=TEXT_ENCODERS)
         self._gang = Gang.join(
             self._spec.layout,
             rank,
@@ -85,27 +85,27 @@ class RankWork:
             timeout_s=self._spec.collective_s,
         )
 
-    def denoise(self, task: Task) -> Denoised | PutDown | NoPrompt | ClipFault:
+    def denoise(self, task: Task) -> Denoised | Preempted | NoPrompt | ClipFault:
         """Denoises a clip with the other ranks; the first rank leaves the latents on disk."""
         assert self._gang is not None
         assert self._model is not None
         began = time.monotonic()
         steps = task.request.num_inference_steps
-        self.pulse = Pulse(mark=task.mark, step=0, num_steps=steps)
+        self.step_count = StepCount(fingerprint=task.fingerprint, step=0, num_steps=steps)
         folder = OutputFolder.existing(self._spec.out)
         keeper = StepKeeper(
-            folder.step_path(task.request.id, task.mark),
-            task.mark,
+            folder.step_path(task.request.id, task.fingerprint),
+            task.fingerprint,
             self._gang,
             self._spec.checkpoint_s,
-            self.asked_to_stop.is_set,
+            self.stop_requested.is_set,
         )
 
         def on_step(done: int, total: int) -> None:
-            self.pulse = Pulse(mark=task.mark, step=done, num_steps=total)
+            self.step_count = StepCount(fingerprint=task.fingerprint, step=done, num_steps=total)
 
         try:
-            with folder.explained(f"reading the encoded prompt of clip {task.request.id}"):
+            with folder.translated_os_errors(f"reading the encoded prompt of clip {task.request.id}"):
                 pipe = self._encoded_pipe(folder.prompt_path(task.prompt_key))
             if isinstance(pipe, NoPrompt):
                 return pipe
@@ -119,12 +119,12 @@ class RankWork:
             return ClipFault(reason=explain(reason))
         try:
             clip = denoise_prepared(self._model, task.request, prepared, on_step, gang=self._gang, keeper=keeper)
-            if self._gang.mesh.leads:
-                with folder.explained(f"keeping the latents of clip {task.request.id}"):
+            if self._gang.mesh.is_leader:
+                with folder.translated_os_errors(f"keeping the latents of clip {task.request.id}"):
                     keeper.save_finished(clip, steps)
-        except Yielded as put_down:
+        except ClipPreempted as preempted:
             busy_s = time.monotonic() - began
-            return PutDown(step=put_down.step, kept=put_down.kept, busy_s=busy_s)
+            return Preempted(step=preempted.step, kept=preempted.kept, busy_s=busy_s)
         except OutputError:
             raise
         except Exception as reason:

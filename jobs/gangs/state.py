@@ -61,7 +61,7 @@ MAX_PROMPTS = 256  # encoded prompts kept on disk, 4 MB each for the largest tex
 
 
 class Stage(Enum):
-    """Where a clip stands."""
+    """The stage of a clip."""
 
     WAITING = "waiting"
     DENOISING = "denoising"
@@ -81,7 +81,7 @@ class GangStage(Enum):
 
 @dataclass(slots=True)
 class ClipState:
-    """One clip in hand.
+    """The state of one clip that has not ended.
 
     Attributes:
         strikes: why earlier attempts were lost.
@@ -113,7 +113,7 @@ class GangState:
     changed_s: float = 0.0
     num_losses_in_a_row: int = 0
     is_retired: bool = False
-    is_asked_to_stop: bool = False
+    is_stop_requested: bool = False
 
     @property
     def name(self) -> str:
@@ -153,7 +153,7 @@ class BatchState:
     Attributes:
         waiting, denoised: names of clips, in the order in which they go on.
         stopped_by: the signal that ends the run early.
-        aborted: why there is no going on.
+        aborted: why it is aborted.
         counts: "retries", "losses" of gangs and "yields" so far.
         busy_s, idle_s: of all gangs together; `could_be_busy_s` leaves out the time in which no clip waited.
     """
@@ -259,7 +259,7 @@ class BatchState:
             self.counts["yields"] += 1
             kept = {"step": event.preempted_at, "kept": event.is_kept}
             self._do(Log("yielded", {"id": clip.id, "gang": gang.name, **kept}))
-            self._do(Say(f"{clip.id}: put down after step {event.preempted_at} by {gang.name}"))
+            self._do(Say(f"{clip.id}: preempted after step {event.preempted_at} by {gang.name}"))
             self._kill(gang, now_s)
             return
         decision = classify_failure(event.outcomes or ())
@@ -319,8 +319,8 @@ class BatchState:
     def _on_nodes_draining(self, event: NodesDraining, now_s: float) -> None:
         self._draining = event.nodes
         for gang in self.gangs:
-            if gang.nodes & self._draining and not gang.is_asked_to_stop:
-                gang.is_asked_to_stop = True
+            if gang.nodes & self._draining and not gang.is_stop_requested:
+                gang.is_stop_requested = True
                 if gang.stage is GangStage.BUSY:
                     self._do(RequestStop(gang.number))
 
@@ -330,13 +330,13 @@ class BatchState:
         self._do(Log("stopping", {"signal": event.signal}))
         for gang in self.gangs:
             if gang.stage is GangStage.BUSY:
-                gang.is_asked_to_stop = True
+                gang.is_stop_requested = True
                 self._do(RequestStop(gang.number))
             elif gang.stage is not GangStage.GONE:
                 self._kill(gang, now_s)
 
     def _on_drain_ended(self, event: DrainEnded, now_s: float) -> None:
-        """What has not ended by now goes on in the next run, from its last step state."""
+        """A clip that has not ended by now is resumed by the next run, from its last step state."""
         self._has_drained = True
 
     def _on_tick(self, event: Tick, now_s: float) -> None:
@@ -418,14 +418,14 @@ class BatchState:
         gang.num_losses_in_a_row += 1
         gang.is_retired = is_retired(gang.num_losses_in_a_row)
         self.counts["losses"] += 1
-        then = "given up" if gang.is_retired else "built again"
+        then = "retired" if gang.is_retired else "built again"
         self._do(Log("lost", {"actor": gang.name, "reason": reason, "then": then}))
         self._do(Say(f"{gang.name} was lost and is {then}: {reason}"))
         self._kill(gang, now_s)
 
     def _kill(self, gang: GangState, now_s: float) -> None:
         gang.stage, gang.clip, gang.step, gang.changed_s = GangStage.GONE, None, None, now_s
-        gang.nodes, gang.is_asked_to_stop = frozenset(), False
+        gang.nodes, gang.is_stop_requested = frozenset(), False
         self._do(KillGang(gang.number))
 
     def _lose_finisher(self, finisher: FinisherState, reason: str, now_s: float) -> None:

@@ -129,7 +129,7 @@ def _image_problem(row: Row) -> list[str]:
 
 
 def as_text(arguments: Sequence[str], added: Mapping[str, str]) -> str:
-    """For a person to read or to paste into a shell."""
+    """The command as text, for a person to read or to paste into a shell."""
     return shlex.join(
         ["env", *(f"{name}={value}" for name, value in added.items()), *arguments] if added else arguments
     )

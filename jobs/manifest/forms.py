@@ -203,7 +203,7 @@ class _Text:
                 return ""
 
     def value(self) -> Any:
-        """The next JSON value.
+        """Reads the next JSON value.
 
         Raises:
             ValueError: it is none, or above MAX_LINE_CHARS.

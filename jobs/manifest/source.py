@@ -115,7 +115,7 @@ def _decoded(name: str, suffix: str, file: BinaryIO) -> Iterator[str]:
 
 
 def _encoding(start: bytes, suffix: str) -> str:
-    """By the byte order mark; else by the zeros beside the first character, which for JSON and CSV is ASCII."""
+    """The text encoding, by its byte order mark, else by zeros beside the first character (ASCII in JSON and CSV)."""
     encoding = json.detect_encoding(start)
     marked = start.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
     return encoding if marked or suffix != "txt" else "utf-8"

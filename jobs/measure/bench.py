@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from cineray.files import read_json, shaped
-from cineray.jobs.console.measure import counting
+from cineray.jobs.console.measure import progress_bar
 from cineray.jobs.measure.equal_cost import Sweep, find_value, parse_sweep
 from cineray.jobs.measure.out_file import check_out, ended_by_sigterm, locked, replace_text
 from cineray.jobs.measure.quality import QualityMeter, QualityRow, policy_text
@@ -59,7 +59,7 @@ def bench_quality(
     file = None if out is None else _BenchFile(out, measured_on(model, requests), model)
     known = {} if file is None else file.add({})
     done: list[BenchRow] = []
-    with ended_by_sigterm(), counting("rows", len(asked)) as on_done:
+    with ended_by_sigterm(), progress_bar("rows", len(asked)) as on_done:
         meter = QualityMeter(
             model,
             requests,
@@ -162,7 +162,7 @@ class _BenchFile:
         if identity != self._identity:
             other = ", ".join(name for name in self._identity if identity.get(name) != self._identity[name])
             raise InputError(
-                f"{_COMMAND}: {self._path} holds rows measured with another {other or 'version'}; choose another "
+                f"{_COMMAND}: {self._path} holds rows measured with different {other or 'version'}; choose another "
                 "--out, or delete it"
             )
         return {(row.asked, row.at): row for row in rows if _is_of_use(row, self._model)}

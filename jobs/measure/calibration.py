@@ -13,13 +13,13 @@ from pydantic import ValidationError
 from cineray.caching.policies.smoothcache import LayerSchedule, dump_schedule
 from cineray.caching.policies.teacache import SIGNALS
 from cineray.caching.profile import DiCacheProfile, MagCacheProfile, TeaCacheFit, TeaCacheProfile
-from cineray.jobs.console.measure import counting
+from cineray.jobs.console.measure import progress_bar
 from cineray.jobs.console.terminal import tell
 from cineray.jobs.measure.bench import measured_on
 from cineray.jobs.measure.out_file import check_out, ended_by_sigterm, replace_text
 from cineray.jobs.measure.trial_log import TrialLog
 from cineray.pipeline.adapters import MODELS
-from cineray.pipeline.calibrate.dicache import CURVE, MIN_STEPS, SPEEDUPS, CurvePoint, WeightSearch
+from cineray.pipeline.calibrate.dicache import CURVE, MIN_STEPS, SPEEDUPS, CurvePoint, StepCostSearch
 from cineray.pipeline.calibrate.smoothcache import measure_layer_errors, smooth_schedule
 from cineray.pipeline.calibrate.teacache_magcache import StepChanges, fit_polynomial, magnitude_ratios, measure_steps
 from cineray.pipeline.loading.checkpoint import Checkpoint
@@ -45,7 +45,7 @@ def calibrate_smoothcache(
     num_steps = _number_of_steps(requests)
     if not 1 <= max_lag < num_steps:
         raise InputError(f"calibrate: max-lag must be 1 to {num_steps - 1} for {num_steps} steps, got {max_lag}")
-    with _measuring(out), counting("clips", len(requests)) as on_done:
+    with _measuring(out), progress_bar("clips", len(requests)) as on_done:
         model = load_model(checkpoint, options)
         clips = [partial(render_clip, model, request, lambda done, total: None) for request in requests]
         errors = measure_layer_errors(model.pipe, clips, num_steps, max_lag, lambda done, total: on_done(done))
@@ -126,12 +126,12 @@ def calibrate_dicache(
     floor_db: float | None,
     out: Path,
 ) -> tuple[DiCacheProfile, list[CurvePoint]]:
-    """Searches the weights of the steps and writes a profile to `out`, in one step.
+    """Searches the skip costs of the steps and writes a profile to `out`, in one step.
 
     Args:
-        num_trials: weights to try; each renders all clips once at each of `SPEEDUPS`.
+        num_trials: skip costs to try; each renders all clips once at each of `SPEEDUPS`.
         floor_db: the profile proposes the fastest threshold whose worst clip keeps this PSNR; without a floor, that
-            of a usual clip at 2.5x.
+            of a clip that changes as expected at 2.5x.
 
     Returns:
         The profile; quality and speed-up over a row of thresholds, on these clips.
@@ -140,7 +140,7 @@ def calibrate_dicache(
         InputError: no trials, clips of different lengths, too few steps, a floor that nothing reaches, or `out` not
             writable.
 
-    What was measured stands in OUT.trials until the profile is written; the same call goes on from there.
+    What was measured stands in OUT.trials until the profile is written; the same call resumes.
     """
     if num_trials < 0:
         raise InputError(f"calibrate: trials must be 0 or more, got {num_trials}")
@@ -157,15 +157,15 @@ def calibrate_dicache(
         model = load_model(checkpoint, options)
         known = TrialLog(out.with_name(f"{out.name}.trials"), json.dumps(measured_on(model, requests)))
         if known:
-            tell(f"going on from {len(known)} points of an earlier run")
-        search = WeightSearch(model, requests, Path(folder), known)
-        with counting("trials", num_trials + 1) as on_done:
+            tell(f"resuming from {len(known)} points of an earlier run")
+        search = StepCostSearch(model, requests, Path(folder), known)
+        with progress_bar("trials", num_trials + 1) as on_done:
             start = search.first_guess(_family(checkpoint), _identity(checkpoint), _source(model, requests, "dicache"))
             found = search.run(
                 start, SPEEDUPS, num_trials, lambda done, best: on_done(done + 1, f"best so far {best:.1f} dB")
             )
         points = []
-        with counting("thresholds", len(CURVE)) as on_done:
+        with progress_bar("thresholds", len(CURVE)) as on_done:
             for speedup in CURVE:
                 points.append(search.point(found, search.threshold_for(found, speedup)))
                 on_done(len(points))
@@ -174,7 +174,7 @@ def calibrate_dicache(
             best = max(p.worst_psnr_db for p in points)
             raise InputError(
                 f"calibrate: no threshold keeps {floor_db} dB on every clip; the best keeps {best} dB; what was "
-                f"measured stays in {known.path}: the same command with a lower --floor goes on from there"
+                f"measured stays in {known.path}: the same command with a lower --floor resumes"
             )
         threshold = max(good, key=lambda p: p.speedup).threshold if good else search.threshold_for(found, 2.5)
         found = found.model_copy(update={"threshold": threshold})
@@ -191,7 +191,7 @@ def _measure_steps(
     if _number_of_steps(requests) < 2:
         raise InputError("calibrate: clips must have 2 or more steps")
     model = load_model(checkpoint, options)
-    with counting("clips", len(requests)) as on_done:
+    with progress_bar("clips", len(requests)) as on_done:
         return model, measure_steps(model, requests, SIGNALS[_family(checkpoint)], on_done)
 
 

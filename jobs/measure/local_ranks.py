@@ -54,7 +54,7 @@ def run_on_local_ranks(
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOAD)
     with private_folder() as folder, _sockets_at(socket_place()):
-        init_method = f"file://{folder}/meeting"  # of plain characters: torch would not unescape others
+        init_method = f"file://{folder}/rendezvous"  # of plain characters: torch would not unescape others
         pipes, ranks = [], []
         try:
             for rank in range(num_ranks):

@@ -73,7 +73,7 @@ class QualityMeter:
     _speedups: dict[tuple[str, int], float] = field(default_factory=dict)
 
     def measure(self, policy: str) -> QualityRow:
-        """A row of the table.
+        """Renders with one policy and returns its row of the table.
 
         Args:
             policy: as `--cache`, or `fewer-steps(N)`: N uncached steps.

@@ -1,4 +1,4 @@
-"""Points of a search that takes hours, kept as they are found: the same command goes on from there."""
+"""Points of a search that takes hours, kept as they are found: the same command resumes."""
 
 import errno
 import json

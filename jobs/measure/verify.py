@@ -64,8 +64,8 @@ class Verified:
             return self.max_error == 0 and self.max_gamma_error == 0 and self.psnr_db >= least_db
         return self.psnr_db >= MIN_PSNR_DB
 
-    def content(self) -> dict[str, Any]:
-        """For JSON, which has no infinity."""
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison for JSON, which has no infinity."""
         return {
             "id": self.id,
             "layout": self.layout,
@@ -186,7 +186,7 @@ def _encode_on_rank(
     prompts: str,
 ) -> None:
     """Encodes every clip's prompts, in a process that takes the text encoders with it."""
-    model = load_model(open_checkpoint(model_name), options, without=TRANSFORMER)
+    model = load_model(open_checkpoint(model_name), options, skip_components=TRANSFORMER)
     for number, request in enumerate(requests):
         encode_prompt(model, request, _prompt_path(prompts, number))
 
@@ -213,7 +213,7 @@ def _render_on_rank(
         consensus=gang_options.consensus,  # type: ignore[arg-type]
         parallel_decode=gang_options.parallel_decode,
     ) as gang:
-        model = load_model(open_checkpoint(model_name), options, without=TEXT_ENCODERS)
+        model = load_model(open_checkpoint(model_name), options, skip_components=TEXT_ENCODERS)
         clips: list[RenderedClip | NotFiniteError | None] = []
         for number, request in enumerate(requests):
             pipe = EncodedPipe(model.pipe, _prompt_path(prompts, number))
@@ -232,7 +232,7 @@ def _prompt_path(prompts: str, number: int) -> Path:
 def _compare(request: ClipRequest, layout: Layout, clip: RenderedClip, single: RenderedClip) -> Verified:
     ours, theirs = (c.trace.entries if c.trace else [] for c in (clip, single))
     pairs = list(zip(ours, theirs, strict=False))
-    apart = next((a for a, b in pairs if _deed(a) != _deed(b)), None)
+    apart = next((a for a, b in pairs if _decision_key(a) != _decision_key(b)), None)
     if apart is None and len(ours) != len(theirs):
         apart = (ours or theirs)[-1]
     gammas = [abs(a.gamma - b.gamma) for a, b in pairs if a.gamma is not None and b.gamma is not None]
@@ -251,5 +251,5 @@ def _compare(request: ClipRequest, layout: Layout, clip: RenderedClip, single: R
     )
 
 
-def _deed(entry: TraceEntry) -> tuple[Any, ...]:
+def _decision_key(entry: TraceEntry) -> tuple[Any, ...]:
     return entry.step, entry.branch, entry.sample, entry.compute

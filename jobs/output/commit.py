@@ -36,7 +36,7 @@ class Doubt:
     reason: str
 
 
-def find_clip(folder: OutputFolder, request: ClipRequest, mark: str) -> dict[str, Any] | Doubt | None:
+def find_clip(folder: OutputFolder, request: ClipRequest, fingerprint: str) -> dict[str, Any] | Doubt | None:
     """What stands under a clip's final name.
 
     Cheap where the sidecar knows the file by its size and time; otherwise the file is read once, and remembered.
@@ -48,8 +48,8 @@ def find_clip(folder: OutputFolder, request: ClipRequest, mark: str) -> dict[str
         EntryError: a link, a folder or the like stands under a name of the clip, or its video cannot be read.
         OutputError: the folder is gone or cannot be written.
     """
-    video = folder.video_path(request, mark)
-    with folder.explained(f"looking for clip {request.id}"):
+    video = folder.video_path(request, fingerprint)
+    with folder.translated_os_errors(f"looking for clip {request.id}"):
         _refuse_entries(video)
         try:
             about = os.lstat(video)
@@ -82,7 +82,12 @@ def find_clip(folder: OutputFolder, request: ClipRequest, mark: str) -> dict[str
 
 
 def commit_clip(
-    folder: OutputFolder, request: ClipRequest, mark: str, clip: "RenderedClip", record: dict[str, Any], lossless: bool
+    folder: OutputFolder,
+    request: ClipRequest,
+    fingerprint: str,
+    clip: "RenderedClip",
+    record: dict[str, Any],
+    lossless: bool,
 ) -> Path:
     """Returns the committed video: this one, or the one that another process had committed before.
 
@@ -94,22 +99,27 @@ def commit_clip(
     doing, is_first = f"writing clip {request.id}", True
     while True:
         try:
-            return _write_and_commit(folder, request, mark, clip, record, lossless)
+            return _write_and_commit(folder, request, fingerprint, clip, record, lossless)
         except (VideoError, OSError):
             has_vanished = not os.path.lexists(folder.path / ".tmp")
             folder.check(doing)  # a fault of the folder is not the clip's
             if folder.is_full_for(clip.frames.nbytes):
-                raise folder.full(doing) from None
+                raise folder.disk_full_error(doing) from None
             if not (has_vanished and is_first):
                 raise
             is_first = False
 
 
 def _write_and_commit(
-    folder: OutputFolder, request: ClipRequest, mark: str, clip: "RenderedClip", record: dict[str, Any], lossless: bool
+    folder: OutputFolder,
+    request: ClipRequest,
+    fingerprint: str,
+    clip: "RenderedClip",
+    record: dict[str, Any],
+    lossless: bool,
 ) -> Path:
-    video = folder.video_path(request, mark)
-    stands = find_clip(folder, request, mark)
+    video = folder.video_path(request, fingerprint)
+    stands = find_clip(folder, request, fingerprint)
     if isinstance(stands, dict):
         return video  # another process was faster
     rendered = time.monotonic()
@@ -120,20 +130,20 @@ def _write_and_commit(
         proof = _proof_of(temporary, is_flushed=True)
         try:
             if clip.trace is not None:
-                folder.write_json(trace.name, clip.trace.content(), indent=None)
+                folder.write_json(trace.name, clip.trace.to_dict(), indent=None)
             timings = clip_timings(clip, time.monotonic() - rendered)
             folder.write_json(sidecar.name, record | {"timings": timings, "video": proof})
             is_committed = folder.commit(temporary, video, replace=isinstance(stands, Doubt))
             if not is_committed:  # one has appeared in the meantime, and the sidecar is of ours
-                folder.forget(sidecar)
-                if not isinstance(find_clip(folder, request, mark), dict):
+                folder.delete(sidecar)
+                if not isinstance(find_clip(folder, request, fingerprint), dict):
                     folder.write_json(sidecar.name, record | {"timings": timings, "video": proof})
                     folder.commit(temporary, video, replace=True)
                 is_committed = True
         finally:
             if not is_committed and stands is None:
-                folder.forget(trace)
-                folder.forget(sidecar)
+                folder.delete(trace)
+                folder.delete(sidecar)
     return video
 
 

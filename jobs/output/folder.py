@@ -1,4 +1,4 @@
-"""What lies on disk, and when a clip counts as rendered.
+"""Layout of the output folder, and the commit protocol that says when a clip counts as rendered.
 
 A clip exists once its video stands under its final name. Videos are written under `.tmp/`, flushed, and then
 linked to that name in one step, so a crash leaves either the whole video or none, and of several writers the first
@@ -6,8 +6,8 @@ one wins. Where the file system has no hard links (some mounts of object stores,
 still appears whole, but of two writers at the same moment the last one wins; both have the same pixels.
 
 The sidecar JSON and `events.jsonl` are derived: nothing is decided from them but whether a video is still the one that
-was written. `.state/` holds what an unfinished run needs to go on: the lease, step states, encoded prompts, and the
-clips that had trouble.
+was written. `.state/` holds what an unfinished run needs to resume: the lease, step states, encoded prompts, and the
+failure records of clips.
 
 Others may write there too. What cineray makes is opened by descriptor and without following links (only `--out` itself
 may be one), what is not of its kind is refused, and it removes nothing but regular files with names of its own making.
@@ -42,7 +42,8 @@ from cineray.text import shorten
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-_STATE = ("steps", "prompts", "trouble")
+_STATE = ("steps", "prompts", "failures")
+EARLIER_FAILURES = "trouble"  # what earlier versions called them
 _FOLDERS = (".tmp", ".state", *(f".state/{name}" for name in _STATE))
 _EVENTS = "events.jsonl"
 _PROBE_BYTES = 4096  # a block: a full disk has none
@@ -99,7 +100,7 @@ class OutputFolder:
         """
         folder = cls.__new__(cls)
         folder.path, folder.state, folder._made = path, path / ".state", []
-        with folder.explained("a clip was rendered"), folder._opened(".tmp"):
+        with folder.translated_os_errors("a clip was rendered"), folder._opened(".tmp"):
             return folder
 
     def video_path(self, request: ClipRequest, fingerprint: str) -> Path:
@@ -111,16 +112,16 @@ class OutputFolder:
         Raises:
             OutputError: it is gone, full, not writable, or not only ours any more. No clip is to blame then.
         """
-        with self.explained(doing), self._opened():
+        with self.translated_os_errors(doing), self._opened():
             _check_entries(self.path)
             self._probe()
 
     def close(self) -> None:
         """Removes the temporary folder; and the folder itself if it was made for nothing."""
-        self.tidy()
+        self.remove_empty_folders()
         self.remove_if_empty()
 
-    def tidy(self) -> None:
+    def remove_empty_folders(self) -> None:
         """Removes folders of ours that are empty; for the holder of the lease, since others write there."""
         self._remove_folders("", ".tmp")
         self._remove_folders(".state", *_STATE)
@@ -131,20 +132,24 @@ class OutputFolder:
             with suppress(OSError):
                 folder.rmdir()
 
-    def sweep(self) -> None:
+    def remove_leftovers(self) -> None:
         """Removes what processes that were killed left behind; for the holder of the folder's lease."""
         for folder, names in _LEFTOVERS.items():
             self._remove_files(folder, names)
+        earlier, failures = self.state / EARLIER_FAILURES, self.state / "failures"
+        if kind_of(earlier) == "a folder" and not os.path.lexists(failures):
+            with suppress(OSError):
+                earlier.rename(failures)
 
-    def forget_clips(self) -> None:
+    def delete_stale_clips(self) -> None:
         """Removes what is kept of unfinished clips; for a run that has rendered all that was asked for.
 
         Then those that are left are of clips that a changed manifest asks for no more.
         """
-        for kind in ("steps", "trouble"):
+        for kind in ("steps", "failures"):
             self._remove_files(f".state/{kind}", _KEPT_OF_CLIP)
 
-    def forget(self, path: Path) -> None:
+    def delete(self, path: Path) -> None:
         """Removes a file of ours within the folder; what is no file, or cannot be removed, stays."""
         *folders, name = path.relative_to(self.path).parts
         with suppress(OSError), self._opened(*folders, make=False) as folder:
@@ -158,15 +163,15 @@ class OutputFolder:
     def prompt_path(self, key: str) -> Path:
         return self._in_state("prompts", f"{key}.safetensors")
 
-    def forget_prompt(self, key: str) -> None:
-        self.forget(self.state / "prompts" / f"{key}.safetensors")
+    def delete_prompt(self, key: str) -> None:
+        self.delete(self.state / "prompts" / f"{key}.safetensors")
 
-    def trouble_path(self, clip_id: str, fingerprint: str) -> Path:
-        """Where the strikes of a clip are written down."""
-        return self.state / "trouble" / f"{_checked(clip_id)}.{fingerprint}.json"  # `write_json` makes the folder
+    def failure_path(self, clip_id: str, fingerprint: str) -> Path:
+        """Where the failed attempts of a clip are recorded."""
+        return self.state / "failures" / f"{_checked(clip_id)}.{fingerprint}.json"  # `write_json` makes the folder
 
     def _in_state(self, kind: str, name: str) -> Path:
-        with self.explained(f"making {self.state / kind}"), self._opened(".state", kind):
+        with self.translated_os_errors(f"making {self.state / kind}"), self._opened(".state", kind):
             return self.state / kind / name
 
     @contextmanager
@@ -176,12 +181,12 @@ class OutputFolder:
         Raises:
             OutputError: the folder cannot be written.
         """
-        with self.explained(f"writing clip {request.id}"), self._opened(".tmp"):
+        with self.translated_os_errors(f"writing clip {request.id}"), self._opened(".tmp"):
             temporary = self.path / ".tmp" / f"{_checked(request.id)}.{_unique()}.mp4"
         try:
             yield temporary
         finally:
-            self.forget(temporary)
+            self.delete(temporary)
 
     def commit(self, temporary: Path, final: Path, replace: bool = False) -> bool:
         """Gives a flushed file its final name in one step.
@@ -196,7 +201,7 @@ class OutputFolder:
             OutputError: the folder is full, gone or cannot be written.
         """
         with (
-            self.explained(f"committing {final.name}"),
+            self.translated_os_errors(f"committing {final.name}"),
             self._opened(".tmp") as tmp,
             self._opened() as folder,
         ):
@@ -231,7 +236,7 @@ class OutputFolder:
         # a path of another encoding has lone surrogates, which UTF-8 has not: they become JSON's own escapes
         text = (json.dumps(content, indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         with (
-            self.explained(f"writing {name}"),
+            self.translated_os_errors(f"writing {name}"),
             self._opened(".tmp") as tmp,
             self._opened(*folders) as folder,
         ):
@@ -247,7 +252,7 @@ class OutputFolder:
     def log_event(self, event: str, **fields: Any) -> None:
         """Appends one line to `events.jsonl`."""
         line = json.dumps({"time": round(time.time(), 3), "event": event} | fields, ensure_ascii=False) + "\n"
-        with self.explained(f"writing {_EVENTS}"), self._opened() as folder:
+        with self.translated_os_errors(f"writing {_EVENTS}"), self._opened() as folder:
             descriptor = open_file(_EVENTS, folder, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             with os.fdopen(descriptor, "ab") as file:
                 file.write(line.encode("utf-8", "backslashreplace"))
@@ -257,7 +262,7 @@ class OutputFolder:
         free = _free_bytes(self.path)
         return free is not None and free < num_bytes
 
-    def full(self, doing: str) -> OutputError:
+    def disk_full_error(self, doing: str) -> OutputError:
         """The error to raise when the disk is full."""
         free = _free_bytes(self.path) or 0
         return OutputError(
@@ -265,12 +270,12 @@ class OutputFolder:
             "finished clips are kept: make room and run the same command again"
         )
 
-    def gone(self, doing: str) -> OutputError:
+    def folder_gone_error(self, doing: str) -> OutputError:
         """The error to raise when the folder has disappeared."""
         return OutputError(f"output folder {self.path} disappeared while {doing}; is the disk still mounted?")
 
     @contextmanager
-    def explained(self, doing: str) -> Iterator[None]:
+    def translated_os_errors(self, doing: str) -> Iterator[None]:
         """Turns what the file system says into an OutputError."""
         try:
             yield
@@ -278,9 +283,9 @@ class OutputFolder:
             raise _not_ours(self.path, error) from None
         except OSError as error:
             if error.errno in _NO_SPACE:
-                raise self.full(doing) from None
+                raise self.disk_full_error(doing) from None
             if error.errno in _GONE and not os.path.isdir(self.path):
-                raise self.gone(doing) from None
+                raise self.folder_gone_error(doing) from None
             raise OutputError(f"output folder {self.path}: {error.strerror or error} while {doing}") from None
 
     @contextmanager
@@ -327,7 +332,7 @@ class OutputFolder:
         Raises:
             OutputError: it cannot be read or copied.
         """
-        with self.explained(f"writing {_EVENTS}"), self._opened(".tmp") as tmp, self._opened() as folder:
+        with self.translated_os_errors(f"writing {_EVENTS}"), self._opened(".tmp") as tmp, self._opened() as folder:
             try:
                 source = open_file(_EVENTS, folder, os.O_RDONLY)
             except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""One driver per output folder: a lease that its holder keeps alive, and that others take over when it no longer beats.
+"""One driver per output folder: a lease that another driver takes over after its heartbeat stops.
 
 No clock is compared with another. The holder counts up a number inside its file; who wants the lease watches that
 file for `ttl_s` seconds of its own monotonic clock. Lease files are made with O_EXCL and numbered: a takeover is the
@@ -27,11 +27,11 @@ from cineray.jobs.output.folder import OutputError
 from cineray.jobs.output.own_files import NotOursError, new_file, open_file, opened_folder, require, write_all
 
 TTL_S = 30.0  # three times the longest pause that was seen of a driver on an overloaded machine, about 10 s
-BEAT_S = 1.0
-MIN_TTL_S = 5 * BEAT_S  # a watcher must see a living driver beat, also when a disk takes seconds to flush one
+HEARTBEAT_S = 1.0
+MIN_TTL_S = 5 * HEARTBEAT_S  # a heartbeat must be seen also when a disk takes seconds to flush it
 _MAX_NUMBER = 10**15 - 1  # no folder was ever taken over so often
 _NAME = re.compile(r"lease\.([1-9][0-9]{0,14})\.json")
-_BEAT_BYTES = 16  # the counter stands at the end of the file, at a fixed width
+_HEARTBEAT_BYTES = 16  # the counter stands at the end of the file, at a fixed width
 _MAX_BYTES = 65_536
 _MAX_PID = 2**31 - 1
 
@@ -42,7 +42,7 @@ class LeasedError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Holder:
-    """Who holds a lease, as its file says, and the beat that was read with it.
+    """Who holds a lease, as its file says, and the heartbeat that was read with it.
 
     `ticks` is the start of the process in clock ticks since the machine's; None where that is not known, or the
     version that wrote the lease did not say.
@@ -53,7 +53,7 @@ class Holder:
     boot: str
     pid: int
     ticks: int | None
-    beat: str
+    heartbeat: str
 
     @property
     def text(self) -> str:
@@ -72,7 +72,7 @@ class Holder:
             return True
         except OSError:
             pass  # another user's
-        state, ticks = _look_at(self.pid)
+        state, ticks = _process_state(self.pid)
         return state == "Z" or (None not in (ticks, self.ticks) and ticks != self.ticks)
 
 
@@ -82,22 +82,22 @@ class Lease:
     Args:
         folder: where the lease files lie; made if it does not exist.
         ttl_s: a lease whose number stands still for so long is stale.
-        beat_s: between two beats.
+        heartbeat_s: between two heartbeats.
 
     Raises:
         LeasedError: on entering, if another driver holds the folder.
         OutputError: the lease cannot be written or read, or something else stands under its name.
     """
 
-    def __init__(self, folder: Path, ttl_s: float = TTL_S, beat_s: float = BEAT_S) -> None:
+    def __init__(self, folder: Path, ttl_s: float = TTL_S, heartbeat_s: float = HEARTBEAT_S) -> None:
         self._folder = folder
         self._ttl_s = ttl_s
-        self._beat_s = beat_s
+        self._heartbeat_s = heartbeat_s
         self._token = uuid.uuid4().hex
         self._number = 0
         self._lost: str | None = None
         self._gone: str | None = None
-        self._last_beat_s = 0.0
+        self._last_heartbeat_s = 0.0
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -115,8 +115,8 @@ class Lease:
                 f"output folder {self._folder.parent}: its lease cannot be written: {error.strerror}; "
                 "change the folder's rights, or give another --out"
             ) from None
-        self._last_beat_s = time.monotonic()
-        self._thread = threading.Thread(target=self._beat, name="cineray-lease", daemon=True)
+        self._last_heartbeat_s = time.monotonic()
+        self._thread = threading.Thread(target=self._keep_heartbeat, name="cineray-lease", daemon=True)
         self._thread.start()
         return self
 
@@ -131,7 +131,7 @@ class Lease:
 
     def is_ours(self) -> bool:
         """Looks at the folder now; False also where that cannot be seen."""
-        return self._lost is None and self._look()
+        return self._lost is None and self._is_still_owned()
 
     def check(self) -> None:
         """Nothing while the folder is ours.
@@ -140,8 +140,8 @@ class Lease:
             OutputError: it is there no more.
             LeasedError: it was taken over, or the lease could not be renewed for so long that it may have been.
         """
-        if self._lost is None and time.monotonic() - self._last_beat_s > self._ttl_s:
-            self._look()  # this process stood still: is the folder still ours?
+        if self._lost is None and time.monotonic() - self._last_heartbeat_s > self._ttl_s:
+            self._is_still_owned()  # this process stood still: is the folder still ours?
         if self._gone is not None:
             raise OutputError(f"output folder {self._folder.parent} {self._gone}")
         if self._lost is not None:
@@ -206,8 +206,8 @@ class Lease:
             "pid": pid,
             "started": psutil.Process().create_time(),  # which they read, and take with the clock's steps
         }
-        more = {"ticks": _look_at(pid)[1]}
-        content = f"{json.dumps(who)}\n{json.dumps(more)}\n".encode() + b"0".rjust(_BEAT_BYTES)
+        more = {"ticks": _process_state(pid)[1]}
+        content = f"{json.dumps(who)}\n{json.dumps(more)}\n".encode() + b"0".rjust(_HEARTBEAT_BYTES)
         with opened_folder(self._folder) as folder:
             name = self._path(number).name
             descriptor = new_file(name, folder)
@@ -217,18 +217,18 @@ class Lease:
                 os.unlink(name, dir_fd=folder)
                 raise
 
-    def _beat(self) -> None:
-        beat = 0
-        while not self._ended.wait(self._beat_s) and self._lost is None:
-            beat += 1
-            if self._look():
+    def _keep_heartbeat(self) -> None:
+        heartbeat = 0
+        while not self._ended.wait(self._heartbeat_s) and self._lost is None:
+            heartbeat += 1
+            if self._is_still_owned():
                 try:
-                    _write_beat(self._path(self._number), beat)
-                    self._last_beat_s = time.monotonic()
+                    _write_heartbeat(self._path(self._number), heartbeat)
+                    self._last_heartbeat_s = time.monotonic()
                 except OSError as error:
                     self._lose_if_silent(f"its lease cannot be renewed: {error.strerror}")
 
-    def _look(self) -> bool:
+    def _is_still_owned(self) -> bool:
         """Whether the lease is seen to be ours; remembers if it is not."""
         try:
             numbers = _numbers(self._folder)
@@ -252,7 +252,7 @@ class Lease:
 
     def _lose_if_silent(self, reason: str) -> None:
         """What fails once may work the next time; what fails for `ttl_s` may have cost the folder."""
-        if time.monotonic() - self._last_beat_s > self._ttl_s:
+        if time.monotonic() - self._last_heartbeat_s > self._ttl_s:
             self._lost = reason
 
 
@@ -277,10 +277,11 @@ def is_stale(
     now: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> bool:
-    """Watches a lease: False as soon as it beats, True if it does not for `ttl_s`, is gone, or its process is dead.
+    """Whether a lease is stale: no heartbeat for `ttl_s`, its file is gone, or its process is dead.
 
-    A file that is not understood beats too when it changes: a later version may have written it. One that cannot be
-    read is watched twice as long, and is not stale unless it was read unchanged for `ttl_s`.
+    Returns False at the first change. Any change of a file that is not understood is a heartbeat: a later version may
+    have written it. One that cannot be read is watched twice as long, and is not stale unless it was read unchanged
+    for `ttl_s`.
     """
     first: bytes | None = None
     began_s = since_s = now()
@@ -307,7 +308,7 @@ def is_stale(
 
 
 def _numbers(folder: Path) -> list[int]:
-    """Of the leases of a folder, in order; empty where there is no folder.
+    """Numbers of the leases of a folder, in order; empty where there is no folder.
 
     Raises:
         NotOursError: the folder is none, or a link.
@@ -338,29 +339,29 @@ def _read(path: Path) -> tuple[bytes, Holder | None]:
     try:
         first, _, rest = content.partition(b"\n")
         who = parse_json(first)
-        more, _, beat = rest.decode().rpartition("\n")
-        ticks = parse_json(more).get("ticks") if more else None  # earlier versions wrote the beat alone
+        more, _, heartbeat = rest.decode().rpartition("\n")
+        ticks = parse_json(more).get("ticks") if more else None  # earlier versions wrote the heartbeat alone
         texts = [who[name] for name in ("token", "host", "boot")]
         pid = who["pid"]
         if not all(isinstance(text, str) for text in texts) or type(pid) is not int or not 0 < pid <= _MAX_PID:
             return content, None
         token, host, boot = texts
         ticks = ticks if type(ticks) is int else None
-        return content, Holder(token=token, host=host, boot=boot, pid=pid, ticks=ticks, beat=beat)
+        return content, Holder(token=token, host=host, boot=boot, pid=pid, ticks=ticks, heartbeat=heartbeat)
     except (ValueError, TypeError, KeyError, AttributeError):
         return content, None
 
 
-def _write_beat(path: Path, beat: int) -> None:
+def _write_heartbeat(path: Path, heartbeat: int) -> None:
     with opened_folder(path.parent) as folder:
         descriptor = open_file(path.name, folder, os.O_RDWR)
         with os.fdopen(descriptor, "r+b", buffering=0) as file:
-            file.seek(-_BEAT_BYTES, os.SEEK_END)
-            file.write(str(beat).encode().rjust(_BEAT_BYTES))
+            file.seek(-_HEARTBEAT_BYTES, os.SEEK_END)
+            file.write(str(heartbeat).encode().rjust(_HEARTBEAT_BYTES))
             os.fsync(file.fileno())
 
 
-def _look_at(pid: int) -> tuple[str, int | None]:
+def _process_state(pid: int) -> tuple[str, int | None]:
     """(state as in /proc: "Z" is a zombie; start in clock ticks since the machine's), where the system tells."""
     try:
         # the name, in brackets, may hold blanks and brackets; the state is field 3, the start field 22

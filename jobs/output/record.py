@@ -98,7 +98,7 @@ def policy_text(request: ClipRequest, checkpoint: Checkpoint) -> str:
     return "none" if plan is None else plan.text
 
 
-def mark_of(request: ClipRequest, checkpoint: Checkpoint, digest: str, options: dict[str, object]) -> str:
+def fingerprint_of(request: ClipRequest, checkpoint: Checkpoint, digest: str, options: dict[str, object]) -> str:
     """The clip's fingerprint.
 
     Args:
@@ -114,7 +114,7 @@ def mark_of(request: ClipRequest, checkpoint: Checkpoint, digest: str, options: 
 
 def clip_record(
     request: ClipRequest,
-    mark: str,
+    fingerprint: str,
     model: "LoadedModel",
     options: dict[str, object],
     clip: "RenderedClip",
@@ -132,7 +132,7 @@ def clip_record(
     record = {
         "version": 1,
         "id": request.id,
-        "fingerprint": mark,
+        "fingerprint": fingerprint,
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
         "seed": request.seed,

@@ -39,7 +39,7 @@ class ClipResult:
         record: dict[str, Any] | None = None,
         error: str | None = None,
     ) -> "ClipResult":
-        """Of a clip and its record; `video` is None where there is none."""
+        """The result of a clip and its record; `video` is None where there is none."""
         steps = 0 if video is None else request.num_inference_steps
         trace = (record or {}).get("trace", {})
         return cls(
@@ -58,7 +58,7 @@ class ClipResult:
 
 
 def warnings_in(record: dict[str, Any]) -> tuple[str, ...]:
-    """Those of a record that may have lain on disk."""
+    """The warnings of a record that may have lain on disk."""
     found = record.get("warnings")
     return tuple(text for text in found if isinstance(text, str)) if isinstance(found, list) else ()
 

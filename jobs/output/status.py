@@ -14,19 +14,19 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from cineray.files import read_shaped
-from cineray.jobs.output.folder import is_video
+from cineray.jobs.output.failure_record import FailureRecord, read_failure_record
+from cineray.jobs.output.folder import EARLIER_FAILURES, is_video
 from cineray.jobs.output.lease import MIN_TTL_S, current_lease, is_stale
-from cineray.jobs.output.trouble import Trouble, read_trouble
 from cineray.pipeline.request import InputError
 
-MAX_LISTED = 20  # clips with trouble that are shown to a person; --json has all
+MAX_LISTED = 20  # failed clips that are shown to a person; --json has all
 MAX_NAMED = 3  # unreadable files
 _Count = Annotated[int, Field(ge=0, le=2**53)]
 T = TypeVar("T")
 
 
 class Running(BaseModel):
-    """A clip in the works, and where."""
+    """A clip in flight, and where."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -64,13 +64,13 @@ class FolderStatus:
     num_done: int
     driver: str | None
     running: list[Running]
-    kept: int  # step states on disk: clips that go on in their middle
-    troubles: list[Trouble]
+    kept: int  # step states on disk: clips that can be resumed
+    failures: list[FailureRecord]
     unreadable: list[str]
 
-    def content(self) -> dict[str, Any]:
-        """As `status --json` prints it."""
-        by_status = Counter(trouble.status for trouble in self.troubles)
+    def to_dict(self) -> dict[str, Any]:
+        """What `status --json` prints."""
+        by_status = Counter(failure.status for failure in self.failures)
         return {
             "clips": self.num_clips,
             "done": self.num_done,
@@ -80,7 +80,7 @@ class FolderStatus:
             "retrying": by_status["retrying"],
             "step_states": self.kept,
             "driver": self.driver,
-            "troubles": [trouble.model_dump(include={"id", "status", "reasons"}) for trouble in self.troubles],
+            "troubles": [failure.model_dump(include={"id", "status", "reasons"}) for failure in self.failures],
             "unreadable": len(self.unreadable),
         }
 
@@ -124,11 +124,12 @@ def read_status(folder: Path) -> FolderStatus:
     if driver:
         path = state / "running.json"
         running = read(path, lambda: read_shaped(path, _RUNNING, follow_links=False))
-    troubles = []
-    for name in names(state / "trouble", ".json"):
-        if name.rsplit(".", 1)[0] not in videos:
-            path = state / "trouble" / name
-            troubles.append(read(path, lambda path=path: read_trouble(path)))
+    failures = []
+    for kept_in in (state / "failures", state / EARLIER_FAILURES):
+        for name in names(kept_in, ".json"):
+            if name.rsplit(".", 1)[0] not in videos:
+                path = kept_in / name
+                failures.append(read(path, lambda path=path: read_failure_record(path)))
     kept = [name for name in names(state / "steps", ".safetensors") if name.rsplit(".", 1)[0] not in videos]
     return FolderStatus(
         num_clips=None if run is None else run.num_clips,
@@ -136,14 +137,14 @@ def read_status(folder: Path) -> FolderStatus:
         driver=driver,
         running=running.running if running else [],
         kept=len(kept),
-        troubles=[trouble for trouble in troubles if trouble is not None],
+        failures=[failure for failure in failures if failure is not None],
         unreadable=unreadable,
     )
 
 
 def lines(status: FolderStatus) -> list[str]:
     """The same for a person."""
-    content = status.content()
+    content = status.to_dict()
     of = "" if status.num_clips is None else f" of {status.num_clips}"
     counts = [f"{content[name]} {name}" for name in ("failed", "quarantined", "retrying") if content[name]]
     said = [", ".join([f"{status.num_done}{of} done", f"{len(status.running)} running", *counts])]
@@ -151,11 +152,12 @@ def lines(status: FolderStatus) -> list[str]:
     for clip in status.running:
         said.append(f"  {clip.id} on {clip.on}" + ("" if clip.step is None else f", step {clip.step} of {clip.steps}"))
     if status.kept and not status.driver:
-        said.append(f"{status.kept} clips would go on in their middle; run the same `cineray render` again")
-    for trouble in status.troubles[:MAX_LISTED]:
-        said.append(f"  {trouble.id} {trouble.status}: {trouble.reasons[-1] if trouble.reasons else ''}")
-    if len(status.troubles) > MAX_LISTED:
-        said.append(f"  and {len(status.troubles) - MAX_LISTED} more; --json lists all")
+        clips = "1 clip" if status.kept == 1 else f"{status.kept} clips"
+        said.append(f"{clips} can be resumed from a checkpoint; run the same `cineray render` again")
+    for failure in status.failures[:MAX_LISTED]:
+        said.append(f"  {failure.id} {failure.status}: {failure.reasons[-1] if failure.reasons else ''}")
+    if len(status.failures) > MAX_LISTED:
+        said.append(f"  and {len(status.failures) - MAX_LISTED} more; --json lists all")
     if status.unreadable:
         more = ", ..." if len(status.unreadable) > MAX_NAMED else ""
         named = ", ".join(status.unreadable[:MAX_NAMED])
@@ -164,7 +166,7 @@ def lines(status: FolderStatus) -> list[str]:
 
 
 def _driver(state: Path) -> str | None:
-    """Who holds the lease; a few beats are waited for, so that a dead driver is not shown as alive."""
+    """Who holds the lease; a few heartbeats are waited for, so that a dead driver is not shown as alive."""
     number, holder = current_lease(state)
     if holder is None or is_stale(state / f"lease.{number}.json", holder, ttl_s=MIN_TTL_S):
         return None

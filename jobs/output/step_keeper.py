@@ -27,8 +27,8 @@ class StepNotes(BaseModel):
 
     Args:
         resumed_at: steps at which the clip went on.
-        trace: `Trace.content`'s entries so far; empty without a cache.
-        finished: the whole `Trace.content`, where all steps are done and there is a cache.
+        trace: `Trace.to_dict`'s entries so far; empty without a cache.
+        finished: the whole `Trace.to_dict`, where all steps are done and there is a cache.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -41,7 +41,7 @@ class StepNotes(BaseModel):
 
     @classmethod
     def of(cls, state: StepState) -> "StepNotes":
-        """Those of a state.
+        """The notes in a step state.
 
         Raises:
             ValueError: they are of another shape, or tell of steps that the clip does not have.
@@ -61,8 +61,8 @@ class StepNotes(BaseModel):
 _NOTES = TypeAdapter(StepNotes)
 
 
-class Yielded(Exception):
-    """The clip was put down between two steps; `step` are done, and `kept` says whether their state is on disk."""
+class ClipPreempted(Exception):
+    """The clip was preempted between two steps; `step` are done, and `kept` says whether their state is on disk."""
 
     def __init__(self, step: int, kept: bool) -> None:
         super().__init__(step, kept)
@@ -77,17 +77,17 @@ class StepKeeper:
         path: of the clip's state; the same file for every rank.
         clip: the clip's fingerprint; a state of another one is not used.
         every_s: seconds between two saves.
-        is_asked_to_stop: of this rank; one rank that is asked is enough.
+        is_stop_requested: of this rank; one rank that is asked is enough.
     """
 
     def __init__(
-        self, path: Path, clip: str, gang: Gang | None, every_s: float, is_asked_to_stop: Callable[[], bool]
+        self, path: Path, clip: str, gang: Gang | None, every_s: float, is_stop_requested: Callable[[], bool]
     ) -> None:
         self._path = path
         self._clip = clip
         self._gang = gang
         self._every_s = every_s
-        self._is_asked_to_stop = is_asked_to_stop
+        self._is_asked_to_stop = is_stop_requested
         self._saved_s = time.monotonic()
         self._began_s = time.monotonic()
         self._earlier: dict[str, Any] = {"resumed_at": [], "denoise_s": 0.0, "encode_s": 0.0}
@@ -102,7 +102,7 @@ class StepKeeper:
         # a rank may find none, or another one's: a slow disk, a gang that was thought dead
         if len(self._texts("none" if state is None else state.digest)) > 1:
             doubt = doubt or "not every rank finds the same one"
-        if doubt is not None and self._leads:
+        if doubt is not None and self._is_leader:
             tell(f"cineray: clip {self._path.name.rsplit('.', 2)[0]} begins anew; its step state is not used: {doubt}")
         if state is None or notes is None or doubt is not None:
             return None
@@ -138,14 +138,14 @@ class StepKeeper:
         try:
             state = take()
             step = state.step
-            if self._leads:
+            if self._is_leader:
                 save_step_state(self._noted(state), self._path)
             kept = True
         except (OSError, StepStateError) as reason:  # a state saves work; a clip can do without
             tell(f"cineray: no step state was kept: {reason}")
         self._saved_s = time.monotonic()
         if stops:
-            raise Yielded(step, kept)
+            raise ClipPreempted(step, kept)
 
     def save_finished(self, clip: DenoisedClip, num_steps: int) -> None:
         """Writes the denoised latents; whoever decodes them reads them from there.
@@ -158,8 +158,8 @@ class StepKeeper:
             "resumed_at": self.resumed_at,
             "encode_s": self._earlier["encode_s"] + clip.encode_s,
             "denoise_s": self._earlier["denoise_s"] + clip.denoise_s,
-            "finished": None if trace is None else trace.content(),
-            "trace": [] if trace is None else trace.content()["entries"],
+            "finished": None if trace is None else trace.to_dict(),
+            "trace": [] if trace is None else trace.to_dict()["entries"],
         }
         state = StepState(step=num_steps, num_steps=num_steps, latents=clip.latents, scheduler={}, notes=notes)
         save_step_state(replace(state, clip=self._clip), self._path)
@@ -169,11 +169,11 @@ class StepKeeper:
         return replace(state, clip=self._clip, notes={**state.notes, **self._earlier, "denoise_s": seconds})
 
     @property
-    def _leads(self) -> bool:
-        return self._gang is None or self._gang.mesh.leads
+    def _is_leader(self) -> bool:
+        return self._gang is None or self._gang.mesh.is_leader
 
     def _texts(self, text: str) -> set[str]:
-        """What the ranks say."""
+        """A line from each rank, the same on all."""
         return {text} if self._gang is None else set(gather_text(text, self._gang.mesh.gang, self._gang.device))
 
     def _exchange(self, numbers: list[float]) -> list[list[float]]:

@@ -18,7 +18,7 @@ MODELS: dict[str, Model] = {
 }
 
 # diffusers pipeline class -> rendering adapter
-FAMILIES: dict[str, Adapter] = {
+ADAPTERS: dict[str, Adapter] = {
     pipeline: adapter
     for model in MODELS.values()
     for pipeline, adapter in model.pipelines.items()
@@ -31,7 +31,7 @@ KNOWN_MODELS: dict[str, KnownCheckpoint] = {
 }
 
 __all__ = [
-    "FAMILIES",
+    "ADAPTERS",
     "KNOWN_MODELS",
     "MODELS",
     "Adapter",

@@ -94,7 +94,7 @@ class HunyuanVAEConfig(ComponentConfig):
 
 
 class LlamaConfig(ComponentConfig):
-    """LlamaModel."""
+    """Configuration of a LlamaModel."""
 
     model_type: Literal["llama"] = "llama"
     hidden_size: Dim = 4096

@@ -63,7 +63,7 @@ class HunyuanVideo:
         return []
 
     def cut_prompts(self, pipe: Any, request: ClipRequest) -> list[str]:
-        """As `HunyuanVideoPipeline._get_llama_prompt_embeds` cuts; CLIP's pooled embedding sees yet less."""
+        """Prompts that `HunyuanVideoPipeline._get_llama_prompt_embeds` cuts; CLIP's pooled embedding sees yet less."""
         from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 
         before, after = DEFAULT_PROMPT_TEMPLATE["template"].split("{}")

@@ -35,7 +35,7 @@ class BlockLayout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardedArguments:
-    """Which arguments of a block follow the tokens. Places count from the hidden states.
+    """Arguments of a block that follow the tokens. Places count from the hidden states.
 
     Args:
         attention: the block's attention over image tokens (and text tokens, where it is joint).

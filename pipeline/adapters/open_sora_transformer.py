@@ -115,7 +115,7 @@ class STDiT3(ModelMixin, ConfigMixin, CacheMixin):
         width: int,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """One velocity.
+        """Predicts one velocity.
 
         Args:
             hidden_states: latents [B, in_channels, frames, rows, columns].

@@ -123,7 +123,7 @@ class Adapter(Protocol):
 
 
 def without_gradients(function: Callable[P, R]) -> Callable[P, R]:
-    """As the decorator `torch.no_grad()`, but torch is imported in the call."""
+    """The decorator `torch.no_grad()`, but torch is imported in the call."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -92,7 +92,7 @@ def _unused(request: ClipRequest) -> list[str]:
 
 
 def _cut_prompts(pipe: Any, request: ClipRequest) -> list[str]:
-    """As `WanPipeline._get_t5_prompt_embeds` cuts."""
+    """Prompts that are cut, as `WanPipeline._get_t5_prompt_embeds` cuts."""
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
     found = []

@@ -58,7 +58,7 @@ class WanTransformerConfig(ComponentConfig):
 
 
 class WanVAEConfig(ComponentConfig):
-    """AutoencoderKLWan."""
+    """Configuration of an AutoencoderKLWan."""
 
     base_dim: Dim = 96
     decoder_base_dim: Dim | None = None
@@ -100,7 +100,7 @@ class WanVAEConfig(ComponentConfig):
 
 
 class UMT5Config(ComponentConfig):
-    """UMT5EncoderModel."""
+    """Configuration of a UMT5EncoderModel."""
 
     model_type: Literal["umt5"] = "umt5"
     d_model: Dim = 512

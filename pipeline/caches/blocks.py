@@ -19,7 +19,7 @@ from torch import nn
 from cineray.caching.call import CallPlan, StepContext
 from cineray.caching.token_sums import ModulatedInput
 from cineray.pipeline.adapters import BlockLayout
-from cineray.pipeline.blocks import BlockArguments, BlockListStandIn, ShardedBlockList
+from cineray.pipeline.blocks import BlockArguments, BlockListProxy, ShardedBlockList
 from cineray.pipeline.caches.signals import SignalReader
 
 
@@ -35,7 +35,7 @@ class _Call:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Of a block among those that a forward runs."""
+    """The place of a block among those that a forward runs."""
 
     is_first: bool
     is_last: bool
@@ -108,7 +108,7 @@ class BlockRunner:
             holder: dict[str, Any] = outer.inner if isinstance(outer, ShardedBlockList) else self._transformer._modules
             blocks: nn.ModuleList = holder[name]
             self._replaced.append((holder, name, blocks))
-            holder[name] = BlockListStandIn(blocks, self._transformer, gates)
+            holder[name] = BlockListProxy(blocks, self._transformer, gates)
 
     def end_forward(self, context: StepContext) -> None:
         """
@@ -137,7 +137,7 @@ class BlockRunner:
         if self._signal is not None:
             self._signal.detach()
         for holder, name, blocks in self._replaced:
-            if isinstance(holder.get(name), BlockListStandIn):  # else someone has put another list there
+            if isinstance(holder.get(name), BlockListProxy):  # else someone has put another list there
                 holder[name] = blocks
         self._replaced.clear()
 

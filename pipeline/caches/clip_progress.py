@@ -1,4 +1,4 @@
-"""Which clip and which guidance branch a call of a transformer belongs to, where the loop does not say all of it.
+"""Finds out which clip and guidance branch a call of a transformer belongs to, where the loop does not say all of it.
 
 Knows calls alone: no tensors are kept but the latents of one call, and no model is known.
 """
@@ -38,7 +38,7 @@ class Call:
 
 
 class ClipProgress:
-    """The clip in the works, of one transformer or of several that share the steps.
+    """The clip in flight, of one transformer or of several that share the steps.
 
     A clip begins when the one before was ended, when the scheduler's list is a new one, and when the step goes back.
     Of calls that say nothing, the first of a step is "cond" and a second one with the same latents is "uncond", as
@@ -48,7 +48,7 @@ class ClipProgress:
     def __init__(self) -> None:
         self._on_begin: list[Callable[[], None]] = []
         self._on_doubt: list[Callable[[], None]] = []
-        self._first: Call | None = None  # of the step in the works; None: the next call begins a clip
+        self._first: Call | None = None  # of the step in flight; None: the next call begins a clip
         self._latents: torch.Tensor | None = None  # of that call, if it said no name
         self._is_first_step = True
         self._branches: list[str] = []  # done at this step
@@ -60,7 +60,7 @@ class ClipProgress:
         self._on_doubt.append(forget)
 
     def enter(self, call: Call) -> str:
-        """The call's branch.
+        """Notes a call, and returns its branch.
 
         Raises:
             ValueError: it cannot be known.

@@ -20,7 +20,7 @@ from cineray.pipeline.caches.clip_progress import ClipProgress
 from cineray.pipeline.caches.layers import check_blocks_not_compiled, run_schedule
 from cineray.pipeline.caches.other_caches import other_cache, switched_on
 from cineray.pipeline.caches.signals import SIGNAL_READERS, NewReader, signal_reader
-from cineray.pipeline.caches.step_tracker import Listener, Whereabouts, check_not_compiled_whole, refuse_other_cache
+from cineray.pipeline.caches.step_tracker import Listener, StepTracker, check_not_compiled_whole, refuse_other_cache
 from cineray.pipeline.caches.taylorseer import run_series
 
 
@@ -28,19 +28,19 @@ class CacheHandle:
     """A cache that is attached to one transformer, or to those that render a clip's steps in turn.
 
     Attributes:
-        trace: what it did to the clip in the works, or to the last one.
+        trace: what it did to the clip in flight, or to the last one.
         policy: the policy with all its options, as text.
     """
 
-    def __init__(self, plan: AnyPlan, trace: Trace, attached: Sequence[Whereabouts]) -> None:
+    def __init__(self, plan: AnyPlan, trace: Trace, attached: Sequence[StepTracker]) -> None:
         self.policy = plan.text
         self.trace = trace
         self._attached = attached
 
     def disable(self) -> None:
         """Takes the cache off; the transformer is as before. Again does nothing, whatever else is attached since."""
-        for whereabouts in self._attached:
-            whereabouts.detach()
+        for tracker in self._attached:
+            tracker.detach()
 
     def __enter__(self) -> "CacheHandle":
         return self
@@ -58,7 +58,7 @@ def enable_cache(
     policies: Policies = POLICIES,
     signals: Mapping[str, NewReader] = SIGNAL_READERS,
 ) -> CacheHandle:
-    """Attaches a cache.
+    """Attaches a cache to a pipeline or transformer.
 
     Args:
         pipe_or_transformer: a diffusers pipeline, or its transformer.
@@ -141,7 +141,7 @@ def _attach(
     """One cache on all of these, or on none."""
     for transformer, plan in zip(transformers, plans, strict=True):
         kind = type(transformer).__name__
-        if Whereabouts.is_attached(transformer):
+        if StepTracker.is_attached(transformer):
             raise ValueError(f"enable_cache: this {kind} has a cache already; call disable() of its handle first")
         if is_sharded(transformer):
             raise ValueError("enable_cache: the transformer is sharded already; enable the cache first, then shard")
@@ -153,10 +153,10 @@ def _attach(
     with ExitStack() as undo:
         attached = []
         for transformer, plan in zip(transformers, plans, strict=True):
-            whereabouts = whereabouts_of(transformer, num_branches, scheduler, progress)
-            undo.callback(whereabouts.detach)
-            whereabouts.listener = _new_runner(transformer, plan, trace, consensus, whereabouts, signals)
-            attached.append(whereabouts)
+            tracker = step_tracker_of(transformer, num_branches, scheduler, progress)
+            undo.callback(tracker.detach)
+            tracker.listener = _new_runner(transformer, plan, trace, consensus, tracker, signals)
+            attached.append(tracker)
         undo.pop_all()
     return CacheHandle(plans[0], trace, attached)
 
@@ -174,27 +174,27 @@ def _new_runner(
     plan: AnyPlan,
     trace: Trace,
     consensus: Consensus,
-    whereabouts: Whereabouts,
+    tracker: StepTracker,
     signals: Mapping[str, NewReader],
 ) -> Listener:
     if isinstance(plan, LayerPlan):
-        return run_schedule(transformer, plan.schedule, trace, whereabouts.where)
+        return run_schedule(transformer, plan.schedule, trace, tracker.where)
     if not isinstance(plan, CachePlan):
-        return run_series(transformer, plan.config, trace, whereabouts.where)
+        return run_series(transformer, plan.config, trace, tracker.where)
     controller = CacheController(policy=plan.policy, forecasting=plan.forecasting, trace=trace, consensus=consensus)
     layout = MODELS[type(transformer).__name__].layout
     signal = signal_reader(transformer, plan.policy.signal, signals)
-    return BlockRunner(transformer, layout, controller, plan.probe_depth, signal, whereabouts.where)
+    return BlockRunner(transformer, layout, controller, plan.probe_depth, signal, tracker.where)
 
 
-def whereabouts_of(
+def step_tracker_of(
     transformer: nn.Module,
     num_branches: int | None,
     scheduler: Callable[[], Any] | None,
     progress: ClipProgress | None = None,
-) -> Whereabouts:
-    """A `Whereabouts` on a transformer, with what its model says of the branches unless told otherwise."""
+) -> StepTracker:
+    """A `StepTracker` on a transformer, with what its model says of the branches unless told otherwise."""
     model = MODELS[type(transformer).__name__]
     stacked = model.branches if model.stacked and num_branches != 1 else ()
     calls = 1 if model.stacked else len(model.branches)
-    return Whereabouts(transformer, num_branches or calls, scheduler, stacked, progress)
+    return StepTracker(transformer, num_branches or calls, scheduler, stacked, progress)

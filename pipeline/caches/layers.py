@@ -18,7 +18,7 @@ from cineray.pipeline.caches.step_tracker import is_compiled
 
 _NONE = object()
 
-Where = Callable[[], tuple[str, int]]  # (branch, step index) of the forward in the works
+Where = Callable[[], tuple[str, int]]  # (branch, step index) of the forward in flight
 Kind = tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
 
 
@@ -70,7 +70,7 @@ class LayerHook:
     def __init__(self, where: Where) -> None:
         self.where = where
         self.has_run = self.has_skipped = False
-        self.original: Callable[..., Any] = self._nothing_hung
+        self.original: Callable[..., Any] = self._no_hook
         self.before: Any = _NONE  # the layer's own attribute `forward`, if it has one
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -82,20 +82,20 @@ class LayerHook:
         raise NotImplementedError
 
     @staticmethod
-    def _nothing_hung(*args: Any, **kwargs: Any) -> Any:
+    def _no_hook(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("a hook runs only where it hangs")
 
-    def take_run(self) -> bool:
+    def consume_has_run(self) -> bool:
         """Whether the layer was asked for in the forward that ends."""
         run, self.has_run = self.has_run, False
         return run
 
-    def take_skipped(self) -> bool:
+    def consume_skipped(self) -> bool:
         """Whether the layer was skipped in the forward that ends."""
         skipped, self.has_skipped = self.has_skipped, False
         return skipped
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Drops what is held of the clip."""
 
     @property
@@ -126,7 +126,7 @@ class ScheduledLayer(LayerHook):
         self._kept[branch] = (step, kind, output)
         return output
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         self._kept.clear()
 
     @property
@@ -213,7 +213,7 @@ class LayerRunner:
                 f"enabled and has {len(modules)} now; disable the cache and enable it again"
             )
         for module, hook in zip(modules, self._layers, strict=True):
-            hang(module, hook)
+            attach_hook(module, hook)
             self._hung.append(module)
 
     def end_forward(self, context: StepContext) -> None:
@@ -222,8 +222,8 @@ class LayerRunner:
             ValueError: no layer was asked for.
         """
         self._take_down()
-        skipped = sum(layer.take_skipped() for layer in self._layers)
-        has_run = [layer.take_run() for layer in self._layers]  # each one forgets that it ran
+        skipped = sum(layer.consume_skipped() for layer in self._layers)
+        has_run = [layer.consume_has_run() for layer in self._layers]  # each one forgets that it ran
         if not any(has_run):
             raise ValueError(
                 f"a cache is enabled, and the forward of this {type(self._transformer).__name__} ran none of its "
@@ -247,27 +247,27 @@ class LayerRunner:
 
     def free(self) -> None:
         for layer in self._layers:
-            layer.forget()
+            layer.reset()
 
     def cancel_forward(self) -> None:
         self._take_down()
         for layer in self._layers:
-            layer.take_skipped()
-            layer.take_run()
+            layer.consume_skipped()
+            layer.consume_has_run()
         self.free()
 
     def _take_down(self) -> None:
         for module in self._hung:
-            unhang(module)
+            detach_hook(module)
         self._hung.clear()
 
 
-def hang(module: nn.Module, hook: LayerHook) -> None:
+def attach_hook(module: nn.Module, hook: LayerHook) -> None:
     hook.original, hook.before = module.forward, module.__dict__.get("forward", _NONE)
     module.forward = hook
 
 
-def unhang(module: nn.Module) -> None:
+def detach_hook(module: nn.Module) -> None:
     """Puts back what the hook replaced, unless someone else has replaced the hook."""
     hook = module.__dict__.get("forward")
     if isinstance(hook, LayerHook):

@@ -16,7 +16,7 @@ def switched_on(transformer: Any) -> str | None:
 
 
 def other_cache(transformer: nn.Module) -> str | None:
-    """Its name, or None; also of diffusers' caches that were applied without `enable_cache`."""
+    """Name of another cache on this transformer, or None; also one of diffusers' applied without `enable_cache`."""
     name = switched_on(transformer)
     if name is not None:
         return name

@@ -22,7 +22,7 @@ class SignalReader(Protocol):
     def attach(self) -> None: ...
 
     def read(self, block: nn.Module, hidden_states: torch.Tensor, temb: torch.Tensor) -> ModulatedInput:
-        """The signal of the forward in the works.
+        """The signal of the forward in flight.
 
         Args:
             block: the first one.
@@ -44,7 +44,7 @@ class _TimestepProjection:
         """The block's arguments tell all."""
 
     def detach(self) -> None:
-        """Nothing was attached."""
+        """Does nothing: nothing was attached."""
 
 
 class _TimestepEmbedding:
@@ -81,7 +81,7 @@ class _FirstNorm:
         """The block's arguments tell all."""
 
     def detach(self) -> None:
-        """Nothing was attached."""
+        """Does nothing: nothing was attached."""
 
 
 NewReader = Callable[[nn.Module], SignalReader]

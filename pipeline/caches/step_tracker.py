@@ -1,4 +1,4 @@
-"""Which step and branch a forward of a diffusers transformer belongs to, and when such a forward begins and ends."""
+"""Tracks when a forward of a diffusers transformer begins and ends, and its step and branch."""
 
 import inspect
 import threading
@@ -20,7 +20,7 @@ _HOOK = "cineray_whereabouts"
 
 
 class Listener(Protocol):
-    """Who wants to know."""
+    """Callbacks of what follows a transformer's calls."""
 
     def begin_clip(self) -> None: ...
 
@@ -31,7 +31,7 @@ class Listener(Protocol):
     def end_forward(self, context: StepContext) -> None: ...
 
     def cancel_forward(self) -> None:
-        """It was broken off: nothing of it may be used."""
+        """Ends a forward that was broken off: nothing of it may be used."""
         ...
 
     def free(self) -> None:
@@ -39,7 +39,7 @@ class Listener(Protocol):
         ...
 
 
-class Whereabouts(ModelHook):
+class StepTracker(ModelHook):
     """Learns where the loop is, and tells a listener.
 
     From diffusers' `cache_context` if the loop sets one; else the step is the place of `timestep` in the scheduler's
@@ -254,7 +254,7 @@ class Whereabouts(ModelHook):
     def _place(scheduler: Any, places: list[int], timestep: torch.Tensor) -> int:
         """The one of these places that is meant: a timestep stands twice in the lists of Heun and its kind.
 
-        `step_index` of diffusers' schedulers is the place of the call in the works, None before the first step.
+        `step_index` of diffusers' schedulers is the place of the call in flight, None before the first step.
         """
         if len(places) == 1:
             return places[0]
@@ -270,7 +270,7 @@ class Whereabouts(ModelHook):
 
 
 class _NothingWrapped:
-    """In the place of what diffusers keeps of a hook: of one that wraps nothing and stands innermost."""
+    """A stand-in for what diffusers keeps of a hook: for one that wraps nothing and stands innermost."""
 
     pre_forward = post_forward = original_forward = None
 
@@ -284,16 +284,16 @@ class _NothingWrapped:
         return outer[0].forward if outer else self._registry._module_ref.forward
 
 
-def _nowhere() -> Whereabouts:
+def _nowhere() -> StepTracker:
     """A copy, which does nothing."""
-    copy = Whereabouts.__new__(Whereabouts)
+    copy = StepTracker.__new__(StepTracker)
     ModelHook.__init__(copy)
     copy._transformer = copy.listener = None
     copy.contexts = StateManager(BaseState)  # type: ignore[arg-type]
     return copy
 
 
-def _hook_of(transformer: nn.Module) -> Whereabouts | None:
+def _hook_of(transformer: nn.Module) -> StepTracker | None:
     registry = getattr(transformer, "_diffusers_hook", None)
     return registry.hooks.get(_HOOK) if registry is not None else None
 
@@ -346,12 +346,12 @@ def check_not_compiled_whole(transformer: Any) -> None:
 
 
 def is_compiled(module: Any) -> bool:
-    """By `torch.compile(module)` or in place by `module.compile()`."""
+    """Whether the module is compiled, by `torch.compile(module)` or in place by `module.compile()`."""
     return isinstance(module, OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def is_compiled_forward(module: Any) -> bool:
-    """By `module.forward = torch.compile(module.forward)`."""
+    """Whether its forward is compiled, by `module.forward = torch.compile(module.forward)`."""
     return hasattr(getattr(module, "forward", None), "_torchdynamo_orig_callable")
 
 

@@ -69,7 +69,7 @@ class SeriesLayer(LayerHook):
         self._kept[branch] = _Series(output, step, kind, order, before)
         return output
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         self._kept.clear()
 
     @property

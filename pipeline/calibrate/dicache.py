@@ -1,9 +1,9 @@
-"""Calibrates DiCache's weights: where over the steps the computed ones do most for the frames.
+"""Calibrates DiCache's skip costs: where over the steps the computed ones do most for the frames.
 
 The schedule is searched offline on a few clips (SmoothCache, arXiv 2411.10510, has the idea of a calibrated schedule);
 the probe corrects it online, clip by clip (DiCache, arXiv 2508.17356). The search renders the clips with fixed
 schedules at a few speed-ups and compares frames with the uncached ones: a random coordinate search over the logarithm
-of the weights at a few places, which keeps what raises the mean PSNR.
+of the skip costs at a few places, which keeps what raises the mean PSNR.
 """
 
 import math
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from cineray.caching.plan import CachePlan
-from cineray.caching.policies.dicache import DiCachePolicy, usual_cost
+from cineray.caching.policies.dicache import DiCachePolicy, expected_cost
 from cineray.caching.profile import DiCacheProfile, generic_profile, shipped_profile
 from cineray.pipeline.loading.model import LoadedModel
 from cineray.pipeline.media.compare import EQUAL_CLIPS_DB, psnr_db
@@ -25,7 +25,7 @@ from cineray.pipeline.request import ClipRequest
 KNOTS = (0.04, 0.1, 0.17, 0.26, 0.4, 0.6, 0.8, 0.9, 0.96, 1.0)
 _WIDTHS = (0.3, 1.0, 2.0)  # of a trial's bump, in knots
 _HEIGHTS = (0.25, 0.5, 1.0)  # of a trial's bump, in log weight
-SPEEDUPS = (2.0, 2.5, 3.0)  # at which weights are compared
+SPEEDUPS = (2.0, 2.5, 3.0)  # at which skip costs are compared
 CURVE = (1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0)  # at which the result is measured
 MIN_STEPS = 10  # fewer leave nothing to weigh: two computed steps at the start, one at the end
 _CLIPS = ((1.0, 1.5), (1.0, 2.0))  # of gamma, in the official code: HunyuanVideo and FLUX, Wan
@@ -43,7 +43,7 @@ class CurvePoint:
     worst_psnr_db: float
 
 
-class WeightSearch:
+class StepCostSearch:
     """Renders the calibration's clips over and over.
 
     Args:
@@ -63,22 +63,22 @@ class WeightSearch:
         self._reference = [self._render(request, "none").frames for request in self._requests]
 
     def first_guess(self, family: str, transformer: dict[str, object], source: str) -> DiCacheProfile:
-        """The shipped weights, else the generic ones, with the better of the official clips of gamma."""
+        """The shipped skip costs, else the generic ones, with the better of the official clips of gamma."""
         known = shipped_profile(DiCacheProfile, family, transformer) or generic_profile(DiCacheProfile)
-        weights, _ = known.at(self._num_steps)
+        skip_costs, _ = known.at(self._num_steps)
         guess = DiCacheProfile(
             family=family,
             transformer=transformer,
             source=source,
-            weights=tuple(weights),
-            usual_change=self.usual_change(),
+            skip_costs=tuple(skip_costs),
+            expected_change=self.expected_change(),
             gamma_clip=_CLIPS[0],
             threshold=known.threshold,
         )
         guesses = [guess.model_copy(update={"gamma_clip": clip}) for clip in _CLIPS]
         return max(guesses, key=lambda g: self._score(g, SPEEDUPS))
 
-    def usual_change(self) -> tuple[float, ...]:
+    def expected_change(self) -> tuple[float, ...]:
         """Relative change of the probe's output at each step, mean over the clips, conditional branch."""
         changes: list[list[float]] = [[] for _ in range(self._num_steps)]
         for request in self._requests:
@@ -93,27 +93,27 @@ class WeightSearch:
     def run(
         self, profile: DiCacheProfile, speedups: Sequence[float], num_trials: int, on_trial: OnTrial
     ) -> DiCacheProfile:
-        """The best weights that were found, from those of `profile` on; the same ones each time."""
+        """The best skip costs that were found, from those of `profile` on; the same ones each time."""
         random = np.random.default_rng(0)
-        knots = np.interp(KNOTS, np.linspace(0, 1, self._num_steps), np.log(profile.weights))
-        best = self._score(with_weights(profile, knots), speedups)
+        knots = np.interp(KNOTS, np.linspace(0, 1, self._num_steps), np.log(profile.skip_costs))
+        best = self._score(with_step_costs(profile, knots), speedups)
         on_trial(0, best)
         for trial in range(1, num_trials + 1):
             place, width = random.integers(len(KNOTS)), random.choice(_WIDTHS)
             bump = np.exp(-0.5 * ((np.arange(len(KNOTS)) - place) / width) ** 2)
             changed = knots + bump * random.choice(_HEIGHTS) * random.choice((-1, 1))
-            score = self._score(with_weights(profile, changed), speedups)
+            score = self._score(with_step_costs(profile, changed), speedups)
             if score > best:
                 best, knots = score, changed
             on_trial(trial, best)
-        return with_weights(profile, knots)
+        return with_step_costs(profile, knots)
 
     def threshold_for(self, profile: DiCacheProfile, speedup: float) -> float:
-        """The threshold at which clips that change as usual are so much faster."""
-        low, high = 0.0, 64.0 * max(profile.usual_change)
+        """The threshold at which clips that change as expected are so much faster."""
+        low, high = 0.0, 64.0 * max(profile.expected_change)
         for _ in range(40):
             middle = (low + high) / 2
-            low, high = (middle, high) if self._usual_speedup(profile, middle) < speedup else (low, middle)
+            low, high = (middle, high) if self._expected_speedup(profile, middle) < speedup else (low, middle)
         return float(f"{high:.4g}")
 
     def point(self, profile: DiCacheProfile, threshold: float, adaptivity: float = 1.0) -> CurvePoint:
@@ -146,19 +146,19 @@ class WeightSearch:
         self._trial.write_text(profile.model_dump_json())
         return f"dicache(profile={self._trial},threshold={threshold!r},adaptivity={adaptivity})"
 
-    def _usual_speedup(self, profile: DiCacheProfile, threshold: float) -> float:
+    def _expected_speedup(self, profile: DiCacheProfile, threshold: float) -> float:
         plan = self._model.checkpoint.plan_cache(self._policy(profile, threshold, 1.0))
         assert isinstance(plan, CachePlan)
         assert isinstance(plan.policy, DiCachePolicy)
-        return 1 / usual_cost(plan.policy, self._num_steps, plan.probe_depth / plan.num_blocks)
+        return 1 / expected_cost(plan.policy, self._num_steps, plan.probe_depth / plan.num_blocks)
 
     def _render(self, request: ClipRequest, cache: str) -> RenderedClip:
         return render_clip(self._model, replace(request, cache=cache), lambda done, total: None)
 
 
-def with_weights(profile: DiCacheProfile, knots: np.ndarray) -> DiCacheProfile:
-    """The profile with these log weights at `KNOTS`, scaled so that a usual clip's change stays what it is in all."""
-    usual = np.array(profile.usual_change)
-    weights = np.exp(np.interp(np.linspace(0, 1, len(usual)), KNOTS, knots))
-    weights *= usual.sum() / (weights * usual).sum()
-    return profile.model_copy(update={"weights": tuple(float(f"{w:.4g}") for w in weights)})
+def with_step_costs(profile: DiCacheProfile, knots: np.ndarray) -> DiCacheProfile:
+    """The profile with these log skip costs at `KNOTS`, scaled so that the expected clip's total change is kept."""
+    expected = np.array(profile.expected_change)
+    skip_costs = np.exp(np.interp(np.linspace(0, 1, len(expected)), KNOTS, knots))
+    skip_costs *= expected.sum() / (skip_costs * expected).sum()
+    return profile.model_copy(update={"skip_costs": tuple(float(f"{w:.4g}") for w in skip_costs)})

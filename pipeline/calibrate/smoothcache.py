@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cineray.caching.policies.smoothcache import LayerSchedule, schedule_row
-from cineray.pipeline.caches.enable import scheduler_of, whereabouts_of
-from cineray.pipeline.caches.layers import LayerRecorder, check_blocks_not_compiled, hang, layers_of, unhang
+from cineray.pipeline.caches.enable import scheduler_of, step_tracker_of
+from cineray.pipeline.caches.layers import LayerRecorder, attach_hook, check_blocks_not_compiled, detach_hook, layers_of
 
 Errors = dict[str, list[list[float]]]  # layer type -> [lag - 1][step]; NaN where a step has no such successor
 
@@ -36,13 +36,13 @@ def measure_layer_errors(
     """
     transformer = getattr(pipe_or_transformer, "transformer", pipe_or_transformer)
     check_blocks_not_compiled(transformer)
-    whereabouts = whereabouts_of(transformer, None, scheduler_of(pipe_or_transformer))
+    tracker = step_tracker_of(transformer, None, scheduler_of(pipe_or_transformer))
     values: dict[str, list[list[list[float]]]] = defaultdict(
         lambda: [[[] for _ in range(num_steps)] for _ in range(max_lag)]
     )
 
     def place() -> tuple[str, int]:
-        here = whereabouts.where()
+        here = tracker.where()
         if here.num_steps != num_steps:
             raise ValueError(f"calibrate: a clip has {here.num_steps} steps; num_steps is {num_steps}")
         return here.branch, here.step_index
@@ -52,17 +52,17 @@ def measure_layer_errors(
             recorders = [(layer, module, LayerRecorder(max_lag, place)) for layer, _, module in layers_of(transformer)]
             try:
                 for _, module, recorder in recorders:
-                    hang(module, recorder)
+                    attach_hook(module, recorder)
                 render()
             finally:
                 for _, module, _ in recorders:
-                    unhang(module)
+                    detach_hook(module)
             for layer, _, recorder in recorders:
                 for (step, lag), (moved, size) in recorder.sums.items():
                     values[layer][lag - 1][step].append(moved / size if size > 0 else math.inf)
             on_clip(number, len(clips))
     finally:
-        whereabouts.detach()
+        tracker.detach()
     return {
         layer: [[math.fsum(v) / len(v) if v else math.nan for v in row] for row in by_lag]
         for layer, by_lag in values.items()

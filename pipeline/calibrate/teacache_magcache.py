@@ -21,7 +21,7 @@ from cineray.caching.policy import Signal
 from cineray.caching.token_sums import ModulatedInput, change_sums
 from cineray.pipeline.adapters import MODELS
 from cineray.pipeline.caches.blocks import BlockRunner
-from cineray.pipeline.caches.enable import whereabouts_of
+from cineray.pipeline.caches.enable import step_tracker_of
 from cineray.pipeline.caches.signals import SignalReader, signal_reader
 from cineray.pipeline.loading.model import LoadedModel
 from cineray.pipeline.render import render_clip
@@ -32,7 +32,7 @@ DEGREE = 4  # of TeaCache's polynomial, in the paper and in every official coeff
 
 @dataclass(slots=True)
 class StepChanges:
-    """From step to step [clip][step - 1] of each branch.
+    """Relative changes from step to step [clip][step - 1] of each branch.
 
     Args:
         signals: relative L1 change of each of TeaCache's signals.
@@ -139,16 +139,16 @@ def measure_steps(
     changes = StepChanges()
     transformer = model.pipe.transformer
     layout = MODELS[type(transformer).__name__].layout
-    whereabouts = whereabouts_of(transformer, None, None)
+    tracker = step_tracker_of(transformer, None, None)
     try:
         reader = AllSignals(transformer, signals)
-        runner = BlockRunner(transformer, layout, StepRecorder(changes, reader), 0, reader, whereabouts.where)
-        whereabouts.listener = runner
+        runner = BlockRunner(transformer, layout, StepRecorder(changes, reader), 0, reader, tracker.where)
+        tracker.listener = runner
         for number, request in enumerate(requests, 1):
             render_clip(model, request, lambda done, total: None)
             on_clip(number)
     finally:
-        whereabouts.detach()
+        tracker.detach()
     return changes
 
 
@@ -170,7 +170,7 @@ def fit_polynomial(changes: StepChanges, signal: Signal) -> tuple[tuple[float, .
 
 
 def magnitude_ratios(changes: StepChanges) -> dict[str, tuple[float, ...]]:
-    """By branch, one ratio per step, the first 1; 5 digits as in the official files."""
+    """Magnitude ratios by branch, one per step, the first 1; 5 digits as in the official files."""
     return {
         branch: (1.0, *(round(_mean(column), 5) for column in zip(*changes.magnitude[branch], strict=True)))
         for branch in BRANCH_ORDER

@@ -1,1 +1,1 @@
-"""From a name to weights on a device, each file checked before it is believed. Knows no clip."""
+"""Gets from a name to weights on a device, each file checked before it is believed. Knows no clip."""

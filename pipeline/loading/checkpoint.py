@@ -11,7 +11,7 @@ from typing import Any
 
 from cineray.caching.plan import AnyPlan
 from cineray.files import open_regular, read_json
-from cineray.pipeline.adapters import FAMILIES, KNOWN_MODELS, Adapter, KnownCheckpoint
+from cineray.pipeline.adapters import ADAPTERS, KNOWN_MODELS, Adapter, KnownCheckpoint
 from cineray.pipeline.adapters.cache_plan import plan_cache
 from cineray.pipeline.adapters.protocol import Defaults, ModelConfigs
 from cineray.pipeline.loading.parts import MAX_CONFIG_BYTES, check_configs, check_folder
@@ -86,10 +86,10 @@ def open_checkpoint(model: str) -> Checkpoint:
     try:
         index = read("model_index.json")
         pipeline_class = index.get("_class_name")
-        adapter = FAMILIES.get(pipeline_class) if isinstance(pipeline_class, str) else None
+        adapter = ADAPTERS.get(pipeline_class) if isinstance(pipeline_class, str) else None
         if adapter is None:
             named = shorten(pipeline_class) if isinstance(pipeline_class, str) else "of no name"
-            raise ValueError(f"pipeline {named} is not supported; supported: {', '.join(FAMILIES)}")
+            raise ValueError(f"pipeline {named} is not supported; supported: {', '.join(ADAPTERS)}")
         configs = ModelConfigs(index=index, transformer=read("transformer/config.json"), vae=read("vae/config.json"))
         reason = adapter.unsupported(configs)
         if reason is not None:

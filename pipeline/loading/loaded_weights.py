@@ -57,14 +57,14 @@ def _other_shapes(wanted: Mapping[str, tuple[int, ...]], held: Mapping[str, Tens
 
 
 def _check_transformers(kind: str, folder: Path) -> None:
-    """By its own loader, onto no device: it knows which names are tied, left out or renamed."""
+    """Checks a transformer by its own loader, onto no device: it knows which names are tied, left out or renamed."""
     import transformers
 
     model, found = getattr(transformers, kind).from_pretrained(
         folder,
         device_map="meta",
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are told, instead of a report on the screen
+        ignore_mismatched_sizes=True,  # they are reported, instead of a report on the screen
         use_safetensors=True,
         local_files_only=True,
     )

@@ -40,11 +40,11 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 TRANSFORMER = ("transformer",)
 
 
-def load_model(checkpoint: Checkpoint, options: LoadOptions, without: Sequence[str] = ()) -> LoadedModel:
+def load_model(checkpoint: Checkpoint, options: LoadOptions, skip_components: Sequence[str] = ()) -> LoadedModel:
     """Loads the pipeline, from safetensors only.
 
     Args:
-        without: parts that stay out of memory and are None in the pipeline.
+        skip_components: parts that stay out of memory and are None in the pipeline.
 
     Raises:
         InputError: a file is missing or broken, the weights are not those that the configuration asks for or are not
@@ -60,8 +60,8 @@ def load_model(checkpoint: Checkpoint, options: LoadOptions, without: Sequence[s
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
     try:
-        _check_names(checkpoint, folder, without)
-        pipe = _load(checkpoint, folder, options, without)
+        _check_names(checkpoint, folder, skip_components)
+        pipe = _load(checkpoint, folder, options, skip_components)
         _check_loaded(checkpoint, pipe)
     except InputError:
         raise
@@ -78,16 +78,16 @@ def load_model(checkpoint: Checkpoint, options: LoadOptions, without: Sequence[s
     )
 
 
-def _check_names(checkpoint: Checkpoint, folder: Path, without: Sequence[str]) -> None:
+def _check_names(checkpoint: Checkpoint, folder: Path, skip_components: Sequence[str]) -> None:
     for component in checkpoint.adapter.components:
-        if component.weights is None or component.name in without or component.name not in checkpoint.parts:
+        if component.weights is None or component.name in skip_components or component.name not in checkpoint.parts:
             continue
         kind = checkpoint.configs.index[component.name][1]
         with _about(component.name):
             check_names(component, kind, folder / component.name)
 
 
-def _load(checkpoint: Checkpoint, folder: Path, options: LoadOptions, without: Sequence[str]) -> Any:
+def _load(checkpoint: Checkpoint, folder: Path, options: LoadOptions, skip_components: Sequence[str]) -> Any:
     import diffusers
 
     dtype = DTYPES[options.dtype_name]
@@ -97,7 +97,7 @@ def _load(checkpoint: Checkpoint, folder: Path, options: LoadOptions, without: S
         dtype={"default": dtype, "vae": vae_dtype},
         use_safetensors=True,
         local_files_only=True,
-        **{name: None for name in without if name in checkpoint.configs.index},
+        **{name: None for name in skip_components if name in checkpoint.configs.index},
     )
     pipe.set_progress_bar_config(disable=True)
     if options.vae_tiling:

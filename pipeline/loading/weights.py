@@ -10,7 +10,7 @@ from cineray.text import printable
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Identity:
-    """Which weights these are; `revision` is the hub commit, None for a folder."""
+    """Identity of a checkpoint's weights; `revision` is the hub commit, None for a folder."""
 
     digest: str
     revision: str | None

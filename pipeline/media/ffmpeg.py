@@ -164,7 +164,7 @@ class _Watch:
         self._cpu_s = 0.0
 
     def note(self, was_served: bool) -> None:
-        """After each wait.
+        """Notes progress; called after each wait.
 
         Raises:
             VideoError: it has done nothing for too long.

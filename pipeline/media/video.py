@@ -83,7 +83,7 @@ def write_video(
 
 
 def check_ffmpeg() -> None:
-    """For the start of a run: a clip should not be denoised for an ffmpeg that cannot write it.
+    """Checks at the start of a run that ffmpeg can write: a clip should not be denoised for one that cannot.
 
     Raises:
         InputError: there is none, or it lacks the encoder.
@@ -118,7 +118,7 @@ def _remove_half(path: Path) -> None:
 
 
 def _metadata_file(metadata: Mapping[str, Any]) -> bytes:
-    """In ffmpeg's own format. The JSON is ASCII, so that no reader can take a character in it for the end of a line.
+    """A metadata file in ffmpeg's own format. The JSON is ASCII: no character of it is the end of a line to any reader.
 
     The title comes last and without a line end: ffmpeg takes a line that ends with a backslash as going on, though
     that backslash be escaped.

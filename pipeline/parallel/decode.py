@@ -65,7 +65,7 @@ def _kernel_rows(convolution: Any) -> int:
 
 
 class _Rows:
-    """The rows of the frame in the works; one object for all hooks of a decoder."""
+    """The rows of the frame in flight; one object for all hooks of a decoder."""
 
     def __init__(self, axis: Axis) -> None:
         self.axis = axis

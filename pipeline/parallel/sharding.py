@@ -16,11 +16,11 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 
-from cineray.distributed.attention import Sequence, SequenceAttention
+from cineray.distributed.attention import JointSequence, SequenceAttention
 from cineray.distributed.mesh import Mesh
 from cineray.distributed.tokens import gather_tokens, split_tokens
 from cineray.pipeline.adapters import MODELS
-from cineray.pipeline.blocks import BlockArguments, BlockListStandIn, ShardedBlockList, is_sharded
+from cineray.pipeline.blocks import BlockArguments, BlockListProxy, ShardedBlockList, is_sharded
 
 _DISPATCH = "dispatch_attention_fn"  # the name under which every processor of diffusers calls attention
 
@@ -44,7 +44,7 @@ class ShardedTransformer:
         self._attention = attention
         self._layout, self._sharded = model.layout, model.sharded
         self._transformer = transformer
-        self._sequence: Sequence | None = None
+        self._sequence: JointSequence | None = None
         self._lists = {name: getattr(transformer, name) for name in self._layout.lists}
         self._inner = dict(self._lists)  # what runs on shards
         self._processors: list[tuple[Any, Any]] = []
@@ -77,10 +77,10 @@ class ShardedTransformer:
             hidden_states = arguments.hidden_states  # [B, S, D], on every rank
             axis = self._mesh.sequence
             shards = split_tokens(hidden_states.shape[1], axis.size, axis.index)
-            self._sequence = Sequence(shards=shards, text_first=self._sharded.text_first)
+            self._sequence = JointSequence(shards=shards, text_first=self._sharded.text_first)
             arguments = arguments.with_hidden_states(shards.own(hidden_states, 1).contiguous())
         blocks = self._inner[name]
-        callables = blocks.yields if isinstance(blocks, BlockListStandIn) else list(blocks)
+        callables = blocks.yields if isinstance(blocks, BlockListProxy) else list(blocks)
         return self._own(arguments).through(callables).output()
 
     def _own(self, arguments: BlockArguments) -> BlockArguments:
@@ -116,7 +116,7 @@ class ShardedTransformer:
         backend: Any = None,
         parallel_config: Any = None,
     ) -> torch.Tensor:
-        """In place of diffusers' dispatch_attention_fn: [B, S here + T, H, D] in and out."""
+        """Replaces diffusers' dispatch_attention_fn: [B, S here + T, H, D] in and out."""
         assert self._sequence is not None
         assert not dropout_p
         assert not is_causal

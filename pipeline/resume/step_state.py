@@ -1,4 +1,4 @@
-"""Where a clip's denoising stands between two steps, on disk: enough to go on bit for bit without a cache.
+"""Where a clip's denoising stands between two steps, on disk: enough to resume bit for bit without a cache.
 
 One safetensors file; what is not a tensor stands as JSON in its header. Multistep schedulers keep earlier model
 outputs and the last sample, so their state is saved too: latents alone give other bits.
@@ -214,7 +214,7 @@ def read_step_state(path: Path, clip: str = "", max_bytes: int = MAX_TENSOR_BYTE
 
 
 def load_step_state(path: Path, clip: str = "") -> StepState | None:
-    """As `read_step_state`; None also where the file is not a whole state of this clip: then it begins anew."""
+    """Reads as `read_step_state` does; None too where the file is no whole state of this clip: it begins anew."""
     try:
         return read_step_state(path, clip)
     except StepStateError:

@@ -184,7 +184,7 @@ def train_denoiser(
 ) -> None:
     """Trains in place and leaves the moving average of the weights.
 
-    Writes `denoiser.log.jsonl`, and `denoiser.pt` every 200 steps, from which a second call goes on.
+    Writes `denoiser.log.jsonl`, and `denoiser.pt` every 200 steps, from which a second call resumes.
     """
     average = torch.optim.swa_utils.AveragedModel(
         denoiser, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(plan.ema_decay)

@@ -162,7 +162,7 @@ def _largest_regions(mask: np.ndarray) -> np.ndarray:
 
 
 def _coverage(pixels: np.ndarray, back: np.ndarray, front: np.ndarray) -> np.ndarray:
-    """Place of each pixel on the line from `back` to `front`; [F, H, W, 3] -> [F, H, W].
+    """WorkerLocation of each pixel on the line from `back` to `front`; [F, H, W, 3] -> [F, H, W].
 
     Not clipped to 0..1: noise then cancels in the sums.
     """

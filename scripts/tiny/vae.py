@@ -222,7 +222,7 @@ class PatchCode:
 def train_vae(vae: nn.Module, work: Path, seed: int, stages: tuple[Stage, ...]) -> None:
     """Trains in place and normalizes the latents.
 
-    Writes `vae.log.jsonl`, and a checkpoint every 200 steps, from which a second call goes on.
+    Writes `vae.log.jsonl`, and a checkpoint every 200 steps, from which a second call resumes.
     """
     torch.manual_seed(seed)
     forget_the_past(vae)

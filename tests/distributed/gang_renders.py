@@ -43,10 +43,10 @@ def _render(rank, num_ranks, init_method, layout, source, requests, options):
         parse_layout(layout), rank, num_ranks, init_method=init_method, timeout_s=GANG_TIMEOUT_S, **options
     )
     model = load_model(open_checkpoint(source), LoadOptions())
-    requests = requests[gang.mesh.place.gang]
+    requests = requests[gang.mesh.coordinates.gang]
     with gang:
         clips = [render_clip_on_gang(gang, model, request, lambda done, total: None) for request in requests]
-    assert all((clip is None) == (not gang.mesh.leads) for clip in clips)
+    assert all((clip is None) == (not gang.mesh.is_leader) for clip in clips)
     return [_outcome(clip) for clip in clips if clip is not None]
 
 

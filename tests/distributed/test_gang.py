@@ -24,7 +24,7 @@ def join_a_world_of_ones_own(rank, num_ranks, init_method):
     sums = []
     for text in ("cfg2xulysses2", "ulysses4", "gangs2xring2"):
         with Gang.join(parse_layout(text), rank, num_ranks) as gang:
-            sums.append((sum_over(gang.mesh.gang.group), gang.mesh.sequence.size, gang.mesh.leads))
+            sums.append((sum_over(gang.mesh.gang.group), gang.mesh.sequence.size, gang.mesh.is_leader))
         sums.append(sum_over(None))
     with pytest.raises(ValueError, match="takes 2 ranks, there are 4"):
         Gang.join(parse_layout("2"), rank, num_ranks)

@@ -91,7 +91,7 @@ def test_ranks_do_without_text_encoders(model, tmp_path, new_request):
     verify._encode_on_rank(0, 1, "", *arguments)
     weights = folder / "text_encoder" / "model.safetensors"
     save_file({name: torch.zeros_like(value) for name, value in load_file(weights).items()}, weights, {"format": "pt"})
-    (clip,) = verify._render_on_rank(0, 1, (tmp_path / "meeting").as_uri(), Layout(), *arguments)
+    (clip,) = verify._render_on_rank(0, 1, (tmp_path / "rendezvous").as_uri(), Layout(), *arguments)
     assert torch.equal(clip.latents, alone.latents)
     assert np.array_equal(clip.frames, alone.frames)
 
@@ -134,5 +134,5 @@ def test_decisions_are_compared_entry_by_entry():
     entry = TraceEntry(
         step=3, branch="cond", sample=0, compute=True, cost=1.0, reason="empty", statistic=None, gamma=None
     )
-    assert verify._deed(entry) == verify._deed(replace(entry, reason="warmup"))
-    assert verify._deed(entry) != verify._deed(replace(entry, compute=False))
+    assert verify._decision_key(entry) == verify._decision_key(replace(entry, reason="warmup"))
+    assert verify._decision_key(entry) != verify._decision_key(replace(entry, compute=False))

@@ -85,7 +85,7 @@ def render(tmp_path, model):
                 progress=progress,
                 lossless=False,
                 checkpoint_s=60.0,
-                is_asked_to_stop=lambda: False,
+                is_stop_requested=lambda: False,
             )
             render_batch(batch, requests, results)
         return {clip["id"]: clip for clip in results}
@@ -174,7 +174,7 @@ def work(tmp_path, checkpoint_folder):
         collective_s=600.0,
     )
     rank, finisher = RankWork(spec), FinisherWork(spec)
-    rank.join(0, *rank.open_meeting("127.0.0.1"))
+    rank.join(0, *rank.open_rendezvous("127.0.0.1"))
     finisher.load()
 
     def queued(*requests):

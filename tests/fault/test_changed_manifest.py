@@ -11,12 +11,12 @@ from cineray.jobs.run import RunReport
 
 def test_a_run_that_has_rendered_all_removes_what_others_left_to_go_on(checkpoint_folder, tmp_path, capsys):
     state = tmp_path / "out" / ".state"
-    for kind in ("steps", "trouble"):
+    for kind in ("steps", "failures"):
         (state / kind).mkdir(parents=True)
     steps = state / "steps" / "gone.0123456789ab.safetensors"
     steps.write_bytes(b"x")
-    trouble = {"id": "gone", "fingerprint": "0123456789ab", "status": "retrying", "reasons": ["gang-0: rank 1 died"]}
-    (state / "trouble" / "gone.0123456789ab.json").write_text(json.dumps(trouble))
+    failure = {"id": "gone", "fingerprint": "0123456789ab", "status": "retrying", "reasons": ["gang-0: rank 1 died"]}
+    (state / "failures" / "gone.0123456789ab.json").write_text(json.dumps(failure))
     foreign = state / "steps" / "notes.txt"
     foreign.write_text("mine")
     code, _, stderr = render(
@@ -40,7 +40,7 @@ def test_a_run_that_has_rendered_all_removes_what_others_left_to_go_on(checkpoin
         ("failed", {}, False),
         ("quarantined", {}, False),
         ("done", {"stopped_by": 15}, False),
-        ("done", {"given_up": "every gang was lost"}, False),
+        ("done", {"abort_reason": "every gang was lost"}, False),
     ],
 )
 def test_only_then(new_request, status, more, is_complete):

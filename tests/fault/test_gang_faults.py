@@ -1,4 +1,4 @@
-"""Batches on a real Ray whose ranks, drivers and disks fail. What may be lost: some steps of the clips in the works."""
+"""Batches on a real Ray whose ranks, drivers and disks fail. What may be lost: some steps of the clips in flight."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 import ray
 from gang_runs import Harm, events, pixels, render, sidecar, start_driver, steps_on_disk, wait_for, write_manifest
 
-from cineray.jobs.cli import clips as asked_clips
+from cineray.jobs.cli import clips as clip_arguments
 from cineray.jobs.cli import main as command_line
 
 pytestmark = pytest.mark.cores
@@ -53,14 +53,14 @@ def batch(cluster, checkpoint_folder, tmp_path):
 @pytest.fixture
 def slow_check(monkeypatch):
     """The check of a manifest takes until gangs are there, as that of a long one may."""
-    monkeypatch.setattr(asked_clips, "LONG_BYTES", 0)
-    check = command_line.requests_of
+    monkeypatch.setattr(clip_arguments, "LONG_BYTES", 0)
+    check = command_line.read_requests
 
     def after_gangs(*arguments):
         assert wait_for(ray.util.list_named_actors)
         return check(*arguments)
 
-    monkeypatch.setattr(command_line, "requests_of", after_gangs)
+    monkeypatch.setattr(command_line, "read_requests", after_gangs)
 
 
 def test_gangs_that_come_up_while_a_manifest_is_checked_go_if_it_is_bad(batch, slow_check, capsys):
@@ -119,8 +119,8 @@ def test_a_clip_that_kills_its_rank_each_time_is_quarantined_and_the_others_are_
     (error,) = (clip["error"] for clip in summary["clips"] if "error" in clip)
     assert "3 attempts were lost; the last: gang-" in error
     assert pixels(out) == {clip: undisturbed[clip] for clip in "ac"}
-    trouble = json.loads(next((out / ".state" / "trouble").iterdir()).read_text())
-    assert (trouble["id"], trouble["status"], len(trouble["reasons"])) == ("b", "quarantined", 3)
+    failure = json.loads(next((out / ".state" / "failures").iterdir()).read_text())
+    assert (failure["id"], failure["status"], len(failure["reasons"])) == ("b", "quarantined", 3)
 
     code, summary, _ = render(capsys, *batch, "--address", "auto")  # asked again, it is tried again
     assert code == 0
@@ -153,7 +153,7 @@ def test_drivers_that_are_two_or_killed_or_told_to_stop(cluster, batch, undistur
     third.send_signal(signal.SIGTERM)
     stdout, stderr = third.communicate(timeout=60)
     assert third.returncode == 143, stderr
-    assert "run the same command again to go on" in stderr
+    assert "run the same command again to resume" in stderr
     clips = {clip["id"]: clip for clip in json.loads(stdout.splitlines()[-1])["clips"]}
     assert clips["a"]["status"] in ("existing", "done")
     assert steps_on_disk(out, "c")

@@ -14,10 +14,10 @@ from cineray.caching.policies.smoothcache import load_schedule
 from cineray.caching.trace import Trace, TraceEntry, entries_from, load_trace
 from cineray.jobs.cli.main import _run
 from cineray.jobs.measure.trial_log import TrialLog
+from cineray.jobs.output.failure_record import read_failure_record
 from cineray.jobs.output.lease import Lease
 from cineray.jobs.output.record import read_record
 from cineray.jobs.output.status import read_status
-from cineray.jobs.output.trouble import read_trouble
 from cineray.pipeline.calibrate.dicache import CurvePoint
 from cineray.pipeline.request import InputError
 
@@ -53,7 +53,7 @@ TROUBLE = {"id": "a", "fingerprint": MARK, "status": "retrying", "reasons": ["ga
 RUN = {"num_clips": 5, "model": "tiny-wan", "options": {"device": "cpu"}}
 RUNNING = {"running": [{"id": "c", "on": "gang-0", "step": 3, "steps": 9}, {"id": "d", "on": "finisher"}], "counts": {}}
 ENTRY = TraceEntry(step=0, branch="cond", sample=0, compute=True, cost=1.0, reason="", statistic=None, gamma=None)
-TRACE = Trace(policy="interval", forecasting=Forecasting(), num_blocks=3, probe_depth=0, entries=[ENTRY]).content()
+TRACE = Trace(policy="interval", forecasting=Forecasting(), num_blocks=3, probe_depth=0, entries=[ENTRY]).to_dict()
 SCHEDULE = {"attn1": [1, 0, 1], "ffn-2": [1, 1, 1]}
 TRIAL = {"search": "s", "key": "k", "point": asdict(CurvePoint(threshold=1, speedup=2, psnr_db=3, worst_psnr_db=4))}
 
@@ -61,21 +61,21 @@ TRIAL = {"search": "s", "key": "k", "point": asdict(CurvePoint(threshold=1, spee
 def read_as_status(path, name):
     folder = path.parent
     state = folder / ".state"
-    (state / "trouble").mkdir(parents=True, exist_ok=True)
+    (state / "failures").mkdir(parents=True, exist_ok=True)
     target = folder / name
     if os.path.lexists(target):
         target.unlink()
     os.replace(path, target)
     (folder / "b.0123456789ab.mp4").touch()
     status = read_status(folder)
-    json.dumps(status.content())
+    json.dumps(status.to_dict())
     return status
 
 
 # name of the reader -> (a good content, the file's name, how it is read)
 READERS = {
     "sidecar": (RECORD, f"a.{MARK}.json", read_record),
-    "trouble": (TROUBLE, f"a.{MARK}.json", read_trouble),
+    "failures": (TROUBLE, f"a.{MARK}.json", read_failure_record),
     "trace": (TRACE, "a.json", load_trace),
     "schedule": (SCHEDULE, "a.json", lambda path: load_schedule(path, ("attn1", "ffn"), 3)),
     "trials": (TRIAL, "a.json", lambda path: TrialLog(path, "s")),
@@ -192,12 +192,12 @@ def test_a_trial_log_begins_anew_or_is_refused(tmp_path, kind):
 def test_status_never_dies_of_a_file(tmp_path, capsys, kind):
     """The same thing in every place that it reads."""
     state = tmp_path / ".state"
-    (state / "trouble").mkdir(parents=True)
+    (state / "failures").mkdir(parents=True)
     (tmp_path / f"a.{MARK}.mp4").write_bytes(b"video")
-    good = state / "trouble" / f"c.{MARK}.json"
+    good = state / "failures" / f"c.{MARK}.json"
     good.write_text(json.dumps(TROUBLE | {"id": "c"}))
-    places = [tmp_path / "run.json", state / "running.json", state / "trouble" / f"b.{MARK}.json"]
-    with Lease(state, beat_s=0.05):
+    places = [tmp_path / "run.json", state / "running.json", state / "failures" / f"b.{MARK}.json"]
+    with Lease(state, heartbeat_s=0.05):
         for place in places:
             lay(place, kind)
         assert _run(["status", str(tmp_path), "--json"]) == 0
@@ -211,11 +211,11 @@ def test_status_never_dies_of_a_file(tmp_path, capsys, kind):
 
 
 def test_status_counts_what_it_leaves_out(tmp_path):
-    (tmp_path / ".state" / "trouble").mkdir(parents=True)
+    (tmp_path / ".state" / "failures").mkdir(parents=True)
     for number in range(5):
-        (tmp_path / ".state" / "trouble" / f"{number}.{MARK}.json").write_text(json.dumps(TROUBLE))  # another clip's
+        (tmp_path / ".state" / "failures" / f"{number}.{MARK}.json").write_text(json.dumps(TROUBLE))  # another clip's
     status = read_status(tmp_path)
-    assert (status.troubles, len(status.unreadable), status.content()["unreadable"]) == ([], 5, 5)
+    assert (status.failures, len(status.unreadable), status.to_dict()["unreadable"]) == ([], 5, 5)
 
 
 @pytest.mark.parametrize(

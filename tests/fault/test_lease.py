@@ -21,13 +21,13 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from cineray.jobs.output.lease import Lease
-with Lease(Path(sys.argv[1]), ttl_s=1.0, beat_s=0.05) as lease:
+with Lease(Path(sys.argv[1]), ttl_s=1.0, heartbeat_s=0.05) as lease:
     print("held", flush=True)
     while True:
         time.sleep(0.05)
         lease.check()
 """
-SHORT = {"ttl_s": 1.0, "beat_s": 0.05}
+SHORT = {"ttl_s": 1.0, "heartbeat_s": 0.05}
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_second_driver_is_refused_while_the_first_beats(holder, tmp_path):
 def test_a_killed_holder_is_replaced_at_once(holder, tmp_path):
     holder.kill()
     holder.wait()
-    with Lease(tmp_path / "state", ttl_s=3600, beat_s=0.05) as lease:  # its process is dead: nothing to wait for
+    with Lease(tmp_path / "state", ttl_s=3600, heartbeat_s=0.05) as lease:  # its process is dead: nothing to wait for
         lease.check()
         assert current_lease(tmp_path / "state")[0] == 2
     assert current_lease(tmp_path / "state") == (0, None)
@@ -127,8 +127,8 @@ def earlier_lease(path, **changes):
 
 
 def as_an_earlier_version_reads(path):
-    who, _, beat = path.read_bytes().partition(b"\n")
-    return json.loads(who), beat.decode()
+    who, _, heartbeat = path.read_bytes().partition(b"\n")
+    return json.loads(who), heartbeat.decode()
 
 
 def test_a_clock_that_steps_kills_nobody(holder, tmp_path, monkeypatch):
@@ -153,7 +153,7 @@ def test_a_lease_of_an_earlier_version_holds_while_its_process_lives(tmp_path, s
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     earlier_lease(path, pid=dead.pid)
-    with Lease(tmp_path / "state", ttl_s=3600, beat_s=0.05):
+    with Lease(tmp_path / "state", ttl_s=3600, heartbeat_s=0.05):
         assert current_lease(tmp_path / "state")[0] == 2
 
 
@@ -179,7 +179,7 @@ def test_a_process_that_has_the_number_of_a_dead_one_is_another(holder, tmp_path
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
 def test_a_read_that_fails_for_a_while_costs_nothing(tmp_path, monkeypatch, number):
-    with Lease(tmp_path / "state", ttl_s=60, beat_s=0.02) as lease:
+    with Lease(tmp_path / "state", ttl_s=60, heartbeat_s=0.02) as lease:
         failed, read = [], lease_module._read
 
         def failing(path):
@@ -221,7 +221,7 @@ def test_a_lease_that_cannot_be_read_is_not_taken_for_stale(tmp_path, monkeypatc
     monkeypatch.setattr(lease_module, "_read", failing)
     with (
         pytest.raises(OutputError, match=r"its lease lease\.1\.json cannot be read: Input/output error"),
-        Lease(tmp_path / "state", ttl_s=0.2, beat_s=0.05),
+        Lease(tmp_path / "state", ttl_s=0.2, heartbeat_s=0.05),
     ):
         pass
 
@@ -253,7 +253,7 @@ HOSTILE = [
 def test_what_is_no_lease_is_none_for_ever(tmp_path, content):
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "lease.1.json").write_bytes(content.encode("latin-1"))
-    with Lease(tmp_path / "state", ttl_s=0.2, beat_s=0.05):
+    with Lease(tmp_path / "state", ttl_s=0.2, heartbeat_s=0.05):
         assert current_lease(tmp_path / "state")[0] == 2
     assert list((tmp_path / "state").iterdir()) == []
 
@@ -273,7 +273,7 @@ def test_what_is_not_understood_but_changes_is_alive(tmp_path):
 def test_a_large_number_takes_no_longer_than_a_small_one(tmp_path):
     for number in (99_999_999_999, 3):
         earlier_lease(tmp_path / "state" / f"lease.{number}.json", host="elsewhere")
-    with Lease(tmp_path / "state", ttl_s=0.2, beat_s=0.05):
+    with Lease(tmp_path / "state", ttl_s=0.2, heartbeat_s=0.05):
         assert [path.name for path in (tmp_path / "state").iterdir()] == ["lease.100000000000.json"]
 
 
@@ -340,7 +340,7 @@ def test_a_patience_of_fewer_than_five_beats_is_refused(tmp_path, capsys, second
 
 
 def test_a_driver_that_lost_its_folder_does_not_tidy_it_up(checkpoint_folder, tmp_path):
-    """The next one has files in the works there; found by scripts/chaos.py."""
+    """The next one has files in flight there; found by scripts/chaos.py."""
     out = tmp_path / "out"
     arguments = ["a red circle", "--out", str(out), "--model", str(checkpoint_folder("wan")), "--lease-timeout", "5"]
     small = ["--width", "32", "--height", "32", "--frames", "5", "--steps", "300"]

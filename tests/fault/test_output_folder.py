@@ -46,7 +46,7 @@ def put(kind: str, path: Path, target: Path) -> None:
 def victim(tmp_path):
     """A folder of someone else's, with files of the names that cineray makes."""
     folder = tmp_path / "victim"
-    for kind in ("", "steps", "prompts", "trouble"):
+    for kind in ("", "steps", "prompts", "failures"):
         (folder / kind).mkdir(exist_ok=True)
         for name in ("thesis", f"probe.{UNIQUE}", f"{UNIQUE}.safetensors", f"1.{MARK}.safetensors.{UNIQUE}.tmp"):
             (folder / kind / name).write_text("mine")
@@ -149,7 +149,7 @@ def test_a_temporary_folder_that_is_gone_is_made_again(tmp_path, new_request):
     (tmp_path / ".tmp").rmdir()
     folder.check("a clip was to be rendered")
     (tmp_path / ".tmp").rmdir()
-    folder.write_json(".state/trouble/a.json", {})
+    folder.write_json(".state/failures/a.json", {})
     (tmp_path / ".tmp").rmdir()
     with folder.new_video(request) as temporary:
         temporary.write_bytes(b"x")
@@ -168,13 +168,13 @@ def test_leftovers_of_killed_processes_are_swept(tmp_path):
         *(tmp_path / ".tmp" / name for name in names),
     ):
         path.write_bytes(b"x")
-    folder.sweep()
+    folder.remove_leftovers()
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [state.name]
 
 
 def test_the_sweep_takes_nothing_that_is_not_of_our_making(tmp_path, victim):
     out = tmp_path / "out"
-    for folder in (".tmp", ".state/steps", ".state/prompts", ".state/trouble"):
+    for folder in (".tmp", ".state/steps", ".state/prompts", ".state/failures"):
         for name in ("thesis", "a.mp4", "a.tmp", "notes.json", "a.0123.tmp", UNIQUE, f"{UNIQUE.upper()}.safetensors"):
             put("file", out / folder / name, victim)
         put("link", out / folder / f"run.json.{UNIQUE}", victim / "thesis")
@@ -184,13 +184,13 @@ def test_the_sweep_takes_nothing_that_is_not_of_our_making(tmp_path, victim):
     put("link", out / ".state" / "prompts" / f"{UNIQUE}.safetensors", victim / "thesis")
     before = {str(path): os.lstat(path).st_ino for path in tmp_path.rglob("*")}
     folder = OutputFolder(out)
-    folder.sweep()
-    folder.forget_clips()
+    folder.remove_leftovers()
+    folder.delete_stale_clips()
     folder.close()
     assert {str(path): os.lstat(path).st_ino for path in tmp_path.rglob("*")} == before
 
 
-FOLDERS = (".tmp", ".state", ".state/steps", ".state/prompts", ".state/trouble")
+FOLDERS = (".tmp", ".state", ".state/steps", ".state/prompts", ".state/failures")
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "file", "FIFO", "socket"])
@@ -209,15 +209,15 @@ def test_no_hidden_folder_may_be_anything_else(tmp_path, monkeypatch, victim, na
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_hidden_folder_that_becomes_a_link_ends_the_run(tmp_path, victim, name):
     folder = OutputFolder(tmp_path / "out")
-    folder.step_path("a", MARK), folder.prompt_path("k"), folder.write_json(".state/trouble/a.json", {})
-    folder.forget(tmp_path / "out" / ".state" / "trouble" / "a.json")
+    folder.step_path("a", MARK), folder.prompt_path("k"), folder.write_json(".state/failures/a.json", {})
+    folder.delete(tmp_path / "out" / ".state" / "failures" / "a.json")
     (tmp_path / "out" / name).rename(tmp_path / "moved")
     (tmp_path / "out" / name).symlink_to(victim)
     before = content_of(victim)
     with pytest.raises(OutputError, match=f"{name} is a symbolic link where cineray keeps a folder"):
         folder.check("a clip was to be rendered")
-    folder.sweep()
-    folder.forget_clips()
+    folder.remove_leftovers()
+    folder.delete_stale_clips()
     folder.close()
     assert content_of(victim) == before
 
@@ -328,7 +328,7 @@ def test_a_permission_that_is_lost_is_one_line(ordinary_user, locked):
         for begin in (refuse_early, OutputFolder):
             with pytest.raises(OutputError, match="cannot be written: Permission denied"):
                 begin(ordinary_user / "out")
-        folder.sweep(), folder.forget_clips()
+        folder.remove_leftovers(), folder.delete_stale_clips()
     finally:
         (ordinary_user / locked).chmod(0o755)
 

@@ -11,7 +11,7 @@ from local_cluster import head_node
 
 pytestmark = pytest.mark.cores
 
-STEPS = 300  # the clip in the works lasts a good part of a second: long enough to be caught in it
+STEPS = 300  # the clip in flight lasts a good part of a second: long enough to be caught in it
 PATIENCE_S = 240.0
 
 

@@ -1,4 +1,4 @@
-"""`cineray render` as a process of its own: full disks and interrupts. What may be lost: the clip in the works."""
+"""`cineray render` as a process of its own: full disks and interrupts. What may be lost: the clip in flight."""
 
 import json
 import os

@@ -34,7 +34,7 @@ def stages(checkpoint_folder, tmp_path):
     )
     finisher, rank = FinisherWork(spec), RankWork(spec)
     finisher.load()
-    rank.join(0, *rank.open_meeting(LOCALHOST))
+    rank.join(0, *rank.open_rendezvous(LOCALHOST))
     yield finisher, rank, folder
     rank._gang.close()
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 
 from cineray.caching.trace import trace_from
-from cineray.jobs.output.step_keeper import StepKeeper, StepNotes, Yielded
+from cineray.jobs.output.step_keeper import ClipPreempted, StepKeeper, StepNotes
 from cineray.pipeline.render import denoise_clip
 from cineray.pipeline.resume.step_state import Beginning, StepState, StepStateError, read_step_state, save_step_state
 from cineray.pipeline.resume.tensor_file import TensorFileError, read_tensors, write_tensors
@@ -34,7 +34,7 @@ class Probe:
 
 @dataclass
 class Kept:
-    """A clip of 5 steps that was put down after 3 of them."""
+    """A clip of 5 steps that was preempted after 3 of them."""
 
     content: bytes
     state: StepState
@@ -63,9 +63,9 @@ def kept(loaded, request_, tmp_path, made):
     if not made:
         path, probe = tmp_path / f"1.{CLIP}.safetensors", Probe()
         whole = denoise_clip(loaded("wan"), request_, lambda done, total: None, keeper=probe).latents
-        with pytest.raises(Yielded) as put_down:
+        with pytest.raises(ClipPreempted) as preempted:
             denoise_clip(loaded("wan"), request_, lambda done, total: None, keeper=keeper(path))
-        assert put_down.value.kept
+        assert preempted.value.kept
         made.append(Kept(path.read_bytes(), read_step_state(path, CLIP), probe.beginning, whole))
         path.unlink()
     return made[0]
@@ -279,7 +279,7 @@ def test_every_step_of_every_scheduler_is_recognized(loaded, new_request, place,
     """What misfits is foretold from the scheduler alone; a state of our own always fits."""
     request = new_request(width=16, height=16, num_frames=1, num_inference_steps=STEPS)
     for step in range(1, STEPS):
-        with pytest.raises(Yielded):
+        with pytest.raises(ClipPreempted):
             denoise_clip(loaded(name), request, lambda done, total: None, keeper=keeper(place, step))
         steps = []
         denoise_clip(loaded(name), request, lambda done, total, s=steps: s.append(done), keeper=keeper(place, 99))

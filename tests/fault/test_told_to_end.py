@@ -1,4 +1,4 @@
-"""A process that is told to end does so, wherever it stands, and keeps the step of the clip in the works."""
+"""A process that is told to end does so, wherever it stands, and keeps the step of the clip in flight."""
 
 import os
 import signal
@@ -64,7 +64,7 @@ with stopping.ending_on_signals():
         mutex = ctypes.create_string_buffer(64)
         for _ in range(2):
             ctypes.CDLL(None).pthread_mutex_lock(mutex)  # the second one waits for ever, whatever signals come
-    with stopping.asked_to_stop():
+    with stopping.stop_requested():
         while True:
             try:
                 time.sleep(600)

@@ -15,7 +15,7 @@ class Oracle:
 
     def __init__(self, blocks):
         self.blocks, self.step, self.branch, self.log, self.state = blocks, 0, 0, [], [{}, {}]
-        self.left = 0  # steps of the run in the works, decided by branch 0
+        self.left = 0  # steps of the run in flight, decided by branch 0
 
     def __call__(self, x, *rest):
         state, branch, step = self.state[self.branch], self.branch, self.step

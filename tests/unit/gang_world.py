@@ -89,7 +89,7 @@ class World:
                 assert clip not in [name for names in self.finishing.values() for name in names]
                 self.finishing[finisher].append(clip)
             case effects.EndClip(clip, status):
-                assert clip not in self.ended  # committed, or given up, at most once
+                assert clip not in self.ended  # ended at most once
                 self.ended[clip] = status
             case effects.RecordFailure(clip, status):
                 self.records[clip] = status

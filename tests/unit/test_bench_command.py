@@ -122,7 +122,7 @@ def test_a_file_of_another_bench_is_refused(run, tmp_path):
     before = out.read_text()
     code, _, err = run("bench", "quality", "fewer-steps(4)", "--out", str(out), steps=6)
     assert code == 2
-    assert "holds rows measured with another clips; choose another --out" in err
+    assert "holds rows measured with different clips; choose another --out" in err
     assert out.read_text() == before
     out.write_text("[]")
     code, _, err = run("bench", "quality", "fewer-steps(4)", "--out", str(out))
@@ -163,15 +163,17 @@ def test_ratios_and_changes_are_those_of_the_residuals(loaded, new_request):
     model = loaded("wan")
     requests = [new_request(num_inference_steps=5, seed=s, guidance_scale=1.0) for s in (1, 2)]
     transformer = model.pipe.transformer
-    entering, leaving = [], []
+    blocks_input, blocks_output = [], []
     taps = [
-        transformer.patch_embedding.register_forward_hook(lambda m, a, out: entering.append(out.flatten(2).mT.clone())),
-        transformer.norm_out.register_forward_hook(lambda m, a, out: leaving.append(a[0].clone())),
+        transformer.patch_embedding.register_forward_hook(
+            lambda m, a, out: blocks_input.append(out.flatten(2).mT.clone())
+        ),
+        transformer.norm_out.register_forward_hook(lambda m, a, out: blocks_output.append(a[0].clone())),
     ]
     changes = measure_steps(model, requests, ("timestep-embedding", "timestep-projection"), lambda done: None)
     for tap in taps:
         tap.remove()
-    residuals = torch.stack(leaving) - torch.stack(entering)  # [clips * 5, 1, S, D]
+    residuals = torch.stack(blocks_output) - torch.stack(blocks_input)  # [clips * 5, 1, S, D]
     for clip in (0, 1):
         now, before = residuals[clip * 5 + 1 : clip * 5 + 5], residuals[clip * 5 : clip * 5 + 4]
         ratio = (now.norm(dim=-1) / before.norm(dim=-1)).mean(dim=(1, 2))

@@ -1,4 +1,4 @@
-"""`cineray calibrate dicache`, as a person runs it, and the search for weights."""
+"""`cineray calibrate dicache`, as a person runs it, and the search for skip costs."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from test_bench_command import clips, run  # noqa: F401  # fixtures
 from test_dicache_runs import profile
 
 from cineray.caching.profile import DiCacheProfile
-from cineray.pipeline.calibrate.dicache import KNOTS, WeightSearch, with_weights
+from cineray.pipeline.calibrate.dicache import KNOTS, StepCostSearch, with_step_costs
 
 
 def test_a_calibrated_profile_is_used_and_comes_out_the_same_again(run, tmp_path):  # noqa: F811
@@ -18,7 +18,7 @@ def test_a_calibrated_profile_is_used_and_comes_out_the_same_again(run, tmp_path
         assert code == 0
     assert out[0].read_text() == out[1].read_text()
     found = DiCacheProfile.model_validate_json(out[0].read_text())
-    assert len(found.weights) == 12
+    assert len(found.skip_costs) == 12
     assert said["threshold"] == found.threshold
     assert "proposes threshold" in err
     assert len(said["curve"]) == 9
@@ -29,7 +29,7 @@ def test_a_calibrated_profile_is_used_and_comes_out_the_same_again(run, tmp_path
 
 
 def test_a_search_that_is_stopped_goes_on_where_it_was(run, tmp_path, monkeypatch):  # noqa: F811
-    measure, measured = WeightSearch._measure, []
+    measure, measured = StepCostSearch._measure, []
 
     def stop_after(num_points: int):
         def counted(self, *arguments):
@@ -39,7 +39,7 @@ def test_a_search_that_is_stopped_goes_on_where_it_was(run, tmp_path, monkeypatc
             return measure(self, *arguments)
 
         measured.clear()
-        monkeypatch.setattr(WeightSearch, "_measure", counted)
+        monkeypatch.setattr(StepCostSearch, "_measure", counted)
 
     def calibrate(out: Path) -> tuple[int, str]:
         code, _, err = run("calibrate", "dicache", "--trials", "1", "--out", str(out), steps=12)
@@ -57,7 +57,7 @@ def test_a_search_that_is_stopped_goes_on_where_it_was(run, tmp_path, monkeypatc
     stop_after(99)
     code, err = calibrate(tmp_path / "a.json")
     assert code == 0
-    assert "going on from 4 points of an earlier run" in err
+    assert "resuming from 4 points of an earlier run" in err
     assert "trials, best so far" in err
     assert len(measured) == num_points - 4
     assert (tmp_path / "a.json").read_text() == (tmp_path / "whole.json").read_text()
@@ -77,7 +77,7 @@ def test_a_floor_is_kept_on_every_clip_or_refused(run, tmp_path, monkeypatch):  
     assert "stays in" in err
     assert not list(tmp_path.glob("*.json"))
     with monkeypatch.context() as patch:
-        patch.setattr(WeightSearch, "_measure", None)
+        patch.setattr(StepCostSearch, "_measure", None)
         words = ["calibrate", "dicache", "--trials", "0", "--floor", "20", "--out", str(out), "--json"]
         code, again, _ = run(*words, steps=12)  # what was measured is not measured again
     assert code == 0
@@ -100,23 +100,23 @@ def test_bad_input(run, tmp_path, words, steps, message):  # noqa: F811
     assert not list(tmp_path.glob("*.json"))
 
 
-def test_weights_keep_a_usual_clip_s_change_in_all():
-    usual = tuple(np.linspace(0.01, 0.05, 50))
-    weighted = with_weights(profile(usual=usual), np.linspace(3, -3, len(KNOTS)))
-    assert np.dot(weighted.weights, usual) == pytest.approx(sum(usual), rel=1e-3)
-    assert weighted.weights[0] / weighted.weights[-1] == pytest.approx(np.exp(6), rel=1e-2)
+def test_skip_costs_keep_the_expected_clip_s_total_change():
+    expected = tuple(np.linspace(0.01, 0.05, 50))
+    with_costs = with_step_costs(profile(expected=expected), np.linspace(3, -3, len(KNOTS)))
+    assert np.dot(with_costs.skip_costs, expected) == pytest.approx(sum(expected), rel=1e-3)
+    assert with_costs.skip_costs[0] / with_costs.skip_costs[-1] == pytest.approx(np.exp(6), rel=1e-2)
 
 
 def test_the_search_keeps_only_what_raises_the_score(monkeypatch, tmp_path):
     """Against a score that wants the middle light and the ends heavy."""
-    search = WeightSearch.__new__(WeightSearch)
+    search = StepCostSearch.__new__(StepCostSearch)
     search._num_steps, search._trial = 50, Path(tmp_path / "trial.json")
 
     def score(self, known, speedups):
-        logs = np.log(known.weights)
+        logs = np.log(known.skip_costs)
         return float(logs[0] + logs[-1] - 2 * logs[25])
 
-    monkeypatch.setattr(WeightSearch, "_score", score)
+    monkeypatch.setattr(StepCostSearch, "_score", score)
     scores = []
     found = search.run(profile(), (2.0,), 40, lambda trial, best: scores.append(best))
     assert scores == sorted(scores)

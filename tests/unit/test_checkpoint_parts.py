@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from cineray.pipeline.adapters import FAMILIES
+from cineray.pipeline.adapters import ADAPTERS
 from cineray.pipeline.loading.checkpoint import open_checkpoint, weights_digest
 from cineray.pipeline.loading.model import LoadOptions, load_model
 from cineray.pipeline.loading.parts import check_configs
@@ -113,7 +113,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configurations_pass(name):
     index, configs = PUBLISHED[name]
-    parts = check_configs(FAMILIES[index["_class_name"]], index, lambda file: configs[file.partition("/")[0]])
+    parts = check_configs(ADAPTERS[index["_class_name"]], index, lambda file: configs[file.partition("/")[0]])
     assert set(configs) <= set(parts)
 
 

@@ -1,4 +1,4 @@
-"""DiCache with one look per run of skips, and with weights of the steps."""
+"""DiCache with one look per run of skips, and with skip costs of the steps."""
 
 import json
 from dataclasses import replace
@@ -12,7 +12,7 @@ from test_dicache_policy import SEEN
 
 import cineray
 from cineray.caching.plan import CachePlan
-from cineray.caching.policies.dicache import DiCacheConfig, DiCachePolicy, usual_cost
+from cineray.caching.policies.dicache import DiCacheConfig, DiCachePolicy, expected_cost
 from cineray.caching.profile import DiCacheProfile
 from cineray.pipeline.adapters.cache_plan import plan_cache
 
@@ -21,9 +21,9 @@ RUN = DiCacheConfig(threshold=0.095, look="run")
 WAN = {"num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16}
 
 
-def profile(weights=(1.0,) * 50, usual=(0.02,) * 50, **changes):
+def profile(skip_costs=(1.0,) * 50, expected=(0.02,) * 50, **changes):
     values = {"family": "wan", "transformer": {}, "source": "", "gamma_clip": (1, 1.5), "threshold": 0.1}
-    return DiCacheProfile(weights=weights, usual_change=usual, **(values | changes))
+    return DiCacheProfile(skip_costs=skip_costs, expected_change=expected, **(values | changes))
 
 
 def decide(config=RUN, known=None, **changes):
@@ -52,32 +52,32 @@ def test_the_step_after_a_run_is_computed_and_a_run_needs_two_pairs():
 
 
 def test_heavy_steps_are_computed_and_light_ones_skipped():
-    weights = [1.0] * 50
-    weights[22] = 3.0
-    assert decide(known=profile(weights), change_sum=2.0).num_steps == 2  # 0.02 a step until step 22 costs 0.06
-    assert decide(known=profile(weights), change_sum=2.0, step_index=22).num_steps == 2  # 0.06, 0.08
+    skip_costs = [1.0] * 50
+    skip_costs[22] = 3.0
+    assert decide(known=profile(skip_costs), change_sum=2.0).num_steps == 2  # 0.02 a step until step 22 costs 0.06
+    assert decide(known=profile(skip_costs), change_sum=2.0, step_index=22).num_steps == 2  # 0.06, 0.08
     assert decide(known=profile([0.1] * 50), change_sum=2.0).num_steps == 30  # 0.002 a step, to the end
 
 
-def test_a_clip_that_moves_faster_than_usual_is_computed_more_often():
-    fast = {"known": profile(), "change_sum": 8.0}  # four times what is usual
+def test_a_clip_that_moves_faster_than_expected_is_computed_more_often():
+    fast = {"known": profile(), "change_sum": 8.0}  # four times what is expected
     assert decide(**fast).num_steps == 1
     assert decide(replace(RUN, adaptivity=0.0), **fast).num_steps == 4
     assert decide(replace(RUN, adaptivity=0.5), **fast).num_steps == 2
 
 
-def test_weights_serve_another_number_of_steps():
-    weights, usual = profile(weights=(4.0, 1.0, 4.0), usual=(0.1, 0.2, 0.3)).at(5)
-    assert weights == pytest.approx([4.0, 2.0, 1.0, 2.0, 4.0])
-    assert usual == pytest.approx([0.06, 0.09, 0.12, 0.15, 0.18])  # shorter steps change less
+def test_skip_costs_serve_another_number_of_steps():
+    skip_costs, expected = profile(skip_costs=(4.0, 1.0, 4.0), expected=(0.1, 0.2, 0.3)).at(5)
+    assert skip_costs == pytest.approx([4.0, 2.0, 1.0, 2.0, 4.0])
+    assert expected == pytest.approx([0.06, 0.09, 0.12, 0.15, 0.18])  # shorter steps change less
 
 
-def test_usual_cost_is_what_a_usual_clip_costs():
+def test_expected_cost_is_the_cost_of_an_expected_clip():
     # steps 0 and 1 give two pairs; then skip 2 to 5, compute 6, skip 7 to 10, ...
     policy = DiCachePolicy(replace(RUN, warmup=0.0), profile())
     computed = [0, 1, *range(6, 50, 5)]
     probes = len(range(2, 50, 5))
-    assert usual_cost(policy, 50, 1 / 30) == pytest.approx((len(computed) + probes / 30) / 50)
+    assert expected_cost(policy, 50, 1 / 30) == pytest.approx((len(computed) + probes / 30) / 50)
 
 
 @pytest.mark.parametrize(
@@ -97,22 +97,22 @@ def test_profiles_of_other_models_and_broken_ones(tmp_path):
     def plan(path):
         return plan_cache(f"dicache(profile={path})", "WanTransformer3DModel", WAN)
 
-    path = tmp_path / "weights.json"
+    path = tmp_path / "profile.json"
     with pytest.raises(ValueError, match=r"dicache profile .* is neither a shipped profile"):
         plan(path)
     path.write_text(profile(transformer={"num_layers": 40}).model_dump_json())
     with pytest.raises(ValueError, match="is for another model: wan with num_layers 40; this one is wan with num_lay"):
         plan(path)
     content = json.loads(profile().model_dump_json())
-    path.write_text(json.dumps(content | {"weights": [1.0, 0.0], "usual_change": [1.0, 1.0]}))
-    with pytest.raises(ValueError, match="weights and usual_change must be above 0"):
+    path.write_text(json.dumps(content | {"skip_costs": [1.0, 0.0], "expected_change": [1.0, 1.0]}))
+    with pytest.raises(ValueError, match="skip_costs and expected_change must be above 0"):
         plan(path)
-    path.write_text(json.dumps(content | {"weights": [1.0, 1.0]}))
+    path.write_text(json.dumps(content | {"skip_costs": [1.0, 1.0]}))
     with pytest.raises(ValueError, match="must have one number for each"):
         plan(path)
 
 
-def test_a_model_that_nobody_calibrated_gets_the_generic_weights():
+def test_a_model_that_nobody_calibrated_gets_the_generic_skip_costs():
     plan = plan_cache("dicache", "WanTransformer3DModel", WAN)
     assert isinstance(plan, CachePlan)
     assert plan.policy.profile.family == "any"
@@ -182,7 +182,7 @@ def test_a_trace_of_runs_replays_the_same_clip(tmp_path):
     pipe, path = build_wan(), tmp_path / "trace.json"
     with cineray.enable_cache(pipe, SKIPPING) as handle:
         first = call(pipe)
-    path.write_text(json.dumps(handle.trace.content()))
+    path.write_text(json.dumps(handle.trace.to_dict()))
     with cineray.enable_cache(pipe, f"replay:{path}"):
         assert torch.equal(call(pipe), first)
 

@@ -98,7 +98,7 @@ def test_a_trace_replays_the_same_clip_and_any_other_one(tmp_path, branches):
     with cineray.enable_cache(pipe, replace(OFTEN, branches=branches)) as handle:
         first = call(pipe, guidance_scale=4.0)
     path = tmp_path / "trace.json"
-    path.write_text(json.dumps(handle.trace.content()))
+    path.write_text(json.dumps(handle.trace.to_dict()))
     assert load_trace(path).entries == handle.trace.entries
     with cineray.enable_cache(pipe, f"replay:{path}") as replayed:
         assert torch.equal(call(pipe, guidance_scale=4.0), first)

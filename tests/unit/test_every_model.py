@@ -58,13 +58,13 @@ def test_blocks_that_work_in_place_do_not_fool_it(name):
 
     def writing_into_its_input(original):
         def forward(*args, **kwargs):
-            entering = args[0] if args else kwargs["hidden_states"]
+            blocks_input = args[0] if args else kwargs["hidden_states"]
             out = original(*args, **kwargs)
-            leaving = out[-1 if text_first else 0] if isinstance(out, tuple) else out
-            leaving = entering.copy_(leaving)
+            blocks_output = out[-1 if text_first else 0] if isinstance(out, tuple) else out
+            blocks_output = blocks_input.copy_(blocks_output)
             if not isinstance(out, tuple):
-                return leaving
-            return (out[0], leaving) if text_first else (leaving, out[1])
+                return blocks_output
+            return (out[0], blocks_output) if text_first else (blocks_output, out[1])
 
         return forward
 
@@ -268,7 +268,7 @@ def test_stacked_and_called_one_after_the_other_decide_alike(look, branches, thr
     assert traces[0] == traces[1]
     assert 0 < sum(traces[0].values()) < 2 * steps
     torch.testing.assert_close(clips[0], clips[1], atol=2e-4, rtol=1e-3)
-    (tmp_path / "trace.json").write_text(json.dumps(handle.trace.content()))  # of two calls, replayed in one
+    (tmp_path / "trace.json").write_text(json.dumps(handle.trace.to_dict()))  # of two calls, replayed in one
     with cineray.enable_cache(loop, f"replay:{tmp_path / 'trace.json'}") as handle:
         replayed = call(loop, steps=steps)
     assert {(e.step, e.branch): e.compute for e in handle.trace.entries} == traces[1]

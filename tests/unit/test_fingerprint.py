@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from cineray.pipeline.adapters import FAMILIES
+from cineray.pipeline.adapters import ADAPTERS
 from cineray.pipeline.render import render_clip
 from cineray.pipeline.request import fingerprint, prompt_key
 
-WAN, HUNYUAN = FAMILIES["WanPipeline"], FAMILIES["HunyuanVideoPipeline"]
+WAN, HUNYUAN = ADAPTERS["WanPipeline"], ADAPTERS["HunyuanVideoPipeline"]
 OPTIONS = {"dtype": "float32", "vae_tiling": False, "lossless": False}
 
 

@@ -20,13 +20,13 @@ def test_degrees_that_cannot_be(axis, degree):
 
 def test_each_rank_has_one_place():
     layout = Layout(gangs=2, cfg=2, ring=3, ulysses=2)
-    places = [layout.place(rank) for rank in range(layout.world_size)]
+    places = [layout.coordinates(rank) for rank in range(layout.world_size)]
     assert len(set(places)) == 24
     assert [layout.rank_at(place) for place in places] == list(range(24))
     assert [p.ulysses for p in places[:4]] == [0, 1, 0, 1]
     assert [p.gang for p in places] == [0] * 12 + [1] * 12
     with pytest.raises(ValueError, match="rank must be 0 to 23, got 24"):
-        layout.place(24)
+        layout.coordinates(24)
 
 
 @pytest.mark.parametrize("text", ["1", "ulysses4", "cfg2xring2xulysses2", "gangs2xulysses2"])

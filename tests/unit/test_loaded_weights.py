@@ -14,10 +14,10 @@ from cineray.pipeline.request import InputError
 TRANSFORMER_FILE, TEXT_FILE = "transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
 
 
-def refusal(folder, without=(), **options) -> str:
+def refusal(folder, skip_components=(), **options) -> str:
     checkpoint = open_checkpoint(str(folder))
     with pytest.raises(InputError) as caught:
-        load_model(checkpoint, LoadOptions(**options), without)
+        load_model(checkpoint, LoadOptions(**options), skip_components)
     (line,) = caught.value.lines
     assert line.startswith(f"model {folder}: loading from {folder} failed: ")
     assert len(line) < 900
@@ -55,8 +55,8 @@ def test_a_value_that_is_not_finite_is_refused_by_name(folder, file, tensor, val
 
 def test_parts_that_stay_out_of_memory_are_not_looked_at(folder):
     change(folder / TRANSFORMER_FILE, lambda tensors: tensors["proj_out.weight"].fill_(float("nan")))
-    load_model(open_checkpoint(str(folder)), LoadOptions(), without=TRANSFORMER)
-    assert "proj_out.weight" in refusal(folder, without=TEXT_ENCODERS)
+    load_model(open_checkpoint(str(folder)), LoadOptions(), skip_components=TRANSFORMER)
+    assert "proj_out.weight" in refusal(folder, skip_components=TEXT_ENCODERS)
 
 
 def test_a_number_too_large_for_the_type_that_was_asked_for_is_refused(folder):

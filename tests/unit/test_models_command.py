@@ -9,14 +9,14 @@ from every_model import EVERY_MODEL, build, call
 import cineray
 from cineray.caching.spec import NAMES
 from cineray.jobs.cli.main import _run
-from cineray.pipeline.adapters import FAMILIES, MODELS
+from cineray.pipeline.adapters import ADAPTERS, MODELS
 
 
 def test_it_lists_every_model_with_the_policies_that_it_can_be_cached_with(capsys):
     assert _run(["models", "--json"]) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"tiny-wan", "tiny-hunyuan", "wan2.1-t2v-1.3b", "hunyuan-video"} <= {row["name"] for row in said["models"]}
-    assert said["pipelines"] == list(FAMILIES)
+    assert said["pipelines"] == list(ADAPTERS)
     cached = {row["transformer"]: row for row in said["cached"]}
     assert list(cached) == list(MODELS)
     names = [name.partition(":")[0] for name in NAMES]

@@ -144,5 +144,5 @@ def test_two_benches_on_one_file_keep_each_others_rows(loaded, new_request, tmp_
         thread.join(60)
     assert len(_BenchFile(out, identity, model)._read()) == 32
     assert [path.name for path in tmp_path.iterdir()] == ["b.json"]
-    with pytest.raises(InputError, match="measured with another device"):
+    with pytest.raises(InputError, match="measured with different device"):
         _BenchFile(out, identity | {"device": "other"}, model).add({})

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cineray.jobs.cli import clips as asked_clips
+from cineray.jobs.cli import clips as clip_arguments
 from cineray.jobs.cli.main import _run
 from cineray.pipeline.media.video import read_metadata, read_video
 from cineray.pipeline.render import render_clip
@@ -255,14 +255,14 @@ def test_a_broken_picture_is_a_bad_line(render, pictures):
 def test_a_clip_that_fails_does_not_stop_the_others(render, pictures, monkeypatch):
     """A picture that is changed between the check of its line and its turn."""
     manifest, first, _ = pictures
-    check = asked_clips.requests_of
+    check = clip_arguments.read_requests
 
     def checked_then_broken(*arguments):
         found = check(*arguments)
         first.write_bytes(b"no image")
         return found
 
-    monkeypatch.setattr("cineray.jobs.cli.main.requests_of", checked_then_broken)
+    monkeypatch.setattr("cineray.jobs.cli.main.read_requests", checked_then_broken)
     code, stdout, stderr, out = render("--manifest", str(manifest), "--json", model="wan_i2v")
     assert code == 1
     assert [(c["id"], c["status"]) for c in json.loads(stdout)["clips"]] == [("first", "failed"), ("second", "done")]

@@ -131,9 +131,9 @@ def test_a_skipped_step_adds_the_last_residual_again():
     transformer = build_wan().transformer
     text = torch.randn(1, 512, 64)
     latents = torch.randn(1, 4, 2, 4, 4)
-    entering, leaving = [], []
-    transformer.patch_embedding.register_forward_hook(lambda m, a, out: entering.append(out.flatten(2).mT.clone()))
-    transformer.norm_out.register_forward_hook(lambda m, a, out: leaving.append(a[0].clone()))
+    blocks_input, blocks_output = [], []
+    transformer.patch_embedding.register_forward_hook(lambda m, a, out: blocks_input.append(out.flatten(2).mT.clone()))
+    transformer.norm_out.register_forward_hook(lambda m, a, out: blocks_output.append(a[0].clone()))
     with (
         cineray.enable_cache(transformer, "teacache(threshold=100,coefficients=1:0)", num_branches=1) as handle,
         torch.no_grad(),
@@ -143,7 +143,7 @@ def test_a_skipped_step_adds_the_last_residual_again():
                 latents = latents - 0.1 * transformer(latents, torch.tensor([900 - 100 * step]), text)[0]
     assert [e.reason for e in handle.trace.entries] == ["warmup", "skip", "skip", "last"]
     for step in (1, 2):
-        torch.testing.assert_close(leaving[step] - entering[step], leaving[0] - entering[0])
+        torch.testing.assert_close(blocks_output[step] - blocks_input[step], blocks_output[0] - blocks_input[0])
 
 
 def write_profile(path, **changes):

@@ -1,4 +1,4 @@
-"""What is written down of a clip that lost an attempt or failed, and read back by the next run and by `status`."""
+"""The failure record of a clip that lost an attempt or failed: read back by the next run and by `status`."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,8 +12,8 @@ MAX_REASONS = 20  # attempts that are written down: several times as many as a c
 MAX_REASON_CHARS = 2000  # a reason has 300 and a few names
 
 
-class Trouble(BaseModel):
-    """One clip's; files of earlier versions have no `version`."""
+class FailureRecord(BaseModel):
+    """What is recorded of one clip; files of earlier versions have no `version`."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -24,17 +24,17 @@ class Trouble(BaseModel):
     reasons: Annotated[list[Annotated[str, Field(max_length=MAX_REASON_CHARS)]], Field(max_length=MAX_REASONS)]
 
 
-def read_trouble(path: Path) -> Trouble:
-    """Reads one.
+def read_failure_record(path: Path) -> FailureRecord:
+    """Reads a failure record.
 
     Raises:
         OSError: it is not there, no regular file, a link, too long, or cannot be read.
         ValueError: it holds something else; or is of another clip than its name says.
     """
-    trouble = read_shaped(path, _TROUBLE, MAX_BYTES, follow_links=False)
-    if path.name != f"{trouble.id}.{trouble.fingerprint}.json":
+    record = read_shaped(path, _RECORD, MAX_BYTES, follow_links=False)
+    if path.name != f"{record.id}.{record.fingerprint}.json":
         raise ValueError("it is of another clip")
-    return trouble
+    return record
 
 
-_TROUBLE = TypeAdapter(Trouble)
+_RECORD = TypeAdapter(FailureRecord)
