@@ -137,8 +137,8 @@ class OutputFolder:
         for folder, names in _LEFTOVERS.items():
             self._remove_files(folder, names)
         earlier, failures = self.state / EARLIER_FAILURES, self.state / "failures"
-        if kind_of(earlier) == "a folder" and not os.path.lexists(failures):
-            with suppress(OSError):
+        with suppress(OSError):
+            if kind_of(earlier) == "a folder" and not os.path.lexists(failures):
                 earlier.rename(failures)
 
     def delete_stale_clips(self) -> None:

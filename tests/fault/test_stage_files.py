@@ -49,7 +49,7 @@ def test_what_is_damaged_on_its_way_is_made_again(stages, new_request, capsys):
     finisher, rank, folder = stages
     request = new_request(width=16, height=16, num_frames=1, num_inference_steps=2)
     task, other = (
-        Task(request=replace(request, seed=seed), mark=mark, prompt_key="k" * 32)
+        Task(request=replace(request, seed=seed), fingerprint=mark, prompt_key="k" * 32)
         for seed, mark in ((0, MARK), (1, OTHER))
     )
     prompt, state = folder.prompt_path(task.prompt_key), folder.step_path("1", MARK)
@@ -91,7 +91,7 @@ def test_what_is_damaged_on_its_way_is_made_again(stages, new_request, capsys):
 def test_latents_that_are_not_finite_are_the_clip_s_fault(stages, new_request):
     finisher, rank, _ = stages
     request = new_request(width=16, height=16, num_frames=1, num_inference_steps=2)
-    task = Task(request=request, mark=MARK, prompt_key="k" * 32)
+    task = Task(request=request, fingerprint=MARK, prompt_key="k" * 32)
     assert finisher.encode(task) == ()
     rank._model.pipe.transformer.proj_out.bias.data[0] = float("nan")
     answer = rank.denoise(task)
