@@ -13,64 +13,14 @@ from typing import Any, TypeVar
 
 from cineray.distributed.layout import Layout, check_layout
 from cineray.jobs.output.folder import OutputFolder, refuse_early
-from cineray.jobs.output.lease import MIN_TTL_S, TTL_S, Lease
+from cineray.jobs.output.lease import Lease
 from cineray.jobs.output.results import ResultLog
+from cineray.jobs.run_options import RunOptions
 from cineray.jobs.stopping import stop_requested
 from cineray.jobs.threads import num_threads
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.options import LoadOptions
 from cineray.pipeline.request import ClipRequest, InputError
-
-MAX_ACTORS = 10_000  # of a kind; the largest clusters of Ray have some thousand nodes
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunOptions:
-    """How a run is carried out; nothing here changes pixels.
-
-    Args:
-        sp: ranks that share the tokens of one clip.
-        address: of a Ray cluster; "local" or None for this machine.
-        num_finishers: actors that encode prompts and decode; None for one per four gangs.
-        hang_s: a gang whose step takes longer is killed.
-        checkpoint_s: seconds between two step states of a clip.
-    """
-
-    sp: int = 1
-    cfg_parallel: bool = False
-    num_gangs: int = 1
-    address: str | None = None
-    num_finishers: int | None = None
-    hang_s: float = 300.0
-    checkpoint_s: float = 60.0
-    lease_s: float = TTL_S
-
-    def __post_init__(self) -> None:
-        for name, value in (("sp", self.sp), ("gangs", self.num_gangs), ("finishers", self.num_finishers or 1)):
-            if not 1 <= value <= MAX_ACTORS:
-                raise InputError(f"--{name} must be 1 to {MAX_ACTORS}, got {value}")
-        if not self.hang_s > 0:
-            raise InputError(f"--hang-timeout must be above 0, got {self.hang_s:g}")
-        if not self.lease_s >= MIN_TTL_S:
-            raise InputError(
-                f"--lease-timeout must be {MIN_TTL_S:g} or more, got {self.lease_s:g}: a living driver would be taken "
-                "for dead"
-            )
-        if not self.checkpoint_s >= 0:
-            raise InputError(f"--checkpoint-every must be 0 or more, got {self.checkpoint_s:g}")
-
-    @property
-    def layout(self) -> Layout:
-        """Layout of one gang."""
-        return Layout(cfg=2 if self.cfg_parallel else 1, ulysses=self.sp)
-
-    @property
-    def is_local(self) -> bool:
-        return self.address in (None, "local")
-
-    @property
-    def uses_ray(self) -> bool:
-        return self.address is not None or self.num_gangs > 1 or self.layout.world_size > 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -297,9 +247,7 @@ def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
         options=asked.load_options,
         out=asked.out.resolve(),
         lossless=asked.lossless,
-        layout=options.layout,
-        checkpoint_s=options.checkpoint_s,
-        collective_s=2 * options.hang_s,  # the driver notices first
+        run=options,
     )
     began = time.monotonic()
     with connected(None if options.is_local else options.address, fleet):

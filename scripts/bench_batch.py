@@ -16,15 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import click
 
-from cineray.distributed.layout import Layout
-from cineray.jobs.cli.clips import run_defaults
-from cineray.jobs.cli.options import ClipArguments
 from cineray.jobs.gangs.actors import Finisher, GangRank, actors_of
 from cineray.jobs.gangs.cluster import connected, plan_fleet
 from cineray.jobs.gangs.driver import RayBatch
@@ -34,10 +32,11 @@ from cineray.jobs.gangs.progress import GangProgress
 from cineray.jobs.gangs.queue import ClipQueue
 from cineray.jobs.gangs.slots import Slots
 from cineray.jobs.gangs.state import BatchState
-from cineray.jobs.manifest.check import check_manifest
+from cineray.jobs.manifest.check import RunDefaults, check_manifest
 from cineray.jobs.output.folder import OutputFolder
 from cineray.jobs.output.lease import Lease
 from cineray.jobs.output.results import ResultLog
+from cineray.jobs.run_options import RunOptions
 from cineray.pipeline.loading.checkpoint import Checkpoint, open_checkpoint
 from cineray.pipeline.loading.options import LoadOptions
 from cineray.pipeline.loading.weights import identify
@@ -140,9 +139,7 @@ def dispatch(clips: int, gangs: int, finishers: int, model: str) -> None:
             options=LoadOptions(),
             out=folder.path,
             lossless=False,
-            layout=Layout(),
-            checkpoint_s=60.0,
-            collective_s=600.0,
+            run=RunOptions(num_gangs=gangs),
         )
         with Lease(folder.state) as lease, connected(None, fleet), GangProgress(clips) as progress:
             slots = Slots.of(spec, fleet, actors_of(NoOpRank, NoOpFinisher))
@@ -175,12 +172,7 @@ def dispatch(clips: int, gangs: int, finishers: int, model: str) -> None:
 
 def new_queue(manifest: Path, folder: OutputFolder, checkpoint: Checkpoint, spec: RunSpec) -> ClipQueue:
     """The queue of a run over a manifest."""
-    asked = ClipArguments(
-        **dict.fromkeys(("steps", "width", "height", "frames", "guidance", "negative_prompt", "image")),
-        **{"prompts": (), "manifest": manifest, "model": checkpoint.name, "seed": 0, "image_fit": "stretch"},
-        **{"device": "cpu", "dtype": "auto", "offload": "none", "vae_tiling": False},
-    )
-    defaults = run_defaults(asked, checkpoint, "none", None)
+    defaults = RunDefaults(**asdict(checkpoint.defaults), seed=0, cache="none")
     requests = check_manifest(manifest, defaults, checkpoint).requests()
     return ClipQueue(requests, folder, checkpoint, identify(checkpoint), spec)
 

@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from cineray.jobs.cli.options import ClipArguments
 
@@ -20,20 +21,10 @@ def run_defaults(asked: ClipArguments, checkpoint: "Checkpoint", cache: str, fps
     """What a clip gets that says nothing itself: what was typed, else the model's own."""
     from cineray.jobs.manifest.check import RunDefaults
 
-    sizes = checkpoint.defaults
-    return RunDefaults(
-        negative_prompt=asked.negative_prompt,
-        seed=asked.seed,
-        width=_given(asked.width, sizes.width),
-        height=_given(asked.height, sizes.height),
-        num_frames=_given(asked.frames, sizes.num_frames),
-        num_inference_steps=_given(asked.steps, sizes.num_inference_steps),
-        guidance_scale=_given(asked.guidance, sizes.guidance_scale),
-        fps=_given(fps, sizes.fps),
-        cache=cache,
-        image=None if asked.image is None else os.path.realpath(asked.image),
-        image_fit=asked.image_fit,
-    )
+    typed = {name: value for name, value in {**asked.clip, "fps": fps}.items() if value is not None}
+    if asked.clip["image"] is not None:
+        typed["image"] = os.path.realpath(asked.clip["image"])
+    return RunDefaults(**{**asdict(checkpoint.defaults), **typed, "cache": cache})
 
 
 def load_options(asked: ClipArguments) -> "LoadOptions":
@@ -41,16 +32,7 @@ def load_options(asked: ClipArguments) -> "LoadOptions":
     from cineray.pipeline.loading.device import default_device
     from cineray.pipeline.loading.options import LoadOptions
 
-    return LoadOptions(
-        device=asked.device or default_device(),
-        dtype=asked.dtype,
-        offload=asked.offload,  # type: ignore[arg-type]  # LoadOptions checks it
-        vae_tiling=asked.vae_tiling,
-    )
-
-
-def _given(value: Any, default: Any) -> Any:
-    return default if value is None else value
+    return LoadOptions(**{**asked.loading, "device": asked.loading["device"] or default_device()})
 
 
 def takes_long_to_check(asked: ClipArguments) -> bool:

@@ -13,7 +13,7 @@ from cineray.jobs.cli.batch import status, submit
 from cineray.jobs.cli.clips import load_options, read_requests, run_defaults, takes_long_to_check
 from cineray.jobs.cli.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED_CLIPS, EXIT_INTERRUPTED, EXIT_LEASED
 from cineray.jobs.cli.measure import bench, calibrate, verify
-from cineray.jobs.cli.options import ClipArguments, FolderPath, RunArguments, clip_options, json_option, run_options
+from cineray.jobs.cli.options import ClipArguments, FolderPath, clip_options, json_option, run_options
 from cineray.jobs.console.terminal import (
     UndeliveredError,
     begin_printing,
@@ -23,6 +23,7 @@ from cineray.jobs.console.terminal import (
     silence,
     tell,
 )
+from cineray.jobs.run_options import RunOptions
 from cineray.jobs.stopping import Stopped, ending_on_signals
 
 _INTERRUPTED = "cineray: interrupted; finished clips are kept, run the same command again to resume"
@@ -44,7 +45,7 @@ def cineray() -> None:
 @run_options
 @json_option
 def render(
-    asked: ClipArguments, run_asked: RunArguments, out: Path, cache: str, fps: int | None, lossless: bool, as_json: bool
+    asked: ClipArguments, run: RunOptions, out: Path, cache: str, fps: int | None, lossless: bool, as_json: bool
 ) -> int:
     """Renders clips from prompts or from a manifest.
 
@@ -60,17 +61,16 @@ def render(
       cineray render --manifest m.jsonl --model wan2.1-t2v-14b --address auto --sp 4 --gangs 2 --out /nfs/m
     """
     from cineray.jobs.output.lease import LeasedError
-    from cineray.jobs.run import RunOptions, RunPlan, render_run
+    from cineray.jobs.run import RunPlan, render_run
     from cineray.pipeline.loading.checkpoint import open_checkpoint
 
-    options = RunOptions(**asdict(run_asked))
     checkpoint = open_checkpoint(asked.model)
     defaults = run_defaults(asked, checkpoint, cache, fps)
-    run = RunPlan(checkpoint=checkpoint, load_options=load_options(asked), options=options, out=out, lossless=lossless)
+    plan = RunPlan(checkpoint=checkpoint, load_options=load_options(asked), options=run, out=out, lossless=lossless)
     about = {"defaults": asdict(defaults)}
     try:
-        check = functools.partial(read_requests, asked, defaults, checkpoint, options.layout.sequence_ranks)
-        report = render_run(run, check, takes_long_to_check(asked), about)
+        check = functools.partial(read_requests, asked, defaults, checkpoint, run.layout.sequence_ranks)
+        report = render_run(plan, check, takes_long_to_check(asked), about)
     except LeasedError as error:
         tell(f"cineray: {error}; wait until it has ended, or give another --out")
         return EXIT_LEASED

@@ -1,38 +1,36 @@
 """The options that say which clips and which model, shared by every command that renders."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import click
 
+from cineray.jobs.run_options import RunOptions
+from cineray.pipeline.loading.options import LoadOptions
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipArguments:
-    """What was typed; None means the model's own value."""
+    """What was typed about clips and their model.
+
+    Args:
+        clip: by the names of `ClipRequest`; None means the model's own value.
+        loading: by the names of `LoadOptions`; device None means CUDA if there is one.
+    """
 
     prompts: tuple[str, ...]
     manifest: Path | None
     model: str
-    steps: int | None
-    seed: int
-    width: int | None
-    height: int | None
-    frames: int | None
-    guidance: float | None
-    negative_prompt: str | None
-    image: Path | None
-    image_fit: str
-    device: str
-    dtype: str
-    offload: str
-    vae_tiling: bool
+    clip: dict[str, Any]
+    loading: dict[str, Any]
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
 _PATH = click.Path(path_type=Path)
+_LOADING, _RUN = LoadOptions(), RunOptions()  # their defaults
 
 
 class FolderPath(click.Path):
@@ -48,7 +46,7 @@ class FolderPath(click.Path):
 
 
 _PROMPTS = click.argument("prompts", nargs=-1, metavar="PROMPT...")
-_OPTIONS = [
+_SOURCE_OPTIONS = [
     click.option(
         "--manifest",
         type=_PATH,
@@ -62,73 +60,83 @@ _OPTIONS = [
         metavar="NAME|DIR",
         help="A name of `cineray models`, a diffusers folder or a hub id.",
     ),
-    click.option("--steps", type=int, metavar="N", help="Denoising steps.  [default: 50]"),
-    click.option(
+]
+_CLIP_OPTIONS = {  # by the names of ClipRequest
+    "num_inference_steps": click.option(
+        "--steps", "num_inference_steps", type=int, metavar="N", help="Denoising steps.  [default: 50]"
+    ),
+    "seed": click.option(
         "--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of each clip's noise, below 2^32."
     ),
-    click.option("--width", type=int, metavar="W", help="Pixels.  [default: the model's]"),
-    click.option("--height", type=int, metavar="H", help="Pixels.  [default: the model's]"),
-    click.option("--frames", type=int, metavar="F", help="4k+1 frames.  [default: the model's]"),
-    click.option("--guidance", type=float, metavar="G", help="Guidance scale.  [default: the model's]"),
-    click.option("--negative-prompt", metavar="TEXT", help="What to avoid (Wan)."),
-    click.option("--image", type=_PATH, metavar="FILE", help="First frame, for image-to-video models."),
-    click.option(
+    "width": click.option("--width", type=int, metavar="W", help="Pixels.  [default: the model's]"),
+    "height": click.option("--height", type=int, metavar="H", help="Pixels.  [default: the model's]"),
+    "num_frames": click.option(
+        "--frames", "num_frames", type=int, metavar="F", help="4k+1 frames.  [default: the model's]"
+    ),
+    "guidance_scale": click.option(
+        "--guidance", "guidance_scale", type=float, metavar="G", help="Guidance scale.  [default: the model's]"
+    ),
+    "negative_prompt": click.option("--negative-prompt", metavar="TEXT", help="What to avoid (Wan)."),
+    "image": click.option("--image", type=_PATH, metavar="FILE", help="First frame, for image-to-video models."),
+    "image_fit": click.option(
         "--image-fit",
         type=click.Choice(("stretch", "crop", "pad")),
         default="stretch",
         show_default=True,
         help="For an image of another shape than the clip: stretch it, cut it, or put it on black.",
     ),
-    click.option("--device", default="", metavar="cpu|cuda", help="[default: cuda if there is one]"),
-    click.option("--dtype", default="auto", show_default=True, metavar="NAME", help="float32, bfloat16 or float16."),
-    click.option(
+}
+_LOAD_OPTIONS = {  # by the names of LoadOptions
+    "device": click.option("--device", default="", metavar="cpu|cuda", help="[default: cuda if there is one]"),
+    "dtype": click.option(
+        "--dtype", default=_LOADING.dtype, show_default=True, metavar="NAME", help="float32, bfloat16 or float16."
+    ),
+    "offload": click.option(
         "--offload",
-        default="none",
+        default=_LOADING.offload,
         show_default=True,
         metavar="none|model|sequential",
         help="Keep idle weights in CPU memory (CUDA).",
     ),
-    click.option("--vae-tiling", is_flag=True, help="Decode in tiles: less memory, slightly other pixels."),
-]
+    "vae_tiling": click.option(
+        "--vae-tiling", is_flag=True, help="Decode in tiles: less memory, slightly other pixels."
+    ),
+}
 
 
 def clip_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options to a command, which receives them as its first argument, an `ClipArguments`."""
+    """Adds the options to a command, which receives them as its first argument, `ClipArguments`."""
     return _PROMPTS(manifest_options(command))
 
 
 def manifest_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The same for a command that takes its clips from a manifest alone."""
-    names = [field.name for field in fields(ClipArguments)]
 
     @functools.wraps(command)
     def with_clip_arguments(**values: Any) -> Any:
-        values.setdefault("prompts", ())
-        asked = ClipArguments(**{name: values.pop(name) for name in names})
+        asked = ClipArguments(
+            prompts=values.pop("prompts", ()),
+            manifest=values.pop("manifest"),
+            model=values.pop("model"),
+            clip={name: values.pop(name) for name in _CLIP_OPTIONS},
+            loading={name: values.pop(name) for name in _LOAD_OPTIONS},
+        )
         return command(asked, **values)
 
-    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(_OPTIONS), with_clip_arguments)
+    return _added([*_SOURCE_OPTIONS, *_CLIP_OPTIONS.values(), *_LOAD_OPTIONS.values()], with_clip_arguments)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunArguments:
-    """How to carry a run out, as typed; `RunOptions` checks it."""
-
-    sp: int
-    cfg_parallel: bool
-    num_gangs: int
-    address: str | None
-    num_finishers: int | None
-    hang_s: float
-    checkpoint_s: float
-    lease_s: float
-
-
-_RUN_OPTIONS = [
-    click.option("--sp", type=int, default=1, show_default=True, metavar="N", help="Ranks that share one clip."),
+_RUN_OPTIONS = [  # by the names of RunOptions
+    click.option("--sp", type=int, default=_RUN.sp, show_default=True, metavar="N", help="Ranks that share one clip."),
     click.option("--cfg-parallel", is_flag=True, help="The guidance branches on two halves of a gang (Wan)."),
     click.option(
-        "--gangs", "num_gangs", type=int, default=1, show_default=True, metavar="N", help="Clips rendered at a time."
+        "--gangs",
+        "num_gangs",
+        type=int,
+        default=_RUN.num_gangs,
+        show_default=True,
+        metavar="N",
+        help="Clips rendered at a time.",
     ),
     click.option("--address", metavar="local|auto|HOST:PORT", help="Ray to render on.  [default: local if need be]"),
     click.option(
@@ -138,7 +146,7 @@ _RUN_OPTIONS = [
         "--hang-timeout",
         "hang_s",
         type=float,
-        default=300.0,
+        default=_RUN.hang_s,
         show_default=True,
         metavar="S",
         help="A gang whose step takes longer is killed; the clip tries again.",
@@ -147,7 +155,7 @@ _RUN_OPTIONS = [
         "--checkpoint-every",
         "checkpoint_s",
         type=float,
-        default=60.0,
+        default=_RUN.checkpoint_s,
         show_default=True,
         metavar="S",
         help="Seconds between two saves of a clip's latents.",
@@ -156,7 +164,7 @@ _RUN_OPTIONS = [
         "--lease-timeout",
         "lease_s",
         type=float,
-        default=30.0,
+        default=_RUN.lease_s,
         show_default=True,
         metavar="S",
         help="A driver that is silent for so long loses the folder.",
@@ -165,12 +173,16 @@ _RUN_OPTIONS = [
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options of a run to a command, which receives them as its argument `run_asked`."""
-    names = [field.name for field in fields(RunArguments)]
+    """Adds the options of a run to a command, which receives them as its argument `run`, a checked `RunOptions`."""
+    names = [field.name for field in fields(RunOptions)]
 
     @functools.wraps(command)
     def with_run(*arguments: Any, **values: Any) -> Any:
-        run_asked = RunArguments(**{name: values.pop(name) for name in names})
-        return command(*arguments, run_asked=run_asked, **values)
+        run = RunOptions(**{name: values.pop(name) for name in names})
+        return command(*arguments, run=run, **values)
 
-    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(_RUN_OPTIONS), with_run)
+    return _added(_RUN_OPTIONS, with_run)
+
+
+def _added(options: Iterable[Callable[..., Any]], command: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(list(options)), command)

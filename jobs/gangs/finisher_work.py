@@ -76,7 +76,14 @@ class FinisherWork:
                 return None
             options = render_options(self._spec.options, self._spec.lossless)
             record = clip_record(
-                request, task.fingerprint, self._model, options, rendered, self._spec.layout, resumed_at, task.warnings
+                request,
+                task.fingerprint,
+                self._model,
+                options,
+                rendered,
+                self._spec.run.layout,
+                resumed_at,
+                task.warnings,
             )
             commit_clip(folder, request, task.fingerprint, rendered, record, self._spec.lossless)
         except OutputError:

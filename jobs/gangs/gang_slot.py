@@ -74,7 +74,7 @@ class GangSlot:
 
     @property
     def num_ranks(self) -> int:
-        return self.spec.layout.world_size
+        return self.spec.run.layout.world_size
 
     def refs(self) -> list[Any]:
         """Everything that the loop waits for."""

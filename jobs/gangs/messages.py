@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cineray.distributed.layout import Layout
+from cineray.jobs.run_options import RunOptions
 from cineray.pipeline.loading.options import LoadOptions
 from cineray.pipeline.request import ClipRequest
 
@@ -14,18 +14,14 @@ class RunSpec:
     """What every actor of a run needs to know.
 
     Args:
-        layout: of one gang.
-        checkpoint_s: seconds between two step states.
-        collective_s: a collective that takes longer fails.
+        options: how the weights are loaded.
     """
 
     model: str
     options: LoadOptions
     out: Path
     lossless: bool
-    layout: Layout
-    checkpoint_s: float
-    collective_s: float
+    run: RunOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -58,7 +58,7 @@ class RankWork:
         self._store = torch.distributed.TCPStore(
             host,
             port,
-            self._spec.layout.world_size,
+            self._spec.run.layout.world_size,
             is_master=True,
             wait_for_workers=False,
             timeout=_join_timeout(),
@@ -77,12 +77,12 @@ class RankWork:
         # loading comes first: it takes ranks unequally long, and a collective would not wait for it
         self._model = load_model(open_checkpoint(self._spec.model), options, skip_components=TEXT_ENCODERS)
         self._gang = Gang.join(
-            self._spec.layout,
+            self._spec.run.layout,
             rank,
-            self._spec.layout.world_size,
+            self._spec.run.layout.world_size,
             device="cuda:0" if options.device == "cuda" else "cpu",
             store=self._store,
-            timeout_s=self._spec.collective_s,
+            timeout_s=self._spec.run.collective_s,
         )
 
     def denoise(self, task: Task) -> Denoised | Preempted | NoPrompt | ClipFault:
@@ -97,7 +97,7 @@ class RankWork:
             folder.step_path(task.request.id, task.fingerprint),
             task.fingerprint,
             self._gang,
-            self._spec.checkpoint_s,
+            self._spec.run.checkpoint_s,
             self.stop_requested.is_set,
         )
 

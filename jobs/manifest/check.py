@@ -7,13 +7,14 @@ that is changed, or that was a pipe, is not read again.
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 
 from cineray.caching.plan import AnyPlan, LayerPlan
 from cineray.jobs.manifest.forms import EXAMPLE, Numbered, read_rows
-from cineray.jobs.manifest.row import Row
+from cineray.jobs.manifest.row import REQUEST_NAMES, Row
 from cineray.jobs.manifest.row_file import RowFile
 from cineray.jobs.manifest.source import opened
 from cineray.pipeline.loading.checkpoint import Checkpoint
@@ -31,7 +32,7 @@ MAX_REMEMBERED = 1000  # combinations of sizes and the like that were found good
 class RunDefaults:
     """What a row gets where it is silent: the command line's options, else the model's own values."""
 
-    negative_prompt: str | None
+    negative_prompt: str | None = None
     seed: int
     width: int
     height: int
@@ -40,32 +41,20 @@ class RunDefaults:
     guidance_scale: float
     fps: int
     cache: str
-    image: str | None
+    image: str | None = None
     image_fit: str = "stretch"
 
 
 def to_request(row: Row, defaults: RunDefaults, folder: Path) -> ClipRequest:
     """Fills in the defaults; a relative `image` is meant from the manifest's `folder`."""
-
-    def given(value, default):
-        return default if value is None else value
-
-    image = given(row.image, defaults.image)
-    return ClipRequest(
-        id=row.clip_id,
-        prompt=row.prompt,
-        negative_prompt=given(row.negative_prompt, defaults.negative_prompt),
-        seed=given(row.seed, defaults.seed),
-        width=given(row.width, defaults.width),
-        height=given(row.height, defaults.height),
-        num_frames=given(row.frames, defaults.num_frames),
-        num_inference_steps=given(row.steps, defaults.num_inference_steps),
-        guidance_scale=float(given(row.guidance, defaults.guidance_scale)),
-        fps=given(row.fps, defaults.fps),
-        cache=given(row.cache, defaults.cache),
-        image=None if image is None else str(folder / image),
-        image_fit=given(row.image_fit, defaults.image_fit),
-    )
+    values = {}
+    for field, name in REQUEST_NAMES.items():
+        value = getattr(row, field)
+        values[name] = getattr(defaults, name) if value is None else value
+    if values["image"] is not None:
+        values["image"] = str(folder / values["image"])
+    values["guidance_scale"] = float(values["guidance_scale"])
+    return ClipRequest(id=row.clip_id, prompt=row.prompt, **values)
 
 
 class RequestCheck:
@@ -113,6 +102,9 @@ class RequestCheck:
         return []
 
 
+_all_but_seed_and_image = attrgetter(*(field for field in REQUEST_NAMES if field not in ("seed", "image")))
+
+
 class RowCheck:
     """Says what keeps a row from being rendered.
 
@@ -126,8 +118,7 @@ class RowCheck:
         self._good: set[tuple[object, ...]] = set()
 
     def __call__(self, row: Row) -> list[str]:
-        rest = (row.negative_prompt, row.width, row.height, row.frames, row.steps, row.guidance, row.fps)
-        rest = (*rest, row.cache, row.image_fit)
+        rest = _all_but_seed_and_image(row)
         seed = self._defaults.seed if row.seed is None else row.seed
         if row.image is None and rest in self._good and is_plain(row.clip_id, row.prompt, seed):
             return []

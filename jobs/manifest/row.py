@@ -40,6 +40,9 @@ class NotANumber(NamedTuple):
 
 
 FIELDS = Row._fields[1:]
+_RENAMED = {"frames": "num_frames", "steps": "num_inference_steps", "guidance": "guidance_scale"}
+# fields of a row that a run's defaults fill in, and what `ClipRequest` and `RunDefaults` call them
+REQUEST_NAMES = {field: _RENAMED.get(field, field) for field in FIELDS if field not in ("id", "prompt")}
 
 
 def read_row(number: int, values: Mapping[str, Any]) -> Row | list[str]:

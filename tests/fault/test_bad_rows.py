@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from cineray.distributed.layout import Layout
 from cineray.jobs.console.progress import RenderProgress
 from cineray.jobs.gangs.finisher_work import FinisherWork
 from cineray.jobs.gangs.messages import ClipFault, Denoised, RunSpec
@@ -19,6 +18,7 @@ from cineray.jobs.output.folder import OutputError, OutputFolder
 from cineray.jobs.output.lease import Lease, LeasedError
 from cineray.jobs.output.results import ResultLog
 from cineray.jobs.run import RunReport
+from cineray.jobs.run_options import RunOptions
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.model import load_model
 from cineray.pipeline.loading.options import LoadOptions
@@ -169,9 +169,7 @@ def work(tmp_path, checkpoint_folder):
         options=LoadOptions(),
         out=folder.path,
         lossless=False,
-        layout=Layout(),
-        checkpoint_s=60.0,
-        collective_s=600.0,
+        run=RunOptions(),
     )
     rank, finisher = RankWork(spec), FinisherWork(spec)
     rank.join(0, *rank.open_rendezvous("127.0.0.1"))

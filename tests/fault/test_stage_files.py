@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from cineray.distributed.layout import Layout
 from cineray.jobs.gangs.finisher_work import FinisherWork
 from cineray.jobs.gangs.messages import ClipFault, Denoised, NoPrompt, RunSpec, Task
 from cineray.jobs.gangs.rank_work import LOCALHOST, RankWork
 from cineray.jobs.output.folder import OutputFolder
+from cineray.jobs.run_options import RunOptions
 from cineray.pipeline.loading.options import LoadOptions
 from cineray.pipeline.media.video import read_video
 from cineray.pipeline.resume.encoded_prompts import is_encoded
@@ -28,9 +28,7 @@ def stages(checkpoint_folder, tmp_path):
         options=LoadOptions(),
         out=out,
         lossless=True,
-        layout=Layout(),
-        checkpoint_s=1e9,
-        collective_s=60.0,
+        run=RunOptions(checkpoint_s=1e9, hang_s=30.0),
     )
     finisher, rank = FinisherWork(spec), RankWork(spec)
     finisher.load()

@@ -2,10 +2,10 @@
 
 from PIL import Image
 
-from cineray.distributed.layout import Layout
 from cineray.jobs.gangs.messages import RunSpec
 from cineray.jobs.gangs.queue import ClipQueue
 from cineray.jobs.output.folder import OutputFolder
+from cineray.jobs.run_options import RunOptions
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.options import LoadOptions
 from cineray.pipeline.loading.weights import identify
@@ -22,9 +22,7 @@ def test_a_picture_that_is_broken_when_its_clip_is_due_fails_that_clip_alone(che
         options=LoadOptions(),
         out=tmp_path / "out",
         lossless=False,
-        layout=Layout(),
-        checkpoint_s=60.0,
-        collective_s=60.0,
+        run=RunOptions(),
     )
     queue = ClipQueue(iter(requests), OutputFolder(spec.out), checkpoint, identify(checkpoint), spec)
     (new,), (failed,) = queue.read(4)
