@@ -29,12 +29,16 @@ def gather_tensors(values: torch.Tensor, axis: Axis) -> list[torch.Tensor]:
 
 def gather_numbers(numbers: list[float], axis: Axis, device: torch.device) -> list[list[float]]:
     """Each rank's numbers, in the order of the axis."""
+    if axis.group is None:
+        return [numbers]
     sent = torch.tensor(numbers, dtype=torch.float64, device=device)
     return [received.tolist() for received in gather_tensors(sent, axis)]
 
 
 def gather_text(text: str, axis: Axis, device: torch.device) -> list[str]:
     """Each rank's text, in the order of the axis."""
+    if axis.group is None:
+        return [text]
     raw = text.encode()
     sizes = [int(size) for (size,) in gather_numbers([len(raw)], axis, device)]
     padded = torch.tensor(list(raw.ljust(max(sizes), b" ")), dtype=torch.uint8, device=device)

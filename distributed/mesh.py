@@ -51,7 +51,7 @@ class Mesh:
 
     def with_whole_sequences(self) -> "Mesh":
         """The same gang whose ranks hold all tokens of their branch each; it shares this one's groups: close this."""
-        alone = Axis(size=1, index=0, group=None, ranks=(self.rank,))
+        alone = _axis_alone(self.rank)
         return replace(self, sequence=alone, ring=alone, ulysses=alone)
 
     def close(self) -> None:
@@ -64,6 +64,15 @@ class Mesh:
             for group in self._groups.values():
                 dist.destroy_process_group(group)
         self._groups.clear()
+
+
+def _axis_alone(rank: int) -> Axis:
+    return Axis(size=1, index=0, group=None, ranks=(rank,))
+
+
+def mesh_alone() -> Mesh:
+    """The mesh of one rank, without torch.distributed: nothing is exchanged along its axes."""
+    return Mesh(layout=Layout(), rank=0, coordinates=Layout().coordinates(0), **dict.fromkeys(_AXES, _axis_alone(0)))
 
 
 def new_mesh(

@@ -13,6 +13,7 @@ from cineray.jobs.output.lease import Lease, LeasedError
 from cineray.jobs.output.record import clip_record, clip_warnings, fingerprint_of, render_options
 from cineray.jobs.output.results import ClipResult, ResultLog, Status
 from cineray.jobs.output.step_keeper import ClipPreempted, StepKeeper
+from cineray.pipeline.gang import SOLO
 from cineray.pipeline.loading.model import LoadedModel
 from cineray.pipeline.media.picture import Pictures
 from cineray.pipeline.render import render_clip
@@ -89,7 +90,7 @@ def _render_or_find(batch: Batch, request: ClipRequest, options: dict[str, objec
 def _render(batch: Batch, request: ClipRequest, fingerprint: str, options: dict[str, object]) -> dict[str, Any]:
     """Renders, writes and commits one clip; returns its record."""
     state = batch.folder.step_path(request.id, fingerprint)
-    keeper = StepKeeper(state, fingerprint, None, batch.checkpoint_s, batch.is_stop_requested)
+    keeper = StepKeeper(state, fingerprint, SOLO, batch.checkpoint_s, batch.is_stop_requested)
     adapter = batch.model.adapter
     warnings = [*clip_warnings(request), *adapter.unused(request), *adapter.cut_prompts(batch.model.pipe, request)]
     batch.progress.warn(request.id, warnings)

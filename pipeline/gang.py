@@ -1,4 +1,4 @@
-"""The ranks that render one clip together: joined by torchrun, by Ray actors or by local processes alike."""
+"""The ranks that render one clip together: joined by torchrun, by Ray actors or by local processes alike; or one."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -13,10 +13,10 @@ from cineray.caching.observation import BRANCH_ORDER
 from cineray.caching.trace import Trace, TraceEntry
 from cineray.distributed.attention import NativeAttention, SequenceAttention
 from cineray.distributed.consensus import GangConsensus, Mode
-from cineray.distributed.exchange import gather_tensors, gather_text
+from cineray.distributed.exchange import gather_numbers, gather_tensors, gather_text
 from cineray.distributed.layout import Layout, check_layout
-from cineray.distributed.mesh import Mesh, new_mesh
-from cineray.pipeline.adapters import Branch, Conditions
+from cineray.distributed.mesh import Mesh, mesh_alone, new_mesh
+from cineray.pipeline.adapters import Branch, Denoising
 from cineray.pipeline.caches.enable import attach_cache
 from cineray.pipeline.denoise import StepDone, denoise, run_here
 from cineray.pipeline.loading.model import LoadedModel
@@ -36,7 +36,10 @@ MIN_TOKENS_PER_RANK = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gang:
-    """This process's place among the ranks of a gang. Nothing of it outlives `close`."""
+    """This process's place among the ranks of a gang. Nothing of it outlives `close`.
+
+    One process by itself is a gang of one, `SOLO`: the same code runs, and nothing is exchanged.
+    """
 
     mesh: Mesh
     device: torch.device
@@ -108,12 +111,24 @@ class Gang:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def is_leader(self) -> bool:
+        """Whether this is the gang's first rank, which alone writes files and decodes."""
+        return self.mesh.is_leader
+
+    def exchange(self, numbers: list[float]) -> list[list[float]]:
+        """Each rank's numbers, by rank; every rank calls it."""
+        return gather_numbers(numbers, self.mesh.gang, self.device)
+
+    def exchange_text(self, text: str) -> list[str]:
+        """Each rank's text, by rank; every rank calls it."""
+        return gather_text(text, self.mesh.gang, self.device)
+
     def denoise(
         self,
         model: LoadedModel,
         request: ClipRequest,
-        latents: torch.Tensor,
-        conditions: Conditions,
+        clip: Denoising,
         on_step: StepDone,
         keeper: Keeper | None = None,
     ) -> tuple[torch.Tensor, Trace | None]:
@@ -122,38 +137,49 @@ class Gang:
         Tokens are sharded unless they are so few that every rank had better hold them all.
 
         Args:
-            latents, conditions: the same on every rank.
+            clip: the same on every rank.
             keeper: keeps step states; one per rank, and all act alike.
+
+        Raises:
+            ValueError: the gang's layout does not fit the model or the request.
         """
-        transformer = model.pipe.transformer
-        check_layout(self.mesh.layout, num_heads(transformer), len(conditions.branches))
+        num_branches = len(clip.branches)
+        for transformer in clip.transformers:
+            check_layout(self.mesh.layout, num_heads(transformer), num_branches)
         plan = model.checkpoint.plan_cache(request.cache)
         is_sharded = self.mesh.sequence.size > 1
         consensus = self.consensus
-        if is_sharded and num_tokens(transformer, latents) < MIN_TOKENS_PER_RANK * self.mesh.sequence.size:
+        if is_sharded and self._holds_all_tokens(model, request):
             is_sharded, consensus = False, replace(consensus, mesh=self.mesh.with_whole_sequences())
         with ExitStack() as attached:
             cache = None
             if plan is not None:
-                num_branches = len(conditions.branches)
-                cache = attached.enter_context(attach_cache(transformer, plan, num_branches, consensus=consensus))
-            if is_sharded:
+                cache = attached.enter_context(attach_cache(clip.transformers, plan, num_branches, consensus=consensus))
+            for transformer in clip.transformers if is_sharded else ():
                 attached.enter_context(ShardedTransformer(transformer, self.mesh, self.attention))
             kept = TraceKeeper(keeper, cache and cache.trace, self._whole_trace) if keeper else None
-            steps = request.num_inference_steps
-            latents = denoise(model, latents, conditions, steps, on_step, self._run_branches, kept)
+            latents = denoise(clip, on_step, self._run_branches, kept)
         if cache is None:
             return latents, None
         trace = self._whole_trace(cache.trace)
         return latents, kept.with_earlier(trace) if kept else trace
 
-    def decode(self, model: LoadedModel, latents: torch.Tensor) -> torch.Tensor | None:
+    def decode(self, model: LoadedModel, request: ClipRequest, latents: torch.Tensor) -> torch.Tensor | None:
         """The video on the gang's first rank, None on the others."""
+
+        def decode() -> torch.Tensor:
+            generator = torch.Generator("cpu").manual_seed(request.seed)
+            return model.adapter.decode(model.pipe, request, latents, generator)
+
         if not self.parallel_decode:
-            return model.adapter.decode(model.pipe, latents) if self.mesh.is_leader else None
+            return decode() if self.is_leader else None
         with decoding_by_rows(model.pipe.vae, self.mesh.gang):
-            video = model.adapter.decode(model.pipe, latents)
-        return video if self.mesh.is_leader else None
+            video = decode()
+        return video if self.is_leader else None
+
+    def _holds_all_tokens(self, model: LoadedModel, request: ClipRequest) -> bool:
+        num_tokens = model.adapter.num_tokens(model.checkpoint.configs, request)
+        return num_tokens < MIN_TOKENS_PER_RANK * self.mesh.sequence.size
 
     def _run_branches(self, branches: Sequence[Branch], run: Callable[[Branch], torch.Tensor]) -> list[torch.Tensor]:
         if self.mesh.cfg.size == 1:
@@ -186,10 +212,15 @@ def num_heads(transformer: Any) -> int:
     return transformer.config.num_attention_heads
 
 
-def num_tokens(transformer: Any, latents: torch.Tensor) -> int:
-    """Image tokens of latents [B, C, F, H, W]."""
-    config = transformer.config
-    patch = config.patch_size  # of frames, rows and columns, or of rows and columns alike
-    t, h, w = patch if isinstance(patch, tuple | list) else (config.patch_size_t, patch, patch)
-    _, _, frames, height, width = latents.shape
-    return (frames // t) * (height // h) * (width // w)
+def _solo() -> Gang:
+    mesh, here = mesh_alone(), torch.device("cpu")
+    return Gang(
+        mesh=mesh,
+        device=here,
+        attention=NativeAttention(mesh),
+        consensus=GangConsensus(mesh=mesh, device=here),
+        parallel_decode=False,
+    )
+
+
+SOLO = _solo()  # one process, on whatever device: its tensors are sent nowhere

@@ -1,22 +1,20 @@
 """One clip from prompt to frames, in one process or on a gang of ranks."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, overload
 
 import numpy as np
 import torch
 
 from cineray.caching.trace import Trace
-from cineray.pipeline.adapters import Conditions
-from cineray.pipeline.caches.enable import attach_cache
-from cineray.pipeline.denoise import StepDone, denoise
+from cineray.pipeline.adapters import Denoising
+from cineray.pipeline.denoise import StepDone
 from cineray.pipeline.finite import check_finite
-from cineray.pipeline.gang import Gang
+from cineray.pipeline.gang import SOLO, Gang
 from cineray.pipeline.loading.model import LoadedModel
 from cineray.pipeline.request import ClipRequest
 from cineray.pipeline.resume.step_state import Keeper
-from cineray.pipeline.resume.trace_keeper import TraceKeeper
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +45,7 @@ class RenderedClip:
 def render_clip(
     model: LoadedModel, request: ClipRequest, on_step: StepDone, keeper: Keeper | None = None
 ) -> RenderedClip:
-    """Renders one clip; the same request gives the same frames on the same kind of device.
+    """Renders one clip in this process; the same request gives the same frames on the same kind of device.
 
     The noise is drawn on the CPU from the clip's seed, wherever the model runs.
 
@@ -71,15 +69,14 @@ def render_clip_on_gang(gang: Gang, model: LoadedModel, request: ClipRequest, on
         ValueError: the gang's layout does not fit the model or the request.
         RuntimeError: another rank failed or was not heard of in time; the gang cannot be used any more.
     """
-    return decode_clip(model, denoise_clip(model, request, on_step, gang=gang), request, gang)
+    return decode_clip_on_gang(gang, model, denoise_clip(model, request, on_step, gang=gang), request)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreparedClip:
-    """Noise [1, C, F, H, W] float32 and what the transformer is told; seconds of encoding."""
+    """A clip before its first step, and the seconds that it took to encode it."""
 
-    latents: torch.Tensor
-    conditions: Conditions
+    denoising: Denoising
     encode_s: float
 
 
@@ -88,31 +85,36 @@ def denoise_clip(
     request: ClipRequest,
     on_step: StepDone,
     *,
-    gang: Gang | None = None,
+    gang: Gang = SOLO,
     keeper: Keeper | None = None,
-    pipe: Any = None,
+    encoded: Mapping[str, torch.Tensor] | None = None,
 ) -> DenoisedClip:
     """Denoises a clip from its prompt to its latents, the same on every rank of a gang.
 
     Args:
-        pipe: encodes the prompt in the place of the model's own pipeline, such as an `EncodedPipe`.
+        encoded: what another process has encoded, as `prepare_clip`.
 
     Raises:
         NotFiniteError: the latents are not finite, on every rank alike.
     """
-    return denoise_prepared(model, request, prepare_clip(model, request, pipe), on_step, gang=gang, keeper=keeper)
+    return denoise_prepared(model, request, prepare_clip(model, request, encoded), on_step, gang=gang, keeper=keeper)
 
 
-def prepare_clip(model: LoadedModel, request: ClipRequest, pipe: Any = None) -> PreparedClip:
+def prepare_clip(
+    model: LoadedModel, request: ClipRequest, encoded: Mapping[str, torch.Tensor] | None = None
+) -> PreparedClip:
     """Encodes the prompt and draws the noise; on a gang every rank does it by itself.
 
     Args:
-        pipe: as for `denoise_clip`.
+        encoded: the table of the adapter's `encode`, where another process has made it; then neither encoders nor VAE
+            need be in memory.
     """
     began = time.monotonic()
+    if encoded is None:
+        encoded = model.adapter.encode(model.pipe, request)
     generator = torch.Generator("cpu").manual_seed(request.seed)
-    latents, conditions = model.adapter.prepare(model.pipe if pipe is None else pipe, request, generator)
-    return PreparedClip(latents=latents, conditions=conditions, encode_s=time.monotonic() - began)
+    denoising = model.adapter.start(model.pipe, request, encoded, generator)
+    return PreparedClip(denoising=denoising, encode_s=time.monotonic() - began)
 
 
 def denoise_prepared(
@@ -121,34 +123,37 @@ def denoise_prepared(
     prepared: PreparedClip,
     on_step: StepDone,
     *,
-    gang: Gang | None = None,
+    gang: Gang = SOLO,
     keeper: Keeper | None = None,
 ) -> DenoisedClip:
     """The loop over steps, the same on every rank of a gang."""
     began = time.monotonic()
-    latents, conditions = prepared.latents, prepared.conditions
-    if gang is None:
-        latents, trace = _denoise_alone(model, request, latents, conditions, on_step, keeper)
-    else:
-        latents, trace = gang.denoise(model, request, latents, conditions, on_step, keeper)
+    latents, trace = gang.denoise(model, request, prepared.denoising, on_step, keeper)
     check_finite(latents, "latents", "denoising", request.id, request.cache)
     return DenoisedClip(latents=latents, trace=trace, encode_s=prepared.encode_s, denoise_s=time.monotonic() - began)
 
 
-@overload
-def decode_clip(model: LoadedModel, clip: DenoisedClip, request: ClipRequest) -> RenderedClip: ...
-@overload
-def decode_clip(model: LoadedModel, clip: DenoisedClip, request: ClipRequest, gang: Gang) -> RenderedClip | None: ...
-def decode_clip(
-    model: LoadedModel, clip: DenoisedClip, request: ClipRequest, gang: Gang | None = None
+def decode_clip(model: LoadedModel, clip: DenoisedClip, request: ClipRequest) -> RenderedClip:
+    """Decodes latents to frames in this process.
+
+    Raises:
+        NotFiniteError: the video is not finite.
+    """
+    rendered = decode_clip_on_gang(SOLO, model, clip, request)
+    assert rendered is not None  # a gang of one is its first rank
+    return rendered
+
+
+def decode_clip_on_gang(
+    gang: Gang, model: LoadedModel, clip: DenoisedClip, request: ClipRequest
 ) -> RenderedClip | None:
-    """Decodes latents to frames; on a gang every rank calls it and its first rank gets the frames.
+    """Decodes latents to frames; every rank of the gang calls it and its first rank gets the frames.
 
     Raises:
         NotFiniteError: the video is not finite.
     """
     began = time.monotonic()
-    video = model.adapter.decode(model.pipe, clip.latents) if gang is None else gang.decode(model, clip.latents)
+    video = gang.decode(model, request, clip.latents)
     model.pipe.maybe_free_model_hooks()
     if video is None:
         return None
@@ -161,24 +166,6 @@ def decode_clip(
         denoise_s=clip.denoise_s,
         decode_s=time.monotonic() - began,
     )
-
-
-def _denoise_alone(
-    model: LoadedModel,
-    request: ClipRequest,
-    latents: torch.Tensor,
-    conditions: Conditions,
-    on_step: StepDone,
-    keeper: Keeper | None,
-) -> tuple[torch.Tensor, Trace | None]:
-    steps = request.num_inference_steps
-    plan = model.checkpoint.plan_cache(request.cache)
-    if plan is None:
-        return denoise(model, latents, conditions, steps, on_step, keeper=keeper), None
-    with attach_cache(model.pipe.transformer, plan, num_branches=len(conditions.branches)) as cache:
-        kept = TraceKeeper(keeper, cache.trace) if keeper else None
-        latents = denoise(model, latents, conditions, steps, on_step, keeper=kept)
-        return latents, kept.with_earlier(cache.trace) if kept else cache.trace
 
 
 def to_frames(video: torch.Tensor) -> np.ndarray:

@@ -122,7 +122,7 @@ def time_steps(subject: Subject, repeats: int, device: str) -> dict[str, Any]:
         """Two computed steps give two residual pairs; what is timed are the steps after them."""
         plan = plan_cache(config, type(transformer).__name__, transformer.config)
         assert plan is not None
-        with attach_cache(transformer, plan, num_branches=1) as cache:
+        with attach_cache([transformer], plan, num_branches=1) as cache:
             steps = iter(range(num_steps))
 
             def one() -> None:

@@ -15,7 +15,7 @@ from cineray.jobs.output.record import clip_record, policy_text, render_options
 from cineray.jobs.output.step_keeper import MAX_NOTES_BYTES, StepNotes
 from cineray.jobs.threads import rank_threads
 from cineray.pipeline.loading.checkpoint import open_checkpoint
-from cineray.pipeline.loading.model import TRANSFORMER, LoadedModel, load_model
+from cineray.pipeline.loading.model import LoadedModel, load_model
 from cineray.pipeline.media.video import check_ffmpeg
 from cineray.pipeline.render import DenoisedClip, decode_clip
 from cineray.pipeline.request import explain
@@ -33,7 +33,8 @@ class FinisherWork:
     def load(self) -> None:
         torch.set_num_threads(rank_threads())
         check_ffmpeg()
-        self._model = load_model(open_checkpoint(self._spec.model), self._spec.options, skip_components=TRANSFORMER)
+        checkpoint = open_checkpoint(self._spec.model)
+        self._model = load_model(checkpoint, self._spec.options, skip_components=checkpoint.model.denoiser_parts)
 
     def encode(self, task: Task) -> tuple[str, ...] | ClipFault:
         """Leaves the encoded prompts on disk; returns what of them is not read, a sentence for each."""

@@ -131,7 +131,7 @@ class ClipQueue:
     def _task(self, request: ClipRequest) -> Task:
         digest = self._identity.digest
         fingerprint = fingerprint_of(request, self._checkpoint, digest, self._options)
-        key = prompt_key(self._checkpoint.adapter.prompt_inputs(request), digest, self._spec.options.dtype_name)
+        key = prompt_key(self._checkpoint.adapter.encode_inputs(request), digest, self._spec.options.dtype_name)
         return Task(request=request, fingerprint=fingerprint, prompt_key=key)
 
     def _earlier_strikes(self, task: Task) -> list[str]:

@@ -12,17 +12,16 @@ from typing import Any
 
 import torch
 
-from cineray.distributed.exchange import gather_text
 from cineray.jobs.gangs.messages import ClipFault, Denoised, NoPrompt, Preempted, RunSpec, StepCount, Task
 from cineray.jobs.output.folder import OutputError, OutputFolder
 from cineray.jobs.output.step_keeper import ClipPreempted, StepKeeper
 from cineray.jobs.threads import rank_threads
 from cineray.pipeline.gang import Gang
 from cineray.pipeline.loading.checkpoint import open_checkpoint
-from cineray.pipeline.loading.model import TEXT_ENCODERS, LoadedModel, load_model
+from cineray.pipeline.loading.model import LoadedModel, load_model
 from cineray.pipeline.render import denoise_prepared, prepare_clip
 from cineray.pipeline.request import explain
-from cineray.pipeline.resume.encoded_prompts import EncodedPipe
+from cineray.pipeline.resume.encoded_prompts import EncodedPrompt, read_encoded
 from cineray.pipeline.resume.tensor_file import TensorFileError
 
 # what a step of a clip raises because of its size or its cache; other errors are the clip's if every rank has the same
@@ -75,7 +74,9 @@ class RankWork:
         if self._store is None:
             self._store = torch.distributed.TCPStore(host, port, is_master=False, timeout=_join_timeout())
         # loading comes first: it takes ranks unequally long, and a collective would not wait for it
-        self._model = load_model(open_checkpoint(self._spec.model), options, skip_components=TEXT_ENCODERS)
+        checkpoint = open_checkpoint(self._spec.model)
+        finishers_parts = (*checkpoint.model.encoder_parts, *checkpoint.model.decoder_parts)
+        self._model = load_model(checkpoint, options, skip_components=finishers_parts)
         self._gang = Gang.join(
             self._spec.run.layout,
             rank,
@@ -106,10 +107,10 @@ class RankWork:
 
         try:
             with folder.translated_os_errors(f"reading the encoded prompt of clip {task.request.id}"):
-                pipe = self._encoded_pipe(folder.prompt_path(task.prompt_key))
-            if isinstance(pipe, NoPrompt):
-                return pipe
-            prepared = prepare_clip(self._model, task.request, pipe)
+                encoded = self._encoded(folder.prompt_path(task.prompt_key))
+            if isinstance(encoded, NoPrompt):
+                return encoded
+            prepared = prepare_clip(self._model, task.request, encoded.tensors)
         except OutputError:
             raise
         except Exception as reason:
@@ -119,7 +120,7 @@ class RankWork:
             return ClipFault(reason=explain(reason))
         try:
             clip = denoise_prepared(self._model, task.request, prepared, on_step, gang=self._gang, keeper=keeper)
-            if self._gang.mesh.is_leader:
+            if self._gang.is_leader:
                 with folder.translated_os_errors(f"keeping the latents of clip {task.request.id}"):
                     keeper.save_finished(clip, steps)
         except ClipPreempted as preempted:
@@ -134,21 +135,20 @@ class RankWork:
             return ClipFault(reason=explain(reason), fault="input" if isinstance(reason, CLIP_ERRORS) else "step")
         return Denoised(busy_s=time.monotonic() - began)
 
-    def _encoded_pipe(self, path: Path) -> EncodedPipe | NoPrompt:
+    def _encoded(self, path: Path) -> EncodedPrompt | NoPrompt:
         """The same answer on every rank: one that went back alone would leave the others waiting in the first step."""
         assert self._gang is not None
-        assert self._model is not None
-        pipe, said = None, "none"
+        encoded, said = None, "none"
         try:
-            pipe = EncodedPipe(self._model.pipe, path)
-            said = pipe.digest
+            encoded = read_encoded(path)
+            said = encoded.digest
         except (FileNotFoundError, TensorFileError) as error:
             said = f"{said}: {error}"
-        texts = gather_text(said, self._gang.mesh.gang, self._gang.device)
-        if pipe is None or any(text != said for text in texts):
+        texts = self._gang.exchange_text(said)
+        if encoded is None or any(text != said for text in texts):
             reasons = [text.removeprefix("none: ") for text in texts if text.startswith("none")]
             return NoPrompt(reason=f"its encoded prompt: {(reasons or ['ranks read different ones'])[0]}")
-        return pipe
+        return encoded
 
 
 def is_of_machine(error: Exception) -> bool:

@@ -16,11 +16,11 @@ from cineray.jobs.measure.local_ranks import run_on_local_ranks
 from cineray.pipeline.finite import NotFiniteError
 from cineray.pipeline.gang import Attention, Gang
 from cineray.pipeline.loading.checkpoint import Checkpoint, open_checkpoint
-from cineray.pipeline.loading.model import TEXT_ENCODERS, TRANSFORMER, LoadOptions, load_model
+from cineray.pipeline.loading.model import LoadOptions, load_model
 from cineray.pipeline.media.compare import psnr_db
-from cineray.pipeline.render import RenderedClip, decode_clip, denoise_clip
+from cineray.pipeline.render import RenderedClip, decode_clip_on_gang, denoise_clip
 from cineray.pipeline.request import ClipRequest, InputError
-from cineray.pipeline.resume.encoded_prompts import EncodedPipe, encode_prompt
+from cineray.pipeline.resume.encoded_prompts import encode_prompt, read_encoded
 
 # Where the last bits may differ, a clip counts as the same from here on. Rings on a CPU in float32 came out at 88 to
 # 97 dB or equal; 8-bit frames at 50 dB differ in places by one or two levels.
@@ -186,7 +186,8 @@ def _encode_on_rank(
     prompts: str,
 ) -> None:
     """Encodes every clip's prompts, in a process that takes the text encoders with it."""
-    model = load_model(open_checkpoint(model_name), options, skip_components=TRANSFORMER)
+    checkpoint = open_checkpoint(model_name)
+    model = load_model(checkpoint, options, skip_components=checkpoint.model.denoiser_parts)
     for number, request in enumerate(requests):
         encode_prompt(model, request, _prompt_path(prompts, number))
 
@@ -213,13 +214,14 @@ def _render_on_rank(
         consensus=gang_options.consensus,  # type: ignore[arg-type]
         parallel_decode=gang_options.parallel_decode,
     ) as gang:
-        model = load_model(open_checkpoint(model_name), options, skip_components=TEXT_ENCODERS)
+        checkpoint = open_checkpoint(model_name)
+        model = load_model(checkpoint, options, skip_components=checkpoint.model.encoder_parts)
         clips: list[RenderedClip | NotFiniteError | None] = []
         for number, request in enumerate(requests):
-            pipe = EncodedPipe(model.pipe, _prompt_path(prompts, number))
+            encoded = read_encoded(_prompt_path(prompts, number)).tensors
             try:
-                denoised = denoise_clip(model, request, lambda done, total: None, gang=gang, pipe=pipe)
-                clips.append(decode_clip(model, denoised, request, gang))
+                denoised = denoise_clip(model, request, lambda done, total: None, gang=gang, encoded=encoded)
+                clips.append(decode_clip_on_gang(gang, model, denoised, request))
             except NotFiniteError as error:  # the ranks go on together: frames are judged by the first alone
                 clips.append(error)
         return clips

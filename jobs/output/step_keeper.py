@@ -9,7 +9,6 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from cineray.caching.trace import entries_from, trace_from
-from cineray.distributed.exchange import gather_numbers, gather_text
 from cineray.files import shaped
 from cineray.jobs.console.terminal import tell
 from cineray.pipeline.gang import Gang
@@ -76,12 +75,13 @@ class StepKeeper:
     Args:
         path: of the clip's state; the same file for every rank.
         clip: the clip's fingerprint; a state of another one is not used.
+        gang: `SOLO` for one process.
         every_s: seconds between two saves.
         is_stop_requested: of this rank; one rank that is asked is enough.
     """
 
     def __init__(
-        self, path: Path, clip: str, gang: Gang | None, every_s: float, is_stop_requested: Callable[[], bool]
+        self, path: Path, clip: str, gang: Gang, every_s: float, is_stop_requested: Callable[[], bool]
     ) -> None:
         self._path = path
         self._clip = clip
@@ -100,9 +100,9 @@ class StepKeeper:
         """Where all ranks begin: at the state on disk, if each finds the same one and it fits the clip."""
         state, notes, doubt = self._find(beginning)
         # a rank may find none, or another one's: a slow disk, a gang that was thought dead
-        if len(self._texts("none" if state is None else state.digest)) > 1:
+        if len(set(self._gang.exchange_text("none" if state is None else state.digest))) > 1:
             doubt = doubt or "not every rank finds the same one"
-        if doubt is not None and self._is_leader:
+        if doubt is not None and self._gang.is_leader:
             tell(f"cineray: clip {self._path.name.rsplit('.', 2)[0]} begins anew; its step state is not used: {doubt}")
         if state is None or notes is None or doubt is not None:
             return None
@@ -130,7 +130,7 @@ class StepKeeper:
 
     def after_step(self, take: Callable[[], StepState]) -> None:
         is_due = time.monotonic() - self._saved_s >= self._every_s
-        rows = self._exchange([float(self._is_asked_to_stop()), float(is_due)])
+        rows = self._gang.exchange([float(self._is_asked_to_stop()), float(is_due)])
         stops = any(stop for stop, _ in rows)
         if not (stops or rows[0][1]):
             return
@@ -138,7 +138,7 @@ class StepKeeper:
         try:
             state = take()
             step = state.step
-            if self._is_leader:
+            if self._gang.is_leader:
                 save_step_state(self._noted(state), self._path)
             kept = True
         except (OSError, StepStateError) as reason:  # a state saves work; a clip can do without
@@ -167,16 +167,3 @@ class StepKeeper:
     def _noted(self, state: StepState) -> StepState:
         seconds = self._earlier["denoise_s"] + time.monotonic() - self._began_s
         return replace(state, clip=self._clip, notes={**state.notes, **self._earlier, "denoise_s": seconds})
-
-    @property
-    def _is_leader(self) -> bool:
-        return self._gang is None or self._gang.mesh.is_leader
-
-    def _texts(self, text: str) -> set[str]:
-        """A line from each rank, the same on all."""
-        return {text} if self._gang is None else set(gather_text(text, self._gang.mesh.gang, self._gang.device))
-
-    def _exchange(self, numbers: list[float]) -> list[list[float]]:
-        if self._gang is None:
-            return [numbers]
-        return gather_numbers(numbers, self._gang.mesh.gang, self._gang.device)

@@ -1,34 +1,40 @@
 """What differs between models. A model is one file here and one line in `MODELS`."""
 
+from collections.abc import Mapping
+
 from cineray.pipeline.adapters import dit, flux, hunyuan_video, open_sora, stable_audio, wan
 from cineray.pipeline.adapters.model import BlockLayout, KnownCheckpoint, Model
-from cineray.pipeline.adapters.protocol import Adapter, Branch, Conditions
+from cineray.pipeline.adapters.protocol import Adapter, Branch, Denoising, Expert
 
-# transformer class -> model
-MODELS: dict[str, Model] = {
-    model.transformer: model
-    for model in (
-        wan.MODEL,
-        hunyuan_video.MODEL,
-        flux.MODEL,
-        dit.MODEL,
-        stable_audio.MODEL,
-        open_sora.MODEL,
-    )
-}
+Models = Mapping[str, Model]  # by the class of their transformer
 
-# diffusers pipeline class -> rendering adapter
-ADAPTERS: dict[str, Adapter] = {
-    pipeline: adapter
-    for model in MODELS.values()
-    for pipeline, adapter in model.pipelines.items()
-    if adapter is not None
-}
 
-# name on the command line -> checkpoint
-KNOWN_MODELS: dict[str, KnownCheckpoint] = {
-    name: checkpoint for model in MODELS.values() for name, checkpoint in model.checkpoints.items()
-}
+def by_transformer(*models: Model) -> Models:
+    """A registry of these models, for what takes one in the place of `MODELS`."""
+    return {model.transformer: model for model in models}
+
+
+def adapters_of(models: Models) -> dict[str, Adapter]:
+    """diffusers pipeline class -> rendering adapter."""
+    every = (pair for model in models.values() for pair in model.pipelines.items())
+    return {pipeline: adapter for pipeline, adapter in every if adapter is not None}
+
+
+def checkpoints_of(models: Models) -> dict[str, KnownCheckpoint]:
+    """Name on the command line -> checkpoint."""
+    return {name: checkpoint for model in models.values() for name, checkpoint in model.checkpoints.items()}
+
+
+MODELS: Models = by_transformer(
+    wan.MODEL,
+    hunyuan_video.MODEL,
+    flux.MODEL,
+    dit.MODEL,
+    stable_audio.MODEL,
+    open_sora.MODEL,
+)
+ADAPTERS = adapters_of(MODELS)
+KNOWN_MODELS = checkpoints_of(MODELS)
 
 __all__ = [
     "ADAPTERS",
@@ -37,7 +43,12 @@ __all__ = [
     "Adapter",
     "BlockLayout",
     "Branch",
-    "Conditions",
+    "Denoising",
+    "Expert",
     "KnownCheckpoint",
     "Model",
+    "Models",
+    "adapters_of",
+    "by_transformer",
+    "checkpoints_of",
 ]

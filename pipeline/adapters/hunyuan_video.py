@@ -6,6 +6,7 @@ gives the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,12 +15,14 @@ from cineray.pipeline.adapters import hunyuan_configs
 from cineray.pipeline.adapters.model import SHIPPED, TINY_CLIP, BlockLayout, KnownCheckpoint, Model, ShardedArguments
 from cineray.pipeline.adapters.protocol import (
     Branch,
-    Conditions,
     Defaults,
+    Denoising,
+    Expert,
     ModelConfigs,
     TextLimit,
     cut_message,
     draw_noise,
+    new_schedule,
     without_gradients,
 )
 from cineray.pipeline.request import ClipRequest, SizeRule
@@ -32,7 +35,6 @@ MAX_SEQUENCE_LENGTH = 256  # text tokens behind the template's; HunyuanVideoPipe
 
 
 class HunyuanVideo:
-    family = "hunyuan-video"
     # HunyuanVideoPipeline.__call__'s defaults; 24 frames per second as in Tencent's sample_video.py
     defaults = Defaults(width=1280, height=720, num_frames=129, fps=24, guidance_scale=6.0)
     vae_in_float32 = False
@@ -76,32 +78,44 @@ class HunyuanVideo:
         )
         return cut_message(pipe.tokenizer, "prompt", request.prompt, limit)
 
-    def prompt_inputs(self, request: ClipRequest) -> dict[str, Any]:
+    def encode_inputs(self, request: ClipRequest) -> dict[str, Any]:
         return {"prompt": request.prompt}
 
     @without_gradients
-    def prepare(self, pipe: Any, request: ClipRequest, generator: torch.Generator) -> tuple[torch.Tensor, Conditions]:
+    def encode(self, pipe: Any, request: ClipRequest) -> dict[str, torch.Tensor]:
+        """ "text" [1, T, D] of the language model and its "mask" [1, T]; "pooled" [1, D] of CLIP."""
+        text, pooled, mask = pipe.encode_prompt(prompt=request.prompt, device=pipe._execution_device)
+        return {"text": text, "pooled": pooled, "mask": mask}
+
+    def schedule(self, pipe: Any, request: ClipRequest) -> tuple[Any, torch.Tensor]:
+        return new_schedule(pipe, sigmas=np.linspace(1.0, 0.0, request.num_inference_steps + 1)[:-1])
+
+    @without_gradients
+    def start(
+        self, pipe: Any, request: ClipRequest, encoded: Mapping[str, torch.Tensor], generator: torch.Generator
+    ) -> Denoising:
         import torch
 
         device, dtype = pipe._execution_device, pipe.transformer.dtype
-        embeds, pooled, mask = pipe.encode_prompt(**self.prompt_inputs(request), device=device)
-        latents = draw_noise(pipe, request, generator)
+        scheduler, timesteps = self.schedule(pipe, request)
         kwargs = {
-            "encoder_hidden_states": embeds.to(dtype),
-            "encoder_attention_mask": mask.to(dtype),
-            "pooled_projections": pooled.to(dtype),
+            "encoder_hidden_states": encoded["text"].to(device, dtype),
+            "encoder_attention_mask": encoded["mask"].to(device, dtype),
+            "pooled_projections": encoded["pooled"].to(device, dtype),
             "guidance": torch.tensor([request.guidance_scale], dtype=dtype, device=device) * 1000.0,
         }
-        branch = Branch(name="cond", transformer_kwargs=kwargs)
-        return latents, Conditions(branches=(branch,), guidance_scale=1.0)
-
-    def set_timesteps(self, scheduler: Any, num_inference_steps: int, device: torch.device) -> torch.Tensor:
-        sigmas = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1]
-        scheduler.set_timesteps(sigmas=sigmas, device=device)
-        return scheduler.timesteps
+        return Denoising(
+            latents=draw_noise(pipe, request, pipe.transformer.config.in_channels, generator),
+            scheduler=scheduler,
+            timesteps=timesteps,
+            branches=(Branch(name="cond", transformer_kwargs=kwargs),),
+            experts=(Expert(transformer=pipe.transformer),),
+        )
 
     @without_gradients
-    def decode(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    def decode(
+        self, pipe: Any, request: ClipRequest, latents: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
         latents = latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
         return pipe.vae.decode(latents, return_dict=False)[0]
 
@@ -119,6 +133,7 @@ MODEL = Model(
     branches=("cond",),
     sharded=ShardedArguments(attention="attn", rotary=4, rotary_dim=0, first_frame=6),
     pipelines={"HunyuanVideoPipeline": HunyuanVideo()},
+    encoder_parts=("text_encoder", "text_encoder_2"),
     checkpoints={
         "tiny-hunyuan": KnownCheckpoint(
             source=str(SHIPPED / "tiny-hunyuan"),

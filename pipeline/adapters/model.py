@@ -73,6 +73,9 @@ class Model:
         stacked: they stand one after the other in the batch of one call; else each has a call of its own.
         sharded: how its tokens are sharded over a gang's ranks; None where they cannot be.
         pipelines: diffusers pipeline class -> rendering adapter, or None where cineray caches but does not render.
+        encoder_parts: components of the pipeline that `Adapter.encode` alone needs.
+        denoiser_parts: components that the denoising loop alone needs.
+        decoder_parts: components that `Adapter.decode` needs, and `encode` may.
         checkpoints: name on the command line -> checkpoint.
     """
 
@@ -83,4 +86,7 @@ class Model:
     stacked: bool = False
     sharded: ShardedArguments | None = None
     pipelines: Mapping[str, Adapter | None]
+    encoder_parts: tuple[str, ...] = ("text_encoder",)
+    denoiser_parts: tuple[str, ...] = ("transformer",)
+    decoder_parts: tuple[str, ...] = ("vae",)
     checkpoints: Mapping[str, KnownCheckpoint] = field(default_factory=dict)

@@ -1,4 +1,5 @@
-"""The seam between the denoising loop and a model family.
+"""The seam between the denoising loop and a model: `Adapter` says what is particular to it, `Denoising` is what the
+loop gets.
 
 Letters: B batch (1), C latent channels, F latent frames, H W latent height and width.
 """
@@ -6,7 +7,8 @@ Letters: B batch (1), C latent channels, F latent frames, H W latent height and 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
@@ -30,18 +32,68 @@ class Branch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Conditions:
-    """All that a clip's denoising needs beside the latents; replicated on every rank.
+class Expert:
+    """A transformer that denoises from one step on, until the next expert's first step.
 
     Args:
-        branches: the conditional branch first, then the unconditional one if there is guidance.
-        guidance_scale: weight of the difference of the branches; not used with one branch.
-        channel_condition: [B, C', F, H, W] concatenated to the latents along channels at each step, or None.
+        first_step: from 0.
+        guidance_scale: of its steps, for `Denoising.combine`.
     """
 
+    transformer: Any
+    first_step: int = 0
+    guidance_scale: float = 1.0
+
+
+# (each branch's output [B, C, F, H, W] in the order of the branches, guidance scale) -> the step's model output
+Combine = Callable[[Sequence["torch.Tensor"], float], "torch.Tensor"]
+
+
+def classifier_free(outputs: Sequence[torch.Tensor], guidance_scale: float) -> torch.Tensor:
+    """Classifier-free guidance (arXiv 2207.12598); one branch alone is the output as it is."""
+    cond, *uncond = outputs
+    return uncond[0] + guidance_scale * (cond - uncond[0]) if uncond else cond
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Denoising:
+    """One clip before its first step: all that the loop needs; replicated on every rank. The loop changes none of it.
+
+    Args:
+        latents: noise [B, C, F, H, W] float32.
+        scheduler: the clip's own, with its timesteps; has not stepped.
+        timesteps: [number of steps].
+        branches: the conditional branch first, then the unconditional one if there is guidance.
+        experts: by first step, the first one from step 0.
+        channel_condition: [B, C', F, H, W] concatenated to the latents along channels at each step, or None.
+        combine: makes one output of those of the branches.
+    """
+
+    latents: torch.Tensor
+    scheduler: Any
+    timesteps: torch.Tensor
     branches: tuple[Branch, ...]
-    guidance_scale: float
+    experts: tuple[Expert, ...]
     channel_condition: torch.Tensor | None = None
+    combine: Combine = classifier_free
+
+    def __post_init__(self) -> None:
+        steps = [expert.first_step for expert in self.experts]
+        if not steps or steps[0] != 0 or steps != sorted(set(steps)):
+            raise ValueError(f"experts must begin at step 0 and then at later ones in turn, got {steps}")
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def transformers(self) -> tuple[Any, ...]:
+        """The experts' transformers, each once."""
+        return tuple({id(expert.transformer): expert.transformer for expert in self.experts}.values())
+
+    def expert_at(self, step: int) -> Expert:
+        """The expert that denoises this step."""
+        return [expert for expert in self.experts if expert.first_step <= step][-1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +120,6 @@ class ModelConfigs:
 class Adapter(Protocol):
     """One per model family; holds no state."""
 
-    family: str
     defaults: Defaults
     vae_in_float32: bool
     components: tuple[Component, ...]  # of its pipeline
@@ -99,26 +150,44 @@ class Adapter(Protocol):
         """What of its prompts the text encoders do not read, a sentence for each; takes the pipeline's tokenizers."""
         ...
 
-    def prompt_inputs(self, request: ClipRequest) -> dict[str, Any]:
-        """What `pipe.encode_prompt` is called with in `prepare`, but for the device: plain values alone."""
+    def encode_inputs(self, request: ClipRequest) -> dict[str, Any]:
+        """All of the request that `encode` makes its table of, as plain values: equal ones, equal tables."""
         ...
 
-    def prepare(
-        self, pipe: DiffusionPipeline, request: ClipRequest, generator: torch.Generator
-    ) -> tuple[torch.Tensor, Conditions]:
-        """Encodes the prompt (and image) and draws the noise.
+    def encode(self, pipe: DiffusionPipeline, request: ClipRequest) -> dict[str, torch.Tensor]:
+        """What the encoders make of the request: a flat table that can be written and read elsewhere.
 
-        Returns:
-            latents [B, C, F, H, W] float32 on the pipeline's device, from the CPU generator; conditions.
+        Needs no transformer; it may run in another process than `start`. In float32 or the encoders' own type.
         """
         ...
 
-    def set_timesteps(self, scheduler: Any, num_inference_steps: int, device: torch.device) -> torch.Tensor:
-        """Sets up the scheduler; returns its timesteps [num_inference_steps]."""
+    def schedule(self, pipe: DiffusionPipeline, request: ClipRequest) -> tuple[Any, torch.Tensor]:
+        """A scheduler of the clip's own, which has not stepped, and its timesteps [num_inference_steps]."""
         ...
 
-    def decode(self, pipe: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
-        """Latents [B, C, F, H, W] -> video [B, 3, num_frames, height, width] in [-1, 1]."""
+    def start(
+        self,
+        pipe: DiffusionPipeline,
+        request: ClipRequest,
+        encoded: Mapping[str, torch.Tensor],
+        generator: torch.Generator,
+    ) -> Denoising:
+        """Draws the noise and puts together what the loop needs. Needs neither encoders nor VAE.
+
+        Args:
+            encoded: the table of `encode`, on any device.
+            generator: on the CPU, with the clip's seed.
+        """
+        ...
+
+    def decode(
+        self, pipe: DiffusionPipeline, request: ClipRequest, latents: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Latents [B, C, F, H, W] -> video [B, 3, num_frames, height, width] in [-1, 1]. Needs no transformer.
+
+        Args:
+            generator: on the CPU, with the clip's seed; a new one, whatever `start` has drawn.
+        """
         ...
 
 
@@ -177,17 +246,30 @@ def cut_message(tokenizer: Any, name: str, text: str, limit: TextLimit) -> list[
     return [f'the text encoder reads {limit.num_tokens} tokens, the {name} has {num_said}; not read: "{cut}"']
 
 
-def draw_noise(pipe: Any, request: ClipRequest, generator: torch.Generator) -> torch.Tensor:
-    """Noise [1, C, F, H, W] float32 on the pipeline's device, for models whose latents are all that they denoise."""
-    import torch
+def new_schedule(pipe: Any, num_inference_steps: int | None = None, **how: Any) -> tuple[Any, torch.Tensor]:
+    """A copy of the pipeline's scheduler with its timesteps, and these; its steps have state: one for each clip.
 
-    return pipe.prepare_latents(
+    Args:
+        how: further arguments of its `set_timesteps`, such as `sigmas` or `mu`.
+    """
+    scheduler = deepcopy(pipe.scheduler)
+    if num_inference_steps is not None:
+        how["num_inference_steps"] = num_inference_steps
+    scheduler.set_timesteps(device=pipe._execution_device, **how)
+    scheduler.set_begin_index(0)
+    return scheduler, scheduler.timesteps
+
+
+def draw_noise(pipe: Any, request: ClipRequest, num_channels: int, generator: torch.Generator) -> torch.Tensor:
+    """Noise [1, C, F, H, W] float32 on the pipeline's device; its VAE may be elsewhere."""
+    import torch
+    from diffusers.utils.torch_utils import randn_tensor
+
+    shape = (
         1,
-        pipe.transformer.config.in_channels,
-        request.height,
-        request.width,
-        request.num_frames,
-        torch.float32,
-        pipe._execution_device,
-        generator,
+        num_channels,
+        (request.num_frames - 1) // pipe.vae_scale_factor_temporal + 1,
+        request.height // pipe.vae_scale_factor_spatial,
+        request.width // pipe.vae_scale_factor_spatial,
     )
+    return randn_tensor(shape, generator=generator, device=pipe._execution_device, dtype=torch.float32)

@@ -6,6 +6,7 @@ gives the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,14 @@ from cineray.pipeline.adapters import wan_configs
 from cineray.pipeline.adapters.model import SHIPPED, TINY_CLIP, BlockLayout, KnownCheckpoint, Model, ShardedArguments
 from cineray.pipeline.adapters.protocol import (
     Branch,
-    Conditions,
     Defaults,
+    Denoising,
+    Expert,
     ModelConfigs,
     TextLimit,
     cut_message,
     draw_noise,
+    new_schedule,
     without_gradients,
 )
 from cineray.pipeline.media.picture import first_frame
@@ -28,6 +31,7 @@ from cineray.pipeline.request import ClipRequest, SizeRule
 if TYPE_CHECKING:
     import torch
 
+BRANCHES = ("cond", "uncond")
 MAX_SEQUENCE_LENGTH = 512  # text tokens; WanPipeline.__call__'s default
 
 
@@ -59,13 +63,12 @@ def _unsupported(configs: ModelConfigs) -> str | None:
     return None
 
 
-def _set_timesteps(scheduler: Any, num_inference_steps: int, device: torch.device) -> torch.Tensor:
-    scheduler.set_timesteps(num_inference_steps, device=device)
-    return scheduler.timesteps
+def _schedule(pipe: Any, request: ClipRequest) -> tuple[Any, torch.Tensor]:
+    return new_schedule(pipe, request.num_inference_steps)
 
 
 @without_gradients
-def _decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+def _decode(pipe: Any, request: ClipRequest, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     import torch
 
     vae = pipe.vae
@@ -103,6 +106,7 @@ def _cut_prompts(pipe: Any, request: ClipRequest) -> list[str]:
 
 
 def _prompt_inputs(request: ClipRequest) -> dict[str, Any]:
+    """What `encode_prompt` is called with, but for the device."""
     request = _effective(request)
     return {
         "prompt": request.prompt,
@@ -112,15 +116,46 @@ def _prompt_inputs(request: ClipRequest) -> dict[str, Any]:
     }
 
 
-def _prompt_embeds(pipe: Any, request: ClipRequest) -> dict[str, torch.Tensor]:
+@without_gradients
+def _encode_prompts(pipe: Any, request: ClipRequest) -> dict[str, torch.Tensor]:
     """Text embeddings [1, 512, D] by branch name; "uncond" only with guidance above 1."""
     cond, uncond = pipe.encode_prompt(**_prompt_inputs(request), device=pipe._execution_device)
-    embeds = {"cond": cond} if uncond is None else {"cond": cond, "uncond": uncond}
-    return {name: e.to(pipe.transformer.dtype) for name, e in embeds.items()}
+    return {"cond": cond} if uncond is None else {"cond": cond, "uncond": uncond}
+
+
+def _denoising(
+    pipe: Any,
+    request: ClipRequest,
+    encoded: Mapping[str, torch.Tensor],
+    latents: torch.Tensor,
+    extra: Mapping[str, Any],
+    channel_condition: torch.Tensor | None = None,
+) -> Denoising:
+    """A clip's beginning.
+
+    Args:
+        extra: arguments of the transformer that all branches share.
+    """
+    transformer = pipe.transformer
+    scheduler, timesteps = _schedule(pipe, request)
+    texts = {name: encoded[name] for name in BRANCHES if name in encoded}
+    return Denoising(
+        latents=latents,
+        scheduler=scheduler,
+        timesteps=timesteps,
+        branches=tuple(
+            Branch(
+                name=name,
+                transformer_kwargs={"encoder_hidden_states": text.to(latents.device, transformer.dtype), **extra},
+            )
+            for name, text in texts.items()
+        ),
+        experts=(Expert(transformer=transformer, guidance_scale=request.guidance_scale),),
+        channel_condition=channel_condition,
+    )
 
 
 class WanTextToVideo:
-    family = "wan-t2v"
     # generate.py of Wan 2.1: 480p for the 1.3B model, 81 frames at 16 per second, 50 steps, guidance 5
     defaults = Defaults(width=832, height=480, num_frames=81, fps=16, guidance_scale=5.0)
     vae_in_float32 = True
@@ -132,25 +167,23 @@ class WanTextToVideo:
     effective = staticmethod(_effective)
     unused = staticmethod(_unused)
     cut_prompts = staticmethod(_cut_prompts)
-    prompt_inputs = staticmethod(_prompt_inputs)
-    set_timesteps = staticmethod(_set_timesteps)
+    encode_inputs = staticmethod(_prompt_inputs)
+    encode = staticmethod(_encode_prompts)
+    schedule = staticmethod(_schedule)
     decode = staticmethod(_decode)
 
     def size_rule(self, configs: ModelConfigs) -> SizeRule:
         return _size_rule(configs, takes_image=False)
 
     @without_gradients
-    def prepare(self, pipe: Any, request: ClipRequest, generator: torch.Generator) -> tuple[torch.Tensor, Conditions]:
-        embeds = _prompt_embeds(pipe, request)
-        latents = draw_noise(pipe, request, generator)
-        branches = tuple(
-            Branch(name=name, transformer_kwargs={"encoder_hidden_states": e}) for name, e in embeds.items()
-        )
-        return latents, Conditions(branches=branches, guidance_scale=request.guidance_scale)
+    def start(
+        self, pipe: Any, request: ClipRequest, encoded: Mapping[str, torch.Tensor], generator: torch.Generator
+    ) -> Denoising:
+        latents = draw_noise(pipe, request, pipe.transformer.config.in_channels, generator)
+        return _denoising(pipe, request, encoded, latents, {})
 
 
 class WanImageToVideo:
-    family = "wan-i2v"
     defaults = Defaults(width=832, height=480, num_frames=81, fps=16, guidance_scale=5.0)
     vae_in_float32 = True
     components = wan_configs.IMAGE_TO_VIDEO
@@ -161,25 +194,35 @@ class WanImageToVideo:
     effective = staticmethod(_effective)
     unused = staticmethod(_unused)
     cut_prompts = staticmethod(_cut_prompts)
-    prompt_inputs = staticmethod(_prompt_inputs)
-    set_timesteps = staticmethod(_set_timesteps)
+    schedule = staticmethod(_schedule)
     decode = staticmethod(_decode)
 
     def size_rule(self, configs: ModelConfigs) -> SizeRule:
         return _size_rule(configs, takes_image=True)
 
+    def encode_inputs(self, request: ClipRequest) -> dict[str, Any]:
+        """The picture, and the size in which the VAE sees it, beside the prompts."""
+        picture = request.picture
+        return {
+            **_prompt_inputs(request),
+            "image": request.image if picture is None else picture.sha256,
+            "image_fit": request.image_fit,
+            "size": [request.width, request.height, request.num_frames],
+        }
+
     @without_gradients
-    def prepare(self, pipe: Any, request: ClipRequest, generator: torch.Generator) -> tuple[torch.Tensor, Conditions]:
+    def encode(self, pipe: Any, request: ClipRequest) -> dict[str, torch.Tensor]:
+        """Text embeddings by branch; "condition" [1, C', F, H, W]: the first frame in latents, behind its mask; "image"
+        [1, S, D] of the image encoder, where the transformer reads that."""
         import torch
 
-        device, dtype = pipe._execution_device, pipe.transformer.dtype
+        device = pipe._execution_device
         image = first_frame(request)
-        embeds = _prompt_embeds(pipe, request)
-        extra: dict[str, Any] = {"encoder_hidden_states_image": None}
-        if pipe.transformer.config.image_dim is not None:
-            extra["encoder_hidden_states_image"] = pipe.encode_image(image, device).to(dtype)
+        encoded = _encode_prompts(pipe, request)
+        if pipe.image_encoder is not None and pipe.image_processor is not None:
+            encoded["image"] = pipe.encode_image(image, device)
         pixels = pipe.video_processor.preprocess(image, height=request.height, width=request.width)
-        latents, condition = pipe.prepare_latents(
+        _, encoded["condition"] = pipe.prepare_latents(
             pixels.to(device, dtype=torch.float32),
             1,
             pipe.vae.config.z_dim,
@@ -188,23 +231,30 @@ class WanImageToVideo:
             request.num_frames,
             torch.float32,
             device,
-            generator,
+            latents=torch.zeros(()),  # else it would draw the noise
         )
-        branches = tuple(
-            Branch(name=name, transformer_kwargs={"encoder_hidden_states": e} | extra) for name, e in embeds.items()
-        )
-        return latents, Conditions(
-            branches=branches, guidance_scale=request.guidance_scale, channel_condition=condition
-        )
+        return encoded
+
+    @without_gradients
+    def start(
+        self, pipe: Any, request: ClipRequest, encoded: Mapping[str, torch.Tensor], generator: torch.Generator
+    ) -> Denoising:
+        transformer = pipe.transformer
+        latents = draw_noise(pipe, request, transformer.config.out_channels, generator)
+        image = encoded.get("image") if transformer.config.image_dim is not None else None
+        extra = {"encoder_hidden_states_image": image if image is None else image.to(latents.device, transformer.dtype)}
+        condition = encoded["condition"].to(latents.device)
+        return _denoising(pipe, request, encoded, latents, extra, condition)
 
 
 MODEL = Model(
     transformer="WanTransformer3DModel",
     family="wan",
     layout=BlockLayout(lists=("blocks",), counts=("num_layers",), shared=(3,), layers=("attn1", "attn2", "ffn")),
-    branches=("cond", "uncond"),
+    branches=BRANCHES,
     sharded=ShardedArguments(attention="attn1", rotary=3, rotary_dim=1, per_token=(2, 3)),
     pipelines={"WanPipeline": WanTextToVideo(), "WanImageToVideoPipeline": WanImageToVideo()},
+    encoder_parts=("text_encoder", "image_encoder"),
     checkpoints={
         "tiny-wan": KnownCheckpoint(
             source=str(SHIPPED / "tiny-wan"), note="shipped; moving shapes, runs on a CPU", defaults=TINY_CLIP

@@ -46,21 +46,28 @@ class ClipProgress:
     """
 
     def __init__(self) -> None:
-        self._on_begin: list[Callable[[], None]] = []
-        self._on_doubt: list[Callable[[], None]] = []
+        self._on_begin: dict[str, Callable[[], None]] = {}
+        self._on_doubt: dict[str, Callable[[], None]] = {}
+        self._caller = ""
         self._first: Call | None = None  # of the step in flight; None: the next call begins a clip
         self._latents: torch.Tensor | None = None  # of that call, if it said no name
         self._is_first_step = True
         self._branches: list[str] = []  # done at this step
         self._thread = 0
 
-    def listen(self, begin_clip: Callable[[], None], forget: Callable[[], None]) -> None:
-        """Calls `begin_clip` when a clip begins; `forget` when what was cached may be of another clip."""
-        self._on_begin.append(begin_clip)
-        self._on_doubt.append(forget)
+    def listen(self, begin_clip: Callable[[], None], forget: Callable[[], None]) -> str:
+        """Calls `begin_clip` when a clip begins; `forget` when what was cached may be of another clip, or when another
+        transformer has taken its place. Returns a name for `enter`."""
+        name = f"transformer {len(self._on_begin)}"
+        self._on_begin[name] = begin_clip
+        self._on_doubt[name] = forget
+        return name
 
-    def enter(self, call: Call) -> str:
+    def enter(self, call: Call, caller: str) -> str:
         """Notes a call, and returns its branch.
+
+        Args:
+            caller: the transformer, as `listen` named it.
 
         Raises:
             ValueError: it cannot be known.
@@ -78,8 +85,12 @@ class ClipProgress:
             self._begin_step(call)
         if threading.get_ident() != self._thread:
             self._thread = threading.get_ident()
-            for forget in self._on_doubt:
+            for forget in self._on_doubt.values():
                 forget()
+        if caller != self._caller:
+            if self._caller in self._on_doubt:  # its steps are done
+                self._on_doubt[self._caller]()
+            self._caller = caller
         branch = self._branch(call)
         if branch is None and self._is_first_step:  # as if another clip of one step, or the same step tried again
             self._begin(call)
@@ -104,7 +115,7 @@ class ClipProgress:
 
     def _begin(self, call: Call) -> None:
         self.end()
-        for begin_clip in self._on_begin:
+        for begin_clip in self._on_begin.values():
             begin_clip()
         self._is_first_step = True
         self._thread = threading.get_ident()

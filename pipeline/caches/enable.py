@@ -32,15 +32,14 @@ class CacheHandle:
         policy: the policy with all its options, as text.
     """
 
-    def __init__(self, plan: AnyPlan, trace: Trace, attached: Sequence[StepTracker]) -> None:
+    def __init__(self, plan: AnyPlan, trace: Trace, attached: ExitStack) -> None:
         self.policy = plan.text
         self.trace = trace
         self._attached = attached
 
     def disable(self) -> None:
         """Takes the cache off; the transformer is as before. Again does nothing, whatever else is attached since."""
-        for tracker in self._attached:
-            tracker.detach()
+        self._attached.close()
 
     def __enter__(self) -> "CacheHandle":
         return self
@@ -112,22 +111,30 @@ def scheduler_of(pipe_or_transformer: Any, scheduler: Any = None) -> Callable[[]
 
 
 def attach_cache(
-    transformer: nn.Module,
+    transformers: Sequence[nn.Module],
     plan: AnyPlan,
     num_branches: int | None = None,
     scheduler: Callable[[], Any] | None = None,
     consensus: Consensus | None = None,
 ) -> CacheHandle:
-    """Attaches a cache whose plan was made for this transformer.
+    """Attaches one cache whose plan was made for these transformers: one, or experts that share a clip's steps.
+
+    Each expert has a history of its own, which is dropped when the next one takes over.
 
     Args:
         consensus: how a gang's ranks agree; None for one process.
 
     Raises:
-        ValueError: a cache is enabled already, the transformer is sharded already (the cache must see shards), or
-            layers are to be cached within compiled blocks.
+        ValueError: a cache is enabled already, a transformer is sharded already (the cache must see shards), experts
+            of different depths, or layers are to be cached within compiled blocks.
     """
-    return _attach([transformer], [plan], num_branches, scheduler, consensus or SingleProcess(), SIGNAL_READERS)
+    depths = {tuple(t.config[count] for count in MODELS[type(t).__name__].layout.counts) for t in transformers}
+    if len(depths) > 1:
+        raise ValueError(
+            "cache: the model's experts have different numbers of blocks, and one plan cannot hold for both"
+        )
+    plans = [plan] * len(transformers)
+    return _attach(transformers, plans, num_branches, scheduler, consensus or SingleProcess(), SIGNAL_READERS)
 
 
 def _attach(
@@ -151,14 +158,12 @@ def _attach(
     trace = _new_trace(plans[0])
     progress = ClipProgress()
     with ExitStack() as undo:
-        attached = []
         for transformer, plan in zip(transformers, plans, strict=True):
             tracker = step_tracker_of(transformer, num_branches, scheduler, progress)
+            runner = _new_runner(transformer, plan, trace, consensus, tracker, signals)
             undo.callback(tracker.detach)
-            tracker.listener = _new_runner(transformer, plan, trace, consensus, tracker, signals)
-            attached.append(tracker)
-        undo.pop_all()
-    return CacheHandle(plans[0], trace, attached)
+            tracker.attach(runner)
+        return CacheHandle(plans[0], trace, undo.pop_all())
 
 
 def _new_trace(plan: AnyPlan) -> Trace:
@@ -193,7 +198,7 @@ def step_tracker_of(
     scheduler: Callable[[], Any] | None,
     progress: ClipProgress | None = None,
 ) -> StepTracker:
-    """A `StepTracker` on a transformer, with what its model says of the branches unless told otherwise."""
+    """A `StepTracker` for a transformer, with what its model says of the branches unless told otherwise."""
     model = MODELS[type(transformer).__name__]
     stacked = model.branches if model.stacked and num_branches != 1 else ()
     calls = 1 if model.stacked else len(model.branches)

@@ -42,6 +42,8 @@ class Listener(Protocol):
 class StepTracker(ModelHook):
     """Learns where the loop is, and tells a listener.
 
+    It does nothing until `attach`, and nothing more after `detach`.
+
     From diffusers' `cache_context` if the loop sets one; else the step is the place of `timestep` in the scheduler's
     list, and the branch is told by the order of the calls of a step (`ClipProgress`).
 
@@ -70,27 +72,36 @@ class StepTracker(ModelHook):
         # diffusers sets the context of every StateManager that it finds on a hook
         self.contexts = StateManager(BaseState)  # type: ignore[arg-type]  # annotated as an instance, takes a class
         self.listener: Listener | None = None
-        self._transformer: nn.Module | None = transformer
+        self._transformer: nn.Module | None = None
+        self._tracked = transformer
         self._num_branches = num_branches
         self._scheduler = scheduler
         self._stacked = stacked
         self._arguments = inspect.signature(type(transformer).forward)
         self._progress = progress or ClipProgress()
-        self._progress.listen(self._begin_clip, self._forget)
+        self._caller = ""
         self._here: StepContext | None = None
         self._name = ""
         self._running = threading.Lock()  # held during a forward
         self._thread = 0  # that holds it
+        self._had_registry = False
+        self._handles: list[Any] = []
+
+    def attach(self, listener: Listener | None = None) -> "StepTracker":
+        """Puts it on the transformer; the listener is told from here on."""
+        transformer = self._tracked
+        self.listener = listener
+        self._caller = self._progress.listen(self._begin_clip, self._forget)
         self._had_registry = hasattr(transformer, "_diffusers_hook")
+        self._transformer = transformer
         registry = HookRegistry.check_if_exists_or_initialize(transformer)
         _strike_out(registry)  # what a copy brought along
         registry.hooks[_HOOK] = self
         registry._hook_order.insert(0, _HOOK)
         registry._fn_refs.insert(0, _NothingWrapped(registry))  # type: ignore[arg-type]
-        self._handles = (
-            transformer.register_forward_pre_hook(self._enter, with_kwargs=True),
-            transformer.register_forward_hook(self._leave, always_call=True),
-        )
+        self._handles.append(transformer.register_forward_pre_hook(self._enter, with_kwargs=True))
+        self._handles.append(transformer.register_forward_hook(self._leave, always_call=True))
+        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _nowhere, ()
@@ -209,7 +220,8 @@ class StepTracker(ModelHook):
                 hidden_states=hidden_states,
                 stacks=bool(stacked),
                 timesteps=getattr(scheduler, "timesteps", None),
-            )
+            ),
+            self._caller,
         )
         num_samples = len(hidden_states) // (len(stacked) or 1)
         return StepContext(

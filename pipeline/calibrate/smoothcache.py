@@ -47,6 +47,7 @@ def measure_layer_errors(
             raise ValueError(f"calibrate: a clip has {here.num_steps} steps; num_steps is {num_steps}")
         return here.branch, here.step_index
 
+    tracker.attach()
     try:
         for number, render in enumerate(clips, 1):
             recorders = [(layer, module, LayerRecorder(max_lag, place)) for layer, _, module in layers_of(transformer)]

@@ -140,10 +140,9 @@ def measure_steps(
     transformer = model.pipe.transformer
     layout = MODELS[type(transformer).__name__].layout
     tracker = step_tracker_of(transformer, None, None)
+    reader = AllSignals(transformer, signals)
+    tracker.attach(BlockRunner(transformer, layout, StepRecorder(changes, reader), 0, reader, tracker.where))
     try:
-        reader = AllSignals(transformer, signals)
-        runner = BlockRunner(transformer, layout, StepRecorder(changes, reader), 0, reader, tracker.where)
-        tracker.listener = runner
         for number, request in enumerate(requests, 1):
             render_clip(model, request, lambda done, total: None)
             on_clip(number)

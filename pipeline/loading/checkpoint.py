@@ -11,7 +11,7 @@ from typing import Any
 
 from cineray.caching.plan import AnyPlan
 from cineray.files import open_regular, read_json
-from cineray.pipeline.adapters import ADAPTERS, KNOWN_MODELS, Adapter, KnownCheckpoint
+from cineray.pipeline.adapters import MODELS, Adapter, KnownCheckpoint, Model, Models, adapters_of, checkpoints_of
 from cineray.pipeline.adapters.cache_plan import plan_cache
 from cineray.pipeline.adapters.protocol import Defaults, ModelConfigs
 from cineray.pipeline.loading.parts import MAX_CONFIG_BYTES, check_configs, check_folder
@@ -26,6 +26,8 @@ class Checkpoint:
 
     Args:
         is_local: it is a folder on this machine, else a repository of the hub.
+        model: what cineray knows of its transformer.
+        adapter: how its pipeline is rendered.
         parts: the checked configurations of its components, by name.
     """
 
@@ -33,6 +35,7 @@ class Checkpoint:
     source: str
     is_local: bool
     pipeline_class: str
+    model: Model
     adapter: Adapter
     configs: ModelConfigs
     parts: Mapping[str, Any] = field(repr=False)
@@ -62,22 +65,23 @@ class Checkpoint:
             raise _refused(self.name, reason_of(error) if isinstance(error, OSError) else str(error)) from None
 
 
-def open_checkpoint(model: str) -> Checkpoint:
+def open_checkpoint(model: str, models: Models = MODELS) -> Checkpoint:
     """Resolves a model, and judges it by its configuration and, where its weights are here, by their headers.
 
     Args:
         model: a name of `KNOWN_MODELS`, a diffusers folder, or a hub id `owner/name`.
+        models: what can be rendered; one of your own beside them is `{**MODELS, **by_transformer(MINE)}`.
 
     Raises:
         InputError: not found, not a diffusers folder, broken, or a pipeline that cineray cannot render.
     """
-    known = KNOWN_MODELS.get(model) or _shipped_at(model)
+    names, adapters = checkpoints_of(models), adapters_of(models)
+    known = names.get(model) or _shipped_at(model, names)
     source = known.source if known else model
     is_local = _is_folder(source)
     if not is_local and source.count("/") != 1:
         raise InputError(
-            f"model {shorten(model, 200)} is neither a folder nor a hub id owner/name nor one of: "
-            f"{', '.join(KNOWN_MODELS)}"
+            f"model {shorten(model, 200)} is neither a folder nor a hub id owner/name nor one of: {', '.join(names)}"
         )
 
     def read(file: str) -> dict[str, Any]:
@@ -86,10 +90,10 @@ def open_checkpoint(model: str) -> Checkpoint:
     try:
         index = read("model_index.json")
         pipeline_class = index.get("_class_name")
-        adapter = ADAPTERS.get(pipeline_class) if isinstance(pipeline_class, str) else None
+        adapter = adapters.get(pipeline_class) if isinstance(pipeline_class, str) else None
         if adapter is None:
             named = shorten(pipeline_class) if isinstance(pipeline_class, str) else "of no name"
-            raise ValueError(f"pipeline {named} is not supported; supported: {', '.join(ADAPTERS)}")
+            raise ValueError(f"pipeline {named} is not supported; supported: {', '.join(adapters)}")
         configs = ModelConfigs(index=index, transformer=read("transformer/config.json"), vae=read("vae/config.json"))
         reason = adapter.unsupported(configs)
         if reason is not None:
@@ -104,6 +108,7 @@ def open_checkpoint(model: str) -> Checkpoint:
         source=source,
         is_local=is_local,
         pipeline_class=str(pipeline_class),
+        model=next(m for m in models.values() if m.pipelines.get(str(pipeline_class)) is adapter),
         adapter=adapter,
         configs=configs,
         parts=parts,
@@ -127,13 +132,13 @@ def _refused(model: str, reason: str) -> InputError:
     return InputError(f"model {printable(model, 200)}: {reason}")
 
 
-def _shipped_at(model: str) -> KnownCheckpoint | None:
+def _shipped_at(model: str, names: Mapping[str, KnownCheckpoint]) -> KnownCheckpoint | None:
     """The shipped model whose folder `model` is."""
     try:
         folder = Path(model).resolve()
     except (OSError, RuntimeError, ValueError):  # a loop of links; a null character
         return None
-    return next((k for k in KNOWN_MODELS.values() if Path(k.source).is_absolute() and Path(k.source) == folder), None)
+    return next((k for k in names.values() if Path(k.source).is_absolute() and Path(k.source) == folder), None)
 
 
 def _defaults(adapter: Adapter, known: KnownCheckpoint | None) -> Defaults:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,10 @@ from torch import nn
 
 from cineray.pipeline.adapters import Adapter
 from cineray.pipeline.adapters.component import Component
+from cineray.pipeline.adapters.protocol import Defaults
 from cineray.pipeline.finite import is_finite
 from cineray.pipeline.loading.weight_header import TensorHeader, read_headers
+from cineray.pipeline.request import ClipRequest
 from cineray.text import shorten
 
 # Buffers that older versions saved and newer ones make anew.
@@ -116,10 +117,18 @@ def check_vocabulary(tokenizer: Any, text_encoder: Any) -> None:
         raise ValueError(f"its tokens go up to {largest}, but the text encoder's vocab_size is {rows}")
 
 
-def check_scheduler(adapter: Adapter, scheduler: Any) -> None:
-    """Raises ValueError where the denoising loop could not be driven by this scheduler."""
-    trial = deepcopy(scheduler)
-    timesteps = adapter.set_timesteps(trial, 4, torch.device("cpu"))
-    trial.set_begin_index(0)
+def check_scheduler(adapter: Adapter, pipe: Any, defaults: Defaults) -> None:
+    """Raises ValueError where the denoising loop could not be driven by the pipeline's scheduler."""
+    request = ClipRequest(
+        id="trial",
+        prompt="",
+        width=defaults.width,
+        height=defaults.height,
+        num_frames=defaults.num_frames,
+        num_inference_steps=4,
+        guidance_scale=defaults.guidance_scale,
+        fps=defaults.fps,
+    )
+    trial, timesteps = adapter.schedule(pipe, request)
     if len(timesteps) != 4 or not torch.isfinite(timesteps).all() or not torch.isfinite(trial.sigmas).all():
         raise ValueError("its 4 timesteps for 4 steps are not all finite numbers")

@@ -35,16 +35,12 @@ class LoadedModel:
         return self.checkpoint.adapter
 
 
-# the parts of a pipeline that one stage of a batch needs and another does not
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-TRANSFORMER = ("transformer",)
-
-
 def load_model(checkpoint: Checkpoint, options: LoadOptions, skip_components: Sequence[str] = ()) -> LoadedModel:
     """Loads the pipeline, from safetensors only.
 
     Args:
-        skip_components: parts that stay out of memory and are None in the pipeline.
+        skip_components: parts that stay out of memory and are None in the pipeline: some of the model's
+            `encoder_parts`, `denoiser_parts` and `decoder_parts`.
 
     Raises:
         InputError: a file is missing or broken, the weights are not those that the configuration asks for or are not
@@ -91,16 +87,18 @@ def _load(checkpoint: Checkpoint, folder: Path, options: LoadOptions, skip_compo
     import diffusers
 
     dtype = DTYPES[options.dtype_name]
+    skipped = [name for name in skip_components if name in checkpoint.parts]
     vae_dtype = torch.float32 if checkpoint.adapter.vae_in_float32 else dtype
     pipe = getattr(diffusers, checkpoint.pipeline_class).from_pretrained(
         folder,
         dtype={"default": dtype, "vae": vae_dtype},
         use_safetensors=True,
         local_files_only=True,
-        **{name: None for name in skip_components if name in checkpoint.configs.index},
+        **{name: _without_weights(checkpoint, folder, name) for name in skipped},
     )
+    pipe.register_modules(**dict.fromkeys(skipped))
     pipe.set_progress_bar_config(disable=True)
-    if options.vae_tiling:
+    if options.vae_tiling and pipe.vae is not None:
         pipe.vae.enable_tiling()
     if options.offload == "none":
         pipe.to(options.device)
@@ -112,12 +110,24 @@ def _load(checkpoint: Checkpoint, folder: Path, options: LoadOptions, skip_compo
     return pipe
 
 
+def _without_weights(checkpoint: Checkpoint, folder: Path, name: str) -> Any:
+    """What stands for a part while the pipeline is built, which takes its scale factors from the VAE's configuration."""
+    import diffusers
+
+    component = next(c for c in checkpoint.adapter.components if c.name == name)
+    if name not in checkpoint.model.decoder_parts or component.library != "diffusers":
+        return None
+    kind = getattr(diffusers, checkpoint.configs.index[name][1])
+    with torch.device("meta"):
+        return kind.from_config(kind.load_config(folder / name, local_files_only=True))
+
+
 def _check_loaded(checkpoint: Checkpoint, pipe: Any) -> None:
     with _about("scheduler"):
-        check_scheduler(checkpoint.adapter, pipe.scheduler)
-    for encoder in TEXT_ENCODERS:
+        check_scheduler(checkpoint.adapter, pipe, checkpoint.defaults)
+    for encoder in checkpoint.model.encoder_parts:
         tokenizer = encoder.replace("text_encoder", "tokenizer")
-        if getattr(pipe, encoder, None) is not None:
+        if tokenizer != encoder and getattr(pipe, encoder, None) is not None:
             with _about(tokenizer):
                 check_vocabulary(getattr(pipe, tokenizer), getattr(pipe, encoder))
 

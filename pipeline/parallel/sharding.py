@@ -7,6 +7,7 @@ the model's own attention processors run, with an attention that spans ranks whe
 Letters: B batch, S image tokens, T text tokens, D channels.
 """
 
+from contextlib import ExitStack
 from copy import copy
 from functools import partial
 from types import FunctionType
@@ -26,7 +27,7 @@ _DISPATCH = "dispatch_attention_fn"  # the name under which every processor of d
 
 
 class ShardedTransformer:
-    """A transformer whose image tokens are sharded, until `detach`. Attach a cache first: it must see shards.
+    """A transformer whose image tokens are sharded, within `with`. Attach a cache first: it must see shards.
 
     Raises:
         ValueError: a transformer that cannot be sharded, or is sharded already.
@@ -38,34 +39,40 @@ class ShardedTransformer:
         if model is None or model.sharded is None:
             supported = ", ".join(name for name, model in MODELS.items() if model.sharded is not None)
             raise ValueError(f"sharding: {kind} is not supported; supported: {supported}")
-        if is_sharded(transformer):
-            raise ValueError(f"sharding: this {kind} is sharded already; detach that first")
         self._mesh = mesh
         self._attention = attention
         self._layout, self._sharded = model.layout, model.sharded
         self._transformer = transformer
         self._sequence: JointSequence | None = None
-        self._lists = {name: getattr(transformer, name) for name in self._layout.lists}
-        self._inner = dict(self._lists)  # what runs on shards
-        self._processors: list[tuple[Any, Any]] = []
-        for name, blocks in self._lists.items():
-            for block in blocks._modules.values():
-                attention_module = getattr(block, self._sharded.attention)
-                self._processors.append((attention_module, attention_module.processor))
-                attention_module.processor = _calling(attention_module.processor, self._attend)
-            run = partial(self._run_list, name, name == self._layout.lists[0])
-            setattr(transformer, name, ShardedBlockList(blocks, transformer, self._inner, run))
-        self._gather = transformer.get_submodule("proj_out").register_forward_hook(self._gather_output)
+        self._inner: dict[str, Any] = {}  # the lists that run on shards
+        self._attached = ExitStack()
+
+    def attach(self) -> None:
+        """Shards the transformer; on a failure it is as before."""
+        transformer = self._transformer
+        if is_sharded(transformer):
+            raise ValueError(f"sharding: this {type(transformer).__name__} is sharded already; detach that first")
+        lists = {name: getattr(transformer, name) for name in self._layout.lists}
+        self._inner.update(lists)
+        with ExitStack() as undo:
+            for name, blocks in lists.items():
+                for block in blocks._modules.values():
+                    module = getattr(block, self._sharded.attention)
+                    undo.callback(setattr, module, "processor", module.processor)
+                    module.processor = _calling(module.processor, self._attend)
+                run = partial(self._run_list, name, name == self._layout.lists[0])
+                undo.callback(setattr, transformer, name, blocks)
+                setattr(transformer, name, ShardedBlockList(blocks, transformer, self._inner, run))
+            gather = transformer.get_submodule("proj_out").register_forward_hook(self._gather_output)
+            undo.callback(gather.remove)
+            self._attached = undo.pop_all()
 
     def detach(self) -> None:
         """The transformer is as before."""
-        self._gather.remove()
-        for module, processor in self._processors:
-            module.processor = processor
-        for name, blocks in self._lists.items():
-            setattr(self._transformer, name, blocks)
+        self._attached.close()
 
     def __enter__(self) -> "ShardedTransformer":
+        self.attach()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,7 @@
-"""Prompts that another process has encoded: written once, read by every rank that renders them."""
+"""What the encoders made of a clip's prompts and picture: written once, read by every rank that renders it."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -9,12 +9,21 @@ from cineray.pipeline.loading.model import LoadedModel
 from cineray.pipeline.request import ClipRequest
 from cineray.pipeline.resume.tensor_file import TensorFile, TensorFileError, read_tensors, write_tensors
 
-MAX_PROMPT_BYTES = 2**28  # 64 times those of the largest text encoders
+FORMAT = "cineray encoded prompt 2"  # 1 held the outputs of `encode_prompt` by their places
+# 64 times the texts of the largest encoders; a picture's condition for 81 frames at 720p has 24 MB
+MAX_PROMPT_BYTES = 2**28
 
 
-@torch.no_grad()
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedPrompt:
+    """The table of `Adapter.encode`, on the CPU; `digest` is equal for equal content."""
+
+    tensors: dict[str, torch.Tensor]
+    digest: str
+
+
 def encode_prompt(model: LoadedModel, request: ClipRequest, path: Path) -> None:
-    """Writes what the pipeline's text encoders make of the request's prompts, in one step.
+    """Writes what the model's encoders make of the request, in one step.
 
     Args:
         path: its name says which prompts; a file under another name is not read.
@@ -22,46 +31,28 @@ def encode_prompt(model: LoadedModel, request: ClipRequest, path: Path) -> None:
     Raises:
         OSError: not writable, or full.
     """
-    inputs = model.adapter.prompt_inputs(request)
-    outputs = model.pipe.encode_prompt(**inputs, device=model.pipe._execution_device)
-    tensors = {str(i): output for i, output in enumerate(outputs) if output is not None}
-    write_tensors(tensors, {"num_outputs": str(len(outputs)), "prompt": path.stem}, path)
+    write_tensors(model.adapter.encode(model.pipe, request), {"format": FORMAT, "prompt": path.stem}, path)
 
 
 def is_encoded(path: Path) -> bool:
     """Whether prompts lie there that can be read."""
     try:
-        _read(path)
+        read_encoded(path)
     except (FileNotFoundError, TensorFileError):
         return False
     return True
 
 
-class EncodedPipe:
-    """A pipeline without text encoders: answers `encode_prompt` from a file, and is the pipeline in all else.
+def read_encoded(path: Path) -> EncodedPrompt:
+    """Reads what `encode_prompt` wrote.
 
     Raises:
         FileNotFoundError: nothing was encoded there.
-        TensorFileError: the file is not what was written, or of other prompts.
+        TensorFileError: the file is not what was written, of other prompts, or of another version.
     """
-
-    def __init__(self, pipe: Any, path: Path) -> None:
-        self._pipe = pipe
-        device = pipe._execution_device
-        file = _read(path)
-        names = (str(i) for i in range(int(file.metadata["num_outputs"])))
-        self._outputs = tuple(file.tensors[name].to(device) if name in file.tensors else None for name in names)
-        self.digest = file.digest
-
-    def encode_prompt(self, **_: Any) -> tuple[torch.Tensor | None, ...]:
-        return self._outputs
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pipe, name)
-
-
-def _read(path: Path) -> TensorFile:
-    file = read_tensors(path, MAX_PROMPT_BYTES)
+    file: TensorFile = read_tensors(path, MAX_PROMPT_BYTES)
+    if file.metadata.get("format") != FORMAT:
+        raise TensorFileError("another version wrote it")
     if file.metadata.get("prompt") != path.stem:
         raise TensorFileError("it is of other prompts")
-    return file
+    return EncodedPrompt(tensors=file.tensors, digest=file.digest)

@@ -46,7 +46,7 @@ def _render(rank, num_ranks, init_method, layout, source, requests, options):
     requests = requests[gang.mesh.coordinates.gang]
     with gang:
         clips = [render_clip_on_gang(gang, model, request, lambda done, total: None) for request in requests]
-    assert all((clip is None) == (not gang.mesh.is_leader) for clip in clips)
+    assert all((clip is None) == (not gang.is_leader) for clip in clips)
     return [_outcome(clip) for clip in clips if clip is not None]
 
 

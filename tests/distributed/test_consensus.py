@@ -63,7 +63,7 @@ def run_steps(model, config, mesh, consensus, steps, before_step=None):
     plan = plan_cache(config, type(model).__name__, model.config)
     with (
         warnings.catch_warnings(record=True) as caught,
-        attach_cache(model, plan, num_branches=1, consensus=consensus) as cache,
+        attach_cache([model], plan, num_branches=1, consensus=consensus) as cache,
     ):
         warnings.simplefilter("always")
         outputs = []
@@ -153,7 +153,7 @@ def decide_per_sample(rank, num_ranks, init_method):
     outputs = []
     consensus = GangConsensus(mesh=mesh, device=CPU)
     with (
-        attach_cache(model, plan, num_branches=1, consensus=consensus) as cache,
+        attach_cache([model], plan, num_branches=1, consensus=consensus) as cache,
         torch.no_grad(),
         ShardedTransformer(model, mesh, NativeAttention(mesh)),
     ):

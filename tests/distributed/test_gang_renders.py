@@ -8,7 +8,7 @@ from gang_renders import render_alone, render_on, render_on_gangs
 from cineray.caching.policies.smoothcache import LayerSchedule, dump_schedule
 from cineray.distributed.layout import parse_layout
 from cineray.jobs.measure.local_ranks import RankFailed
-from cineray.pipeline.gang import num_tokens
+from cineray.pipeline.render import denoise_clip
 
 STEPS = 50
 POLICIES = ["dicache(threshold=0.05)", "dicache-paper(threshold=0.05)"]
@@ -151,6 +151,13 @@ def test_clips_of_few_tokens_are_the_same_too(twelve_heads, new_request, layout,
     assert ours.held_bytes == theirs.held_bytes
 
 
-def test_tokens_are_counted_as_the_transformers_do(loaded):
+def test_tokens_are_counted_as_the_transformers_see_them(loaded, new_request):
     for name in ("wan", "hunyuan"):
-        assert num_tokens(loaded(name).pipe.transformer, torch.zeros(1, 4, 3, 6, 10)) == 3 * 3 * 5
+        model, request = loaded(name), new_request(**UNEVEN, num_inference_steps=1)
+        seen = []
+        embedder = model.pipe.transformer.get_submodule("patch_embedding" if name == "wan" else "x_embedder")
+        hook = embedder.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out))
+        denoise_clip(model, request, lambda done, total: None)
+        hook.remove()
+        num_tokens = seen[0].flatten(2).shape[2] if name == "wan" else seen[0].shape[1]
+        assert model.adapter.num_tokens(model.checkpoint.configs, request) == num_tokens == TOKENS

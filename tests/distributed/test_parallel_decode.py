@@ -10,12 +10,16 @@ import torch
 
 from cineray.distributed.layout import parse_layout
 from cineray.jobs.measure.local_ranks import run_on_local_ranks
-from cineray.pipeline.gang import Gang
+from cineray.pipeline.gang import SOLO, Gang
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.model import LoadOptions, load_model
 from cineray.pipeline.parallel.decode import CONVOLUTIONS
 from cineray.pipeline.render import to_frames
+from cineray.pipeline.request import ClipRequest
 
+# the shipped models' decoders look at the latents alone
+SIZES = {"width": 64, "height": 64, "num_frames": 9, "num_inference_steps": 1, "guidance_scale": 1.0, "fps": 8}
+REQUEST = ClipRequest(id="1", prompt="", **SIZES)
 BOUND = 3e-6
 SHAPES = [(1, 16, 3, 8, 8), (1, 16, 2, 7, 6), (1, 16, 2, 3, 8)]  # even and uneven bands; fewer rows than 4 ranks
 
@@ -32,11 +36,11 @@ def decode_on_rank(rank, num_ranks, init_method, name):
     with gang:
         for shape in SHAPES:
             latents = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-            alone = model.adapter.decode(model.pipe, latents)
+            alone = SOLO.decode(model, REQUEST, latents)
             convolved_rows.clear()
-            together = gang.decode(model, latents)
+            together = gang.decode(model, REQUEST, latents)
             num_rows = convolved_rows[0]
-            assert torch.equal(model.adapter.decode(model.pipe, latents), alone)  # the decoder is as before
+            assert torch.equal(SOLO.decode(model, REQUEST, latents), alone)  # the decoder is as before
             assert (together is None) == (rank > 0)
             if together is not None:
                 levels = (to_frames(together).astype(int) - to_frames(alone)).ravel()

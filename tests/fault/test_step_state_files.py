@@ -12,6 +12,7 @@ from safetensors.torch import save
 
 from cineray.caching.trace import trace_from
 from cineray.jobs.output.step_keeper import ClipPreempted, StepKeeper, StepNotes
+from cineray.pipeline.gang import SOLO
 from cineray.pipeline.render import denoise_clip
 from cineray.pipeline.resume.step_state import Beginning, StepState, StepStateError, read_step_state, save_step_state
 from cineray.pipeline.resume.tensor_file import TensorFileError, read_tensors, write_tensors
@@ -45,7 +46,7 @@ class Kept:
 def keeper(path, num_steps=STOP_AT):
     """Stops after so many more steps."""
     asked = iter([False] * (num_steps - 1))
-    return StepKeeper(path, CLIP, None, 1e9, lambda: next(asked, True))
+    return StepKeeper(path, CLIP, SOLO, 1e9, lambda: next(asked, True))
 
 
 @pytest.fixture

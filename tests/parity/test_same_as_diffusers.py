@@ -6,17 +6,16 @@ import torch
 from PIL import Image
 
 from cineray.pipeline.denoise import denoise
-from cineray.pipeline.render import render_clip, to_frames
+from cineray.pipeline.render import prepare_clip, render_clip, to_frames
 
 
 def ours(model, request):
     """(latents, video) of cineray."""
     steps = []
-    generator = torch.Generator("cpu").manual_seed(request.seed)
-    latents, conditions = model.adapter.prepare(model.pipe, request, generator)
-    latents = denoise(model, latents, conditions, request.num_inference_steps, lambda i, n: steps.append((i, n)))
+    latents = denoise(prepare_clip(model, request).denoising, lambda i, n: steps.append((i, n)))
     assert steps == [(i, request.num_inference_steps) for i in range(1, request.num_inference_steps + 1)]
-    return latents, model.adapter.decode(model.pipe, latents)
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    return latents, model.adapter.decode(model.pipe, request, latents, generator)
 
 
 def theirs(model, request, **kwargs):

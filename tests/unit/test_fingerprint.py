@@ -18,7 +18,7 @@ def mark(adapter, request):
 
 
 def key(adapter, request):
-    return prompt_key(adapter.prompt_inputs(request), "d", "float32")
+    return prompt_key(adapter.encode_inputs(request), "d", "float32")
 
 
 @pytest.mark.parametrize(

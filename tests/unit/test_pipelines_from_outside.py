@@ -19,6 +19,7 @@ from every_model import build, call
 from PIL import Image
 
 import cineray
+from cineray.pipeline.caches.step_tracker import StepTracker
 
 OFTEN = "interval(interval=2)"
 POLICIES = [OFTEN, "taylorseer", "dicache(threshold=0.3,warmup=0.1)", "fbcache(threshold=0.3)"]
@@ -261,8 +262,8 @@ def test_experts_that_cannot_share_a_trace_or_have_a_cache_are_refused_and_left_
         cineray.enable_cache(pipe, OFTEN)
     low_noise = two_experts(boundary=1.0)
     low_noise.transformer = None
-    with cineray.enable_cache(low_noise, OFTEN) as handle:
-        assert len(handle._attached) == 1
+    with cineray.enable_cache(low_noise, OFTEN):
+        assert StepTracker.is_attached(low_noise.transformer_2)
 
 
 def test_calls_that_cannot_be_told_apart_are_refused():
