@@ -16,7 +16,7 @@ from cineray.caching.forecast import Forecasting
 from cineray.caching.history import BranchHistory
 from cineray.caching.policy import Decision, Policy
 from cineray.caching.rows import RowState, RowSums, decide_rows
-from cineray.caching.token_sums import ModulatedInput
+from cineray.caching.token_sums import SignalValues
 from cineray.caching.trace import Trace, TraceEntry
 
 _NONE_YET: tuple[int | None, list[Decision]] = (None, [])
@@ -80,26 +80,26 @@ class CacheController:
         context: StepContext,
         blocks_input: torch.Tensor,
         probe: torch.Tensor,
-        modulated: ModulatedInput | None = None,
+        signal_values: SignalValues | None = None,
     ) -> CallPlan:
         """Decides for each row, after `begin_call`.
 
         Args:
             blocks_input: hidden states before the first block [B, S, D].
             probe: hidden states after the probe blocks [B, S, D]; of other rows than `begin_call` names, anything.
-            modulated: for the policies whose signal it is.
+            signal_values: of the policies whose signal has a reader.
         """
         history = self._histories[context.branch]
         if all(row.is_planned for row in history.rows):
             sums = [RowSums()] * len(history.rows)
             agreed = [row.planned() for row in history.rows]
         else:
-            sums = self._reduce(history, blocks_input, history.kept(probe), modulated)
+            sums = self._reduce(history, blocks_input, history.kept(probe), signal_values)
             leader = self._hear_first_branch(context, len(history.rows))
             wanted = self._want(context, history.rows, sums, leader)
             agreed = self._exchange.agree(context.branch, wanted)
         history.last_step = context.step_index
-        history.modulated = modulated.values if modulated is not None else None
+        history.signal_values = signal_values.values if signal_values is not None else None
         return self._commit(context, history, sums, agreed)
 
     def forecast(self, plan: CallPlan, blocks_input: torch.Tensor) -> torch.Tensor:
@@ -125,10 +125,14 @@ class CacheController:
         history.reset(blocks_input, -self.consensus.count_tokens_before(num_tokens) % every if every > 1 else 0)
 
     def _reduce(
-        self, history: BranchHistory, blocks_input: torch.Tensor, probe: torch.Tensor, modulated: ModulatedInput | None
+        self,
+        history: BranchHistory,
+        blocks_input: torch.Tensor,
+        probe: torch.Tensor,
+        signal_values: SignalValues | None,
     ) -> list[RowSums]:
         """What each row is judged by, summed over ranks. If they do not know the same, all forget, and compute."""
-        change = history.change_sums(blocks_input, probe, modulated, self.consensus.num_ranks)
+        change = history.change_sums(blocks_input, probe, signal_values, self.consensus.num_ranks)
         align = history.alignment_sums(blocks_input, probe)
         sums = self._exchange.sum_rows(change, align, history.probe is not None, blocks_input)
         if sums is None:

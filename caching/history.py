@@ -8,7 +8,7 @@ from cineray.caching.call import CallPlan
 from cineray.caching.forecast import Forecasting, align_residual
 from cineray.caching.policy import Signal
 from cineray.caching.rows import RowState
-from cineray.caching.token_sums import ModulatedInput, alignment_sums, change_sums
+from cineray.caching.token_sums import SignalValues, alignment_sums, change_sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class BranchHistory:
     probe: torch.Tensor | None = None  # probe output of the last step that was probed [B, S / keep_every, D]
     kept_from: int = 0  # the first of the tokens whose probe is kept
     kind: tuple[torch.Size, torch.dtype, torch.device] | None = None  # of the hidden states
-    modulated: torch.Tensor | None = None  # previous step's `ModulatedInput.values`, where the policy's signal is one
+    signal_values: torch.Tensor | None = None  # previous step's `SignalValues.values`, where the policy's signal is one
     newest: ResidualPair | None = None
     older: ResidualPair | None = None
     last_step: int | None = None
@@ -53,7 +53,7 @@ class BranchHistory:
         """Forgets everything; what comes next are tensors like this one."""
         self.kind = (hidden_states.shape, hidden_states.dtype, hidden_states.device)
         self.kept_from = kept_from
-        self.probe = self.modulated = self.newest = self.older = None
+        self.probe = self.signal_values = self.newest = self.older = None
         self.rows = [RowState() for _ in range(hidden_states.shape[0])]
 
     def kept(self, values: torch.Tensor) -> torch.Tensor:
@@ -62,7 +62,7 @@ class BranchHistory:
         return values if every == 1 else values[:, self.kept_from :: every].clone()
 
     def change_sums(
-        self, blocks_input: torch.Tensor, probe: torch.Tensor, modulated: ModulatedInput | None, num_ranks: int
+        self, blocks_input: torch.Tensor, probe: torch.Tensor, signal_values: SignalValues | None, num_ranks: int
     ) -> torch.Tensor | None:
         """This rank's part of the signal's change [2, B]; None where there is no step before.
 
@@ -74,10 +74,14 @@ class BranchHistory:
             return change_sums(probe, self.probe)
         if self.signal == "probe-residual" and self.newest is not None:
             return change_sums(probe - self.kept(blocks_input), self.newest.probe)
-        if modulated is None or self.modulated is None or self.modulated.shape != modulated.values.shape:
+        if (
+            signal_values is None
+            or self.signal_values is None
+            or self.signal_values.shape != signal_values.values.shape
+        ):
             return None
-        sums = change_sums(modulated.values, self.modulated)
-        return sums if modulated.is_sharded else sums / num_ranks  # every rank adds the same
+        sums = change_sums(signal_values.values, self.signal_values)
+        return sums if signal_values.is_sharded else sums / num_ranks  # every rank adds the same
 
     def alignment_sums(self, blocks_input: torch.Tensor, probe: torch.Tensor) -> torch.Tensor | None:
         """This rank's part of the sums that place the probe's residual [4, B]; None without two computed steps."""
@@ -135,7 +139,7 @@ class BranchHistory:
 
     @property
     def held_bytes(self) -> int:
-        tensors = [self.probe, self.modulated]
+        tensors = [self.probe, self.signal_values]
         for pair in (self.newest, self.older):
             tensors += [pair.probe, pair.full] if pair else []
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)

@@ -5,14 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from cineray.caching.forecast import Forecasting
-from cineray.caching.policy import Policy
-
-if TYPE_CHECKING:  # their files make plans
-    from cineray.caching.policies.smoothcache import LayerSchedule
-    from cineray.caching.policies.taylorseer import TaylorSeerConfig
+from cineray.caching.policy import Policy, Signal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +19,8 @@ class ModelFacts:
         num_probeable: the deepest probe that the model allows, in blocks.
         layers: the layer types that a schedule may name.
         transformer: the transformer's configuration, by which calibrated profiles are found.
+        presets: by the name of a policy, the options that its authors give it for this model.
+        signals: that TeaCache may judge this model by; the second one comes with `ret_steps`.
     """
 
     family: str
@@ -30,6 +28,8 @@ class ModelFacts:
     num_probeable: int
     layers: tuple[str, ...]
     transformer: Mapping[str, Any] = field(default_factory=dict)
+    presets: Mapping[str, PolicyConfig] = field(default_factory=dict)
+    signals: tuple[Signal, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,25 +43,16 @@ class CachePlan:
     num_blocks: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LayerPlan:
-    """A schedule of layers for a model, and its whole text."""
+class AnyPlan(Protocol):
+    """A policy for a model, of whatever kind: `CachePlan`, or a plan of single layers, which stands with its policy."""
 
-    text: str
-    schedule: LayerSchedule
-    num_blocks: int
+    @property
+    def text(self) -> str:
+        """The policy's whole text, which names every option."""
+        ...
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SeriesPlan:
-    """A Taylor series of each layer for a model, and its whole text."""
-
-    text: str
-    config: TaylorSeerConfig
-    num_blocks: int
-
-
-AnyPlan = CachePlan | LayerPlan | SeriesPlan
+    @property
+    def num_blocks(self) -> int: ...
 
 
 class PolicyConfig(Protocol):
@@ -77,26 +68,6 @@ class PolicyConfig(Protocol):
             ValueError: they do not fit the model.
         """
         ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Presets:
-    """A policy's options where none is given: those of the model's family, else `default`.
-
-    Args:
-        default: None refuses models of other families.
-    """
-
-    by_family: Mapping[str, PolicyConfig] = field(default_factory=dict)
-    default: PolicyConfig | None = None
-
-    def of(self, family: str) -> PolicyConfig | None:
-        return self.by_family.get(family, self.default)
-
-    @property
-    def options(self) -> type[Any]:
-        """The class of the options."""
-        return type(next(iter(self.by_family.values())) if self.default is None else self.default)
 
 
 def plan_blocks(

@@ -9,10 +9,15 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from cineray.caching.plan import AnyPlan, CachePlan, LayerPlan, ModelFacts, PolicyConfig, Presets, check_depth
-from cineray.caching.policies import dicache, first_block, magcache, schedule, taylorseer, teacache
-from cineray.caching.policies.schedule import ReplayPolicy
-from cineray.caching.policies.smoothcache import parse_schedule, read_schedule
+from cineray.caching.plan import AnyPlan, CachePlan, ModelFacts, PolicyConfig, check_depth
+from cineray.caching.policies import dicache
+from cineray.caching.policies.dicache import DiCacheConfig
+from cineray.caching.policies.first_block import FirstBlockConfig
+from cineray.caching.policies.magcache import MagCacheConfig
+from cineray.caching.policies.schedule import IntervalConfig, ReplayPolicy
+from cineray.caching.policies.smoothcache import LayerPlan, parse_schedule, read_schedule
+from cineray.caching.policies.taylorseer import TaylorSeerConfig
+from cineray.caching.policies.teacache import TeaCacheConfig
 from cineray.caching.trace import parse_trace, read_trace
 from cineray.text import printable, shorten
 
@@ -20,15 +25,17 @@ from cineray.text import printable, shorten
 MAX_COUNT = 1_000_000
 MAX_NUMBERS = 16  # in one option; a polynomial of TeaCache has five
 
-Policies = Mapping[str, Presets]
+# name -> the options where none is given. A class of options instead: only models that have a preset of their own
+# (`Model.presets` in `pipeline.adapters`) can be cached with it.
+Policies = Mapping[str, PolicyConfig | type[PolicyConfig]]
 POLICIES: Policies = {
     "dicache": dicache.OURS,
-    "dicache-paper": dicache.OFFICIAL,
-    "fbcache": first_block.PRESETS,
-    "interval": schedule.PRESETS,
-    "teacache": teacache.PRESETS,
-    "magcache": magcache.PRESETS,
-    "taylorseer": taylorseer.PRESETS,
+    "dicache-paper": DiCacheConfig,
+    "fbcache": FirstBlockConfig(),
+    "interval": IntervalConfig(),
+    "teacache": TeaCacheConfig,
+    "magcache": MagCacheConfig,
+    "taylorseer": TaylorSeerConfig,
 }
 _WITH_FILE = {"smoothcache": "SCHEDULE.json", "replay": "TRACE.json"}
 
@@ -52,9 +59,9 @@ class CacheSpec:
     file: str | None = None
 
 
-def policies_for(family: str) -> list[str]:
-    """Names of the policies that a model of this family can be cached with."""
-    return [n.partition(":")[0] for n in NAMES if n not in POLICIES or POLICIES[n].of(family) is not None]
+def fits(name: str, presets: Mapping[str, PolicyConfig], policies: Policies = POLICIES) -> bool:
+    """Whether a model with these presets can be cached with the policy of this name."""
+    return name in presets or not isinstance(policies.get(name), type)
 
 
 def parse_spec(text: str, policies: Policies = POLICIES) -> CacheSpec:
@@ -78,7 +85,7 @@ def parse_spec(text: str, policies: Policies = POLICIES) -> CacheSpec:
     if (name in _WITH_FILE) != (file is not None):
         wants = f"a file, as {name}:{_WITH_FILE[name]}" if name in _WITH_FILE else "no file"
         raise ValueError(f"cache: {name} takes {wants}")
-    allowed = [f.name for f in fields(policies[name].options)] if name in policies else []
+    allowed = [f.name for f in fields(policies[name])] if name in policies else []  # type: ignore[arg-type]
     options = {}
     for option in filter(None, (o.strip() for o in (match["options"] or "").split(","))):
         key, equals, value = (part.strip() for part in option.partition("="))
@@ -99,7 +106,7 @@ def resolve(spec: CacheSpec | PolicyConfig, model: ModelFacts, policies: Policie
         policies: as in `parse_spec`.
 
     Raises:
-        ValueError: no preset for this family, an option's value, a probe deeper than the model allows, or a file or
+        ValueError: no preset for this model, an option's value, a probe deeper than the model allows, or a file or
             profile that is not there or not for this model.
     """
     if not isinstance(spec, CacheSpec):
@@ -111,10 +118,9 @@ def resolve(spec: CacheSpec | PolicyConfig, model: ModelFacts, policies: Policie
         content = read_schedule(path)  # once: what is checked, named and used are the same bytes
         layers = parse_schedule(content, path, model.layers, model.num_blocks)
         return LayerPlan(text=f"smoothcache({_digest(content)})", schedule=layers, num_blocks=model.num_blocks)
-    presets = policies[spec.name]
-    config: Any = presets.of(model.family)
-    if config is None:
-        raise ValueError(f"cache: {spec.name} has no preset for {model.family}; it has: {', '.join(presets.by_family)}")
+    if not fits(spec.name, model.presets, policies):
+        raise ValueError(f"cache: {spec.name} has no preset for {model.family}")
+    config: Any = model.presets.get(spec.name, policies[spec.name])
     values = {name: _value(spec.name, type(config), name, text) for name, text in spec.options.items()}
     return replace(config, **values).plan(spec.name, model)
 

@@ -7,8 +7,8 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
-class ModulatedInput:
-    """TeaCache's signal at one step.
+class SignalValues:
+    """What a policy's signal is at one step, where a reader reads it: see `policy.Signal`.
 
     Args:
         values: [B, ...] of any shape.

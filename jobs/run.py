@@ -203,11 +203,8 @@ def _model_here(asked: RunPlan) -> Iterator[Renderer]:
 
 def use_threads(checkpoint: Checkpoint, options: LoadOptions) -> None:
     """Sets this process's number of threads to what fits the model, where it renders on a CPU."""
-    from cineray.pipeline.adapters import MODELS
-
-    config = checkpoint.configs.transformer
-    model = MODELS.get(str(config.get("_class_name")))
-    number = num_threads(config, model.layout.counts) if model is not None and options.device == "cpu" else None
+    config, counts = checkpoint.configs.transformer, checkpoint.model.layout.counts
+    number = num_threads(config, counts) if options.device == "cpu" else None
     if number is not None:
         import torch
 

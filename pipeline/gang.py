@@ -16,7 +16,7 @@ from cineray.distributed.consensus import GangConsensus, Mode
 from cineray.distributed.exchange import gather_numbers, gather_tensors, gather_text
 from cineray.distributed.layout import Layout, check_layout
 from cineray.distributed.mesh import Mesh, mesh_alone, new_mesh
-from cineray.pipeline.adapters import Branch, Denoising
+from cineray.pipeline.adapters import Branch, Denoising, by_transformer
 from cineray.pipeline.caches.enable import attach_cache
 from cineray.pipeline.denoise import StepDone, denoise, run_here
 from cineray.pipeline.loading.model import LoadedModel
@@ -143,7 +143,7 @@ class Gang:
         Raises:
             ValueError: the gang's layout does not fit the model or the request.
         """
-        num_branches = len(clip.branches)
+        num_branches, models = len(clip.branches), by_transformer(model.checkpoint.model)
         for transformer in clip.transformers:
             check_layout(self.mesh.layout, num_heads(transformer), num_branches)
         plan = model.checkpoint.plan_cache(request.cache)
@@ -154,9 +154,11 @@ class Gang:
         with ExitStack() as attached:
             cache = None
             if plan is not None:
-                cache = attached.enter_context(attach_cache(clip.transformers, plan, num_branches, consensus=consensus))
+                cache = attached.enter_context(
+                    attach_cache(clip.transformers, plan, num_branches, consensus=consensus, models=models)
+                )
             for transformer in clip.transformers if is_sharded else ():
-                attached.enter_context(ShardedTransformer(transformer, self.mesh, self.attention))
+                attached.enter_context(ShardedTransformer(transformer, self.mesh, self.attention, models))
             kept = TraceKeeper(keeper, cache and cache.trace, self._whole_trace) if keeper else None
             latents = denoise(clip, on_step, self._run_branches, kept)
         if cache is None:
@@ -171,9 +173,10 @@ class Gang:
             generator = torch.Generator("cpu").manual_seed(request.seed)
             return model.adapter.decode(model.pipe, request, latents, generator)
 
-        if not self.parallel_decode:
+        convolutions = model.checkpoint.model.row_convolutions
+        if not (self.parallel_decode and convolutions):
             return decode() if self.is_leader else None
-        with decoding_by_rows(model.pipe.vae, self.mesh.gang):
+        with decoding_by_rows(model.pipe.vae, convolutions, self.mesh.gang):
             video = decode()
         return video if self.is_leader else None
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cineray.text import shorten
@@ -171,15 +172,22 @@ def is_plain(clip_id: str, prompt: str, seed: int) -> bool:
     )
 
 
-def fingerprint(request: ClipRequest, policy: str, model_digest: str, render_options: dict[str, object]) -> str:
+def fingerprint(
+    request: ClipRequest,
+    policy: str,
+    model_digest: str,
+    render_options: dict[str, object],
+    pixel_fields: Sequence[str] = (),
+) -> str:
     """Twelve hex digits over everything that changes pixels and nothing else.
 
-    The id, the frame rate, the device and the layout are left out.
+    The id, the device and the layout are left out, and the frame rate unless it is one of `pixel_fields`.
 
     Args:
         request: as `Adapter.effective` gives it: less what has no effect on pixels.
         policy: the cache policy with all its options, as text.
         render_options: what is common to a run: dtype, VAE tiling, lossless.
+        pixel_fields: further fields of the request that change this model's pixels, as its `Model` says.
 
     Raises:
         ValueError: the request has a picture and is not `pinned`.
@@ -197,6 +205,7 @@ def fingerprint(request: ClipRequest, policy: str, model_digest: str, render_opt
         "image": None,
         "model": model_digest,
         "options": render_options,
+        **{name: getattr(request, name) for name in pixel_fields},
     }
     if request.image is not None:
         picture = request.picture

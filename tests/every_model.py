@@ -177,9 +177,13 @@ def call(pipe: Any, steps: int = 12, seed: int = 3, **changes: Any) -> torch.Ten
     return pipe(**(arguments | changes))[0]
 
 
-def blocks_of(transformer: Any) -> list[torch.nn.Module]:
-    """All blocks, in the order of their lists."""
+def layout_of(transformer: Any) -> Any:
+    """The `BlockLayout` of its model."""
     from cineray.pipeline.adapters import MODELS
 
-    lists = MODELS[type(transformer).__name__].layout.lists
-    return [block for name in lists for block in getattr(transformer, name).children()]
+    return MODELS[type(transformer).__name__].layout
+
+
+def blocks_of(transformer: Any) -> list[torch.nn.Module]:
+    """All blocks, in the order of their lists."""
+    return [block for name in layout_of(transformer).lists for block in getattr(transformer, name).children()]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from cineray.caching.forecast import Alignment, Base, Branches, Forecasting
 from cineray.caching.observation import Observation
-from cineray.caching.plan import CachePlan, ModelFacts, Presets, check_field, plan_blocks
+from cineray.caching.plan import CachePlan, ModelFacts, check_field, plan_blocks
 from cineray.caching.policy import Decision, Reason, Signal, forced
 from cineray.caching.profile import DiCacheProfile, find_profile, generic_profile, shipped_profile
 
@@ -223,14 +223,4 @@ def expected_cost(policy: DiCachePolicy, num_steps: int, probe_cost: float) -> f
 
 # Ours (docs/caching.md): one decision for both guidance branches; the probe runs once per streak of skips; each step
 # has a calibrated cost, which makes a warm-up unnecessary: two computed steps are what a forecast needs.
-OURS = Presets(
-    default=DiCacheConfig(branches="joint", look="run", profile="auto", warmup=0.0, last_step_full=True),
-)
-# The official rules. Thresholds: section 4.1 of the paper gives 0.2, 0.1 and 0.4; the Wan code's default is 0.08.
-# Warm-up, clips, comparison, last step: from the code.
-PAPER = {
-    "wan": DiCacheConfig(threshold=0.2),
-    "hunyuan-video": DiCacheConfig(threshold=0.1, gamma_clip=(1.0, 1.5), skip_at_threshold=True),
-    "flux": DiCacheConfig(threshold=0.4, gamma_clip=(1.0, 1.5), last_step_full=True, compute_first_after_warmup=True),
-}
-OFFICIAL = Presets(by_family=PAPER)
+OURS = DiCacheConfig(branches="joint", look="run", profile="auto", warmup=0.0, last_step_full=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from cineray.caching.forecast import Forecasting
 from cineray.caching.observation import Observation
-from cineray.caching.plan import CachePlan, ModelFacts, Presets, check_field, plan_blocks
+from cineray.caching.plan import CachePlan, ModelFacts, check_field, plan_blocks
 from cineray.caching.policy import Decision, Reason, Signal
 
 
@@ -26,9 +26,6 @@ class FirstBlockConfig:
 
     def plan(self, name: str, model: ModelFacts) -> CachePlan:
         return plan_blocks(name, self, model, FirstBlockPolicy(self), Forecasting(base="probe"), self.probe_depth)
-
-
-PRESETS = Presets(default=FirstBlockConfig())
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cineray.caching.observation import Observation
-from cineray.caching.plan import CachePlan, ModelFacts, Presets, check_field, plan_blocks
+from cineray.caching.plan import CachePlan, ModelFacts, check_field, plan_blocks
 from cineray.caching.policy import Decision, Reason, Signal, forced
 from cineray.caching.profile import MagCacheProfile, find_profile
 
@@ -77,15 +77,6 @@ class MagCacheConfig:
             ratios=ratios,
             never_skip=profile.never_skip,
         )
-
-
-# How the official codes compare and round; their thresholds stand in the profiles.
-_OFFICIAL = {
-    "wan": MagCacheConfig(),
-    "hunyuan-video": MagCacheConfig(skip_at_threshold=True),
-    "flux": MagCacheConfig(skip_at_threshold=True, round_retention=True),
-}
-PRESETS = Presets(by_family=_OFFICIAL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from cineray.caching.forecast import Alignment, Forecasting
 from cineray.caching.observation import BRANCH_ORDER, Observation
-from cineray.caching.plan import CachePlan, ModelFacts, Presets, check_field, plan_blocks
+from cineray.caching.plan import CachePlan, ModelFacts, check_field, plan_blocks
 from cineray.caching.policy import Decision, Reason, Signal, forced
 from cineray.caching.trace import Trace
 
@@ -36,9 +36,6 @@ class IntervalConfig:
     def plan(self, name: str, model: ModelFacts) -> CachePlan:
         forecasting = Forecasting(alignment=self.alignment, gamma_clip=self.gamma_clip)
         return plan_blocks(name, self, model, IntervalPolicy(self), forecasting, self.probe_depth)
-
-
-PRESETS = Presets(default=IntervalConfig())
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,15 @@ class LayerSchedule:
         return len(next(iter(self.rows.values())))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerPlan:
+    """A schedule of layers for a model, and its whole text."""
+
+    text: str
+    schedule: LayerSchedule
+    num_blocks: int
+
+
 def schedule_row(errors: Sequence[Sequence[float]], num_steps: int, alpha: float) -> tuple[bool, ...]:
     """One layer type's schedule from its calibrated errors.
 

@@ -11,10 +11,19 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cineray.caching.plan import ModelFacts, Presets, SeriesPlan, check_field, text_of
+from cineray.caching.plan import ModelFacts, check_field, text_of
 
 if TYPE_CHECKING:  # a driver on Ray reads policies, and does without torch
     import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SeriesPlan:
+    """A Taylor series of each layer for a model, and its whole text."""
+
+    text: str
+    config: TaylorSeerConfig
+    num_blocks: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,15 +53,6 @@ class TaylorSeerConfig:
     def keeps_derivatives(self, step_index: int) -> bool:
         """Whether this computed step takes differences to the one before: the warm-up keeps its last alone."""
         return step_index >= self.warmup_steps - 1
-
-
-# The official defaults: cache_functions/cache_init.py of each of the three.
-TAYLORSEER = {
-    "wan": TaylorSeerConfig(),
-    "hunyuan-video": TaylorSeerConfig(),
-    "flux": TaylorSeerConfig(interval=6, warmup_steps=3),
-}
-PRESETS = Presets(by_family=TAYLORSEER)
 
 
 def derivatives(output: torch.Tensor, before: list[torch.Tensor], distance: int, order: int) -> list[torch.Tensor]:

@@ -7,21 +7,12 @@ TeaCache4HunyuanVideo/teacache_sample_video.py, TeaCache4FLUX/teacache_flux.py.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from cineray.caching.observation import Observation
-from cineray.caching.plan import CachePlan, ModelFacts, Presets, check_field, plan_blocks
+from cineray.caching.plan import CachePlan, ModelFacts, check_field, plan_blocks
 from cineray.caching.policy import Decision, Reason, Signal, forced
 from cineray.caching.profile import TeaCacheProfile, find_profile
-
-# family -> its signals; the second one comes with `ret_steps`
-SIGNALS: dict[str, tuple[Signal, ...]] = {
-    "wan": ("timestep-embedding", "timestep-projection"),
-    "hunyuan-video": ("modulated-input",),
-    "flux": ("modulated-input",),
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,21 +40,22 @@ class TeaCacheConfig:
 
     def plan(self, name: str, model: ModelFacts) -> CachePlan:
         """No block runs on a skipped step."""
-        config = self.for_model(model.family, model.transformer)
-        return plan_blocks(name, config, model, config.policy(model.family))
+        config = self.for_model(model)
+        return plan_blocks(name, config, model, config.policy(model))
 
-    def for_model(self, family: str, transformer: Mapping[str, Any]) -> "TeaCacheConfig":
+    def for_model(self, model: ModelFacts) -> "TeaCacheConfig":
         """The same with everything that was left open filled in from a profile.
 
         Raises:
-            ValueError: no profile fits, the family has no `ret_steps`, or coefficients without a threshold.
+            ValueError: no profile fits, the model has no signal or no `ret_steps`, or coefficients without a threshold.
         """
-        signal = self._signal(family)
+        signal = self._signal(model)
         if self.coefficients:
             if self.threshold is None:
                 raise ValueError("cache: teacache with coefficients needs a threshold too")
             return self
-        fit = find_profile(TeaCacheProfile, self.profile, family, transformer).signals.get(signal)  # type: ignore[call-overload]
+        profile = find_profile(TeaCacheProfile, self.profile, model.family, model.transformer)
+        fit = profile.signals.get(signal)  # type: ignore[call-overload]
         if fit is None:
             raise ValueError(
                 f"cache: the teacache profile has no coefficients for the {signal} (ret_steps={self.ret_steps})"
@@ -71,26 +63,24 @@ class TeaCacheConfig:
         threshold = fit.threshold if self.threshold is None else self.threshold
         return replace(self, threshold=threshold, coefficients=fit.coefficients, profile="")
 
-    def policy(self, family: str) -> "TeaCachePolicy":
+    def policy(self, model: ModelFacts) -> "TeaCachePolicy":
         assert self.threshold is not None  # for_model has filled it in
         return TeaCachePolicy(
             threshold=self.threshold,
             coefficients=self.coefficients,
-            signal=self._signal(family),
+            signal=self._signal(model),
             num_first=5 if self.ret_steps else 1,
             last_step_full=not self.ret_steps,
         )
 
-    def _signal(self, family: str) -> Signal:
-        if family not in SIGNALS:
-            raise ValueError(f"cache: teacache does not know {family}; it knows {', '.join(SIGNALS)}")
-        signals = SIGNALS[family]
-        if self.ret_steps and len(signals) < 2:
-            raise ValueError(f"cache: teacache has no ret_steps for {family}; its official code knows them for Wan")
-        return signals[1 if self.ret_steps else 0]
-
-
-PRESETS = Presets(by_family=dict.fromkeys(SIGNALS, TeaCacheConfig()))
+    def _signal(self, model: ModelFacts) -> Signal:
+        if not model.signals:
+            raise ValueError(f"cache: teacache does not know {model.family}: no signal is known to judge it by")
+        if self.ret_steps and len(model.signals) < 2:
+            raise ValueError(
+                f"cache: teacache has no ret_steps for {model.family}; its official code knows them for Wan"
+            )
+        return model.signals[1 if self.ret_steps else 0]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -105,8 +105,8 @@ def models(as_json: bool) -> int:
     """
     from rich.table import Table
 
-    from cineray.caching.spec import policies_for
     from cineray.pipeline.adapters import ADAPTERS, KNOWN_MODELS, MODELS
+    from cineray.pipeline.adapters.cache_plan import policies_for
 
     if as_json:
         rows = [{"name": n, "source": k.source, "note": k.note} for n, k in KNOWN_MODELS.items()]
@@ -116,7 +116,7 @@ def models(as_json: bool) -> int:
                 "family": model.family,
                 "pipelines": list(model.pipelines),
                 "renders": [pipeline for pipeline in model.pipelines if pipeline in ADAPTERS],
-                "policies": policies_for(model.family),
+                "policies": policies_for(model),
             }
             for model in MODELS.values()
         ]
@@ -134,7 +134,7 @@ def models(as_json: bool) -> int:
         table.add_column(column, no_wrap=column != "policies for --cache and enable_cache")
     for model in MODELS.values():
         for kind in model.pipelines or (model.transformer,):
-            table.add_row(kind, "yes" if kind in ADAPTERS else "-", ", ".join(policies_for(model.family)))
+            table.add_row(kind, "yes" if kind in ADAPTERS else "-", ", ".join(policies_for(model)))
     print_table(table)
     own = "What is not rendered here is cached in your own Python, cineray.enable_cache(pipe, policy): docs/models.md."
     print_lines(sys.stdout, "", own)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cineray.caching.plan import AnyPlan, LayerPlan
+from cineray.caching.plan import AnyPlan
+from cineray.caching.policies.smoothcache import LayerPlan
 from cineray.jobs.manifest.forms import EXAMPLE, Numbered, read_rows
 from cineray.jobs.manifest.row import REQUEST_NAMES, Row
 from cineray.jobs.manifest.row_file import RowFile

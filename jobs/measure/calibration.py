@@ -11,14 +11,13 @@ from tempfile import TemporaryDirectory
 from pydantic import ValidationError
 
 from cineray.caching.policies.smoothcache import LayerSchedule, dump_schedule
-from cineray.caching.policies.teacache import SIGNALS
 from cineray.caching.profile import DiCacheProfile, MagCacheProfile, TeaCacheFit, TeaCacheProfile
 from cineray.jobs.console.measure import progress_bar
 from cineray.jobs.console.terminal import tell
 from cineray.jobs.measure.bench import measured_on
 from cineray.jobs.measure.out_file import check_out, ended_by_sigterm, replace_text
 from cineray.jobs.measure.trial_log import TrialLog
-from cineray.pipeline.adapters import MODELS
+from cineray.pipeline.adapters import MODELS, by_transformer
 from cineray.pipeline.calibrate.dicache import CURVE, MIN_STEPS, SPEEDUPS, CurvePoint, StepCostSearch
 from cineray.pipeline.calibrate.smoothcache import measure_layer_errors, smooth_schedule
 from cineray.pipeline.calibrate.teacache_magcache import StepChanges, fit_polynomial, magnitude_ratios, measure_steps
@@ -48,7 +47,8 @@ def calibrate_smoothcache(
     with _measuring(out), progress_bar("clips", len(requests)) as on_done:
         model = load_model(checkpoint, options)
         clips = [partial(render_clip, model, request, lambda done, total: None) for request in requests]
-        errors = measure_layer_errors(model.pipe, clips, num_steps, max_lag, lambda done, total: on_done(done))
+        models = by_transformer(checkpoint.model)
+        errors = measure_layer_errors(model.pipe, clips, num_steps, max_lag, lambda done, total: on_done(done), models)
         schedule = smooth_schedule(errors, alpha)
         replace_text(out, dump_schedule(schedule), "calibrate")
     return schedule
@@ -73,7 +73,7 @@ def calibrate_teacache(
     with _measuring(out):
         model, changes = _measure_steps(checkpoint, options, requests, threshold)
         try:
-            fits = {signal: fit_polynomial(changes, signal) for signal in SIGNALS[family]}
+            fits = {signal: fit_polynomial(changes, signal) for signal in checkpoint.model.signals}
         except ValueError as error:
             raise InputError(f"calibrate: {error}; use clips with more steps") from None
         profile = TeaCacheProfile(
@@ -192,22 +192,21 @@ def _measure_steps(
         raise InputError("calibrate: clips must have 2 or more steps")
     model = load_model(checkpoint, options)
     with progress_bar("clips", len(requests)) as on_done:
-        return model, measure_steps(model, requests, SIGNALS[_family(checkpoint)], on_done)
+        return model, measure_steps(model, requests, tuple(checkpoint.model.signals), on_done)
 
 
 def _family(checkpoint: Checkpoint) -> str:
     """The family of a model that TeaCache and MagCache know."""
-    kind = checkpoint.configs.transformer.get("_class_name", "")
-    known = {name: model.family for name, model in MODELS.items() if model.family in SIGNALS}
-    if kind not in known:
-        raise InputError(f"calibrate: {kind} is not supported; supported: {', '.join(known)}")
-    return known[kind]
+    if not checkpoint.model.signals:
+        known = ", ".join(name for name, model in MODELS.items() if model.signals)
+        raise InputError(f"calibrate: {checkpoint.model.transformer} is not supported; supported: {known}")
+    return checkpoint.model.family
 
 
 def _identity(checkpoint: Checkpoint) -> dict[str, object]:
     """The entries of the transformer's configuration by which a profile is found."""
     config = checkpoint.configs.transformer
-    names = (*MODELS[config["_class_name"]].layout.counts, "num_attention_heads", "attention_head_dim", "in_channels")
+    names = (*checkpoint.model.layout.counts, "num_attention_heads", "attention_head_dim", "in_channels")
     return {name: config[name] for name in names}
 
 

@@ -109,7 +109,8 @@ def fingerprint_of(request: ClipRequest, checkpoint: Checkpoint, digest: str, op
         OSError: the image cannot be read any more.
         ValueError: nor can the file of its cache policy.
     """
-    return fingerprint(checkpoint.adapter.effective(request), policy_text(request, checkpoint), digest, options)
+    policy, pixel_fields = policy_text(request, checkpoint), checkpoint.model.pixel_fields
+    return fingerprint(checkpoint.adapter.effective(request), policy, digest, options, pixel_fields)
 
 
 def clip_record(

@@ -4,8 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from cineray.caching.plan import AnyPlan, ModelFacts, PolicyConfig
-from cineray.caching.spec import POLICIES, CacheSpec, Policies, parse_spec, resolve
-from cineray.pipeline.adapters import MODELS
+from cineray.caching.spec import NAMES, POLICIES, CacheSpec, Policies, fits, parse_spec, resolve
+from cineray.pipeline.adapters import MODELS, Model, Models
+
+
+def policies_for(model: Model) -> list[str]:
+    """Names of the policies that a model can be cached with."""
+    return [name.partition(":")[0] for name in NAMES if fits(name, model.presets)]
 
 
 def plan_cache(
@@ -13,11 +18,13 @@ def plan_cache(
     transformer_class: str,
     transformer_config: Mapping[str, Any],
     policies: Policies = POLICIES,
+    models: Models = MODELS,
 ) -> AnyPlan | None:
     """What a policy means for a transformer of this class and configuration; None for `none`.
 
     Args:
         policies: the known ones by name.
+        models: the known ones, one for each class of transformers.
 
     Raises:
         ValueError: a policy that is unknown, or that does not fit the transformer.
@@ -25,9 +32,12 @@ def plan_cache(
     spec = parse_spec(policy, policies) if isinstance(policy, str) else policy
     if isinstance(spec, CacheSpec) and spec.name == "none":
         return None
-    if transformer_class not in MODELS:
-        raise ValueError(f"cache: {transformer_class} is not supported; supported: {', '.join(MODELS)}")
-    model = MODELS[transformer_class]
+    if transformer_class not in models:
+        raise ValueError(f"cache: {transformer_class} is not supported; supported: {', '.join(models)}")
+    model = models[transformer_class]
+    if isinstance(spec, CacheSpec) and not fits(spec.name, model.presets, policies):
+        families = ", ".join(other.family for other in models.values() if spec.name in other.presets)
+        raise ValueError(f"cache: {spec.name} has no preset for {model.family}; it has: {families or 'none'}")
     first, *others = (transformer_config[name] for name in model.layout.counts)
     facts = ModelFacts(
         family=model.family,
@@ -35,5 +45,7 @@ def plan_cache(
         num_probeable=first if others else first - 1,  # within the first list, and before the last block
         layers=model.layout.layers,
         transformer=transformer_config,
+        presets=model.presets,
+        signals=tuple(model.signals),
     )
     return resolve(spec, facts, policies)

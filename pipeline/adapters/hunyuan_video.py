@@ -11,8 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cineray.caching.policies.dicache import DiCacheConfig
+from cineray.caching.policies.magcache import MagCacheConfig
+from cineray.caching.policies.taylorseer import TaylorSeerConfig
+from cineray.caching.policies.teacache import TeaCacheConfig
 from cineray.pipeline.adapters import hunyuan_configs
-from cineray.pipeline.adapters.model import SHIPPED, TINY_CLIP, BlockLayout, KnownCheckpoint, Model, ShardedArguments
+from cineray.pipeline.adapters.model import (
+    SHIPPED,
+    TINY_CLIP,
+    BlockLayout,
+    KnownCheckpoint,
+    Model,
+    ModulatedNorm,
+    ShardedArguments,
+)
 from cineray.pipeline.adapters.protocol import (
     Branch,
     Defaults,
@@ -134,6 +146,15 @@ MODEL = Model(
     sharded=ShardedArguments(attention="attn", rotary=4, rotary_dim=0, first_frame=6),
     pipelines={"HunyuanVideoPipeline": HunyuanVideo()},
     encoder_parts=("text_encoder", "text_encoder_2"),
+    presets={
+        # the threshold from section 4.1, clip and comparison from HunyuanVideo/run_hunyuanvideo_dicache.py
+        "dicache-paper": DiCacheConfig(threshold=0.1, gamma_clip=(1.0, 1.5), skip_at_threshold=True),
+        "teacache": TeaCacheConfig(),
+        "magcache": MagCacheConfig(skip_at_threshold=True),  # MagCache4HunyuanVideo/magcache_sample_video.py
+        "taylorseer": TaylorSeerConfig(),  # TaylorSeer-HunyuanVideo, cache_functions/cache_init.py
+    },
+    signals={"modulated-input": ModulatedNorm("norm1")},
+    row_convolutions=("HunyuanVideoCausalConv3d",),  # of AutoencoderKLHunyuanVideo
     checkpoints={
         "tiny-hunyuan": KnownCheckpoint(
             source=str(SHIPPED / "tiny-hunyuan"),

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cineray.caching.plan import PolicyConfig
+from cineray.caching.policy import Signal
 from cineray.pipeline.adapters.protocol import Adapter
 
 SHIPPED = Path(__file__).resolve().parents[1] / "checkpoints"
@@ -53,6 +55,31 @@ class ShardedArguments:
     per_token: tuple[int, int] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ModuleOutput:
+    """A signal that a module of the transformer gives before the blocks run, the same for all tokens."""
+
+    module: str
+
+
+@dataclass(frozen=True, slots=True)
+class TimestepArgument:
+    """A signal that the first block is called with: the timestep's conditioning; with a dimension of tokens where it
+    has `num_token_dims` dimensions."""
+
+    num_token_dims: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModulatedNorm:
+    """A signal of image tokens: as this norm of the first block modulates them by the timestep's conditioning."""
+
+    norm: str
+
+
+SignalSource = ModuleOutput | TimestepArgument | ModulatedNorm
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KnownCheckpoint:
     """A checkpoint that can be named on the command line."""
@@ -68,11 +95,16 @@ class Model:
 
     Args:
         transformer: its class name.
-        family: whose presets fit.
+        family: whose calibrated profiles fit.
         branches: the guidance branches of a step, in the order in which the model's own pipeline makes them.
         stacked: they stand one after the other in the batch of one call; else each has a call of its own.
         sharded: how its tokens are sharded over a gang's ranks; None where they cannot be.
         pipelines: diffusers pipeline class -> rendering adapter, or None where cineray caches but does not render.
+        presets: by the name of a cache policy, the options that its authors give it for this model.
+        signals: what TeaCache may judge by, and where it is read; the second one comes with its `ret_steps`.
+        row_convolutions: classes of the decoder's convolutions that pad by themselves, so that ranks can decode a band
+            of rows each; none where the first rank must decode alone.
+        pixel_fields: of a request that change this model's pixels and no other's, such as "fps".
         encoder_parts: components of the pipeline that `Adapter.encode` alone needs.
         denoiser_parts: components that the denoising loop alone needs.
         decoder_parts: components that `Adapter.decode` needs, and `encode` may.
@@ -86,6 +118,10 @@ class Model:
     stacked: bool = False
     sharded: ShardedArguments | None = None
     pipelines: Mapping[str, Adapter | None]
+    presets: Mapping[str, PolicyConfig] = field(default_factory=dict)
+    signals: Mapping[Signal, SignalSource] = field(default_factory=dict)
+    row_convolutions: tuple[str, ...] = ()
+    pixel_fields: tuple[str, ...] = ()
     encoder_parts: tuple[str, ...] = ("text_encoder",)
     denoiser_parts: tuple[str, ...] = ("transformer",)
     decoder_parts: tuple[str, ...] = ("vae",)

@@ -11,8 +11,21 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from cineray.caching.policies.dicache import DiCacheConfig
+from cineray.caching.policies.magcache import MagCacheConfig
+from cineray.caching.policies.taylorseer import TaylorSeerConfig
+from cineray.caching.policies.teacache import TeaCacheConfig
 from cineray.pipeline.adapters import wan_configs
-from cineray.pipeline.adapters.model import SHIPPED, TINY_CLIP, BlockLayout, KnownCheckpoint, Model, ShardedArguments
+from cineray.pipeline.adapters.model import (
+    SHIPPED,
+    TINY_CLIP,
+    BlockLayout,
+    KnownCheckpoint,
+    Model,
+    ModuleOutput,
+    ShardedArguments,
+    TimestepArgument,
+)
 from cineray.pipeline.adapters.protocol import (
     Branch,
     Defaults,
@@ -255,6 +268,19 @@ MODEL = Model(
     sharded=ShardedArguments(attention="attn1", rotary=3, rotary_dim=1, per_token=(2, 3)),
     pipelines={"WanPipeline": WanTextToVideo(), "WanImageToVideoPipeline": WanImageToVideo()},
     encoder_parts=("text_encoder", "image_encoder"),
+    presets={
+        "dicache-paper": DiCacheConfig(threshold=0.2),  # section 4.1; the code's default is 0.08
+        "teacache": TeaCacheConfig(),
+        "magcache": MagCacheConfig(),
+        "taylorseer": TaylorSeerConfig(),  # TaylorSeer-Wan2.1, cache_functions/cache_init.py
+    },
+    # e, the embedder's output [B, D], and e0, its projection to modulations [B, 6, D]; with timesteps per token
+    # [B, S, 6, D]. The block is called with e0 alone.
+    signals={
+        "timestep-embedding": ModuleOutput("condition_embedder.time_embedder"),
+        "timestep-projection": TimestepArgument(num_token_dims=4),
+    },
+    row_convolutions=("Conv2d", "Conv3d"),  # AutoencoderKLWan's WanCausalConv3d is a Conv3d
     checkpoints={
         "tiny-wan": KnownCheckpoint(
             source=str(SHIPPED / "tiny-wan"), note="shipped; moving shapes, runs on a CPU", defaults=TINY_CLIP

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from cineray.caching.call import CallPlan, StepContext
-from cineray.caching.token_sums import ModulatedInput
+from cineray.caching.token_sums import SignalValues
 from cineray.pipeline.adapters import BlockLayout
 from cineray.pipeline.blocks import BlockArguments, BlockListProxy, ShardedBlockList
 from cineray.pipeline.caches.signals import SignalReader
@@ -28,7 +28,7 @@ class _Call:
     """One forward of the transformer, from its first block to its last."""
 
     blocks_input: torch.Tensor  # [B, S, D], of all rows
-    modulated: ModulatedInput | None
+    signal_values: SignalValues | None
     probe_rows: list[int]
     plan: CallPlan | None = None
 
@@ -57,7 +57,7 @@ class Controller(Protocol):
         context: StepContext,
         blocks_input: torch.Tensor,
         probe: torch.Tensor,
-        modulated: ModulatedInput | None = None,
+        signal_values: SignalValues | None = None,
     ) -> CallPlan: ...
 
     def forecast(self, plan: CallPlan, blocks_input: torch.Tensor) -> torch.Tensor: ...
@@ -173,7 +173,7 @@ class BlockRunner:
                 state = state.through_rows([block], call.probe_rows)
                 if place.ends_probe:
                     probe = state.hidden_states.clone() if call.probe_rows else call.blocks_input
-                    call.plan = self._controller.decide(self._where(), call.blocks_input, probe, call.modulated)
+                    call.plan = self._controller.decide(self._where(), call.blocks_input, probe, call.signal_values)
             else:
                 assert call.plan is not None
                 state = state.through_rows([block], call.plan.compute_rows)
@@ -190,10 +190,10 @@ class BlockRunner:
     def _begin(self, block: nn.Module, state: "BlockArguments") -> _Call:
         # blocks may work in place: what is compared later is kept as a copy
         blocks_input = state.hidden_states.clone()
-        modulated = self._signal.read(block, blocks_input, state.temb) if self._signal is not None else None
-        call = _Call(blocks_input, modulated, self._controller.begin_call(self._where(), blocks_input))
+        signal_values = self._signal.read(block, blocks_input, state.temb) if self._signal is not None else None
+        call = _Call(blocks_input, signal_values, self._controller.begin_call(self._where(), blocks_input))
         if not self._probe_depth:
-            call.plan = self._controller.decide(self._where(), blocks_input, blocks_input, modulated)
+            call.plan = self._controller.decide(self._where(), blocks_input, blocks_input, signal_values)
         return call
 
     def _finish(self, call: _Call, plan: CallPlan, hidden_states: torch.Tensor) -> torch.Tensor:

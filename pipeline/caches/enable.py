@@ -9,10 +9,12 @@ from torch import nn
 from cineray.caching.consensus import Consensus, SingleProcess
 from cineray.caching.controller import CacheController
 from cineray.caching.forecast import Forecasting
-from cineray.caching.plan import AnyPlan, CachePlan, LayerPlan, PolicyConfig
+from cineray.caching.plan import AnyPlan, CachePlan, PolicyConfig
+from cineray.caching.policies.smoothcache import LayerPlan
+from cineray.caching.policies.taylorseer import SeriesPlan
 from cineray.caching.spec import POLICIES, Policies
 from cineray.caching.trace import Trace
-from cineray.pipeline.adapters import MODELS
+from cineray.pipeline.adapters import MODELS, Model, Models
 from cineray.pipeline.adapters.cache_plan import plan_cache
 from cineray.pipeline.blocks import is_sharded
 from cineray.pipeline.caches.blocks import BlockRunner
@@ -56,6 +58,7 @@ def enable_cache(
     *,
     policies: Policies = POLICIES,
     signals: Mapping[str, NewReader] = SIGNAL_READERS,
+    models: Models = MODELS,
 ) -> CacheHandle:
     """Attaches a cache to a pipeline or transformer.
 
@@ -65,8 +68,9 @@ def enable_cache(
         num_branches: guidance branches per step; default: what the family's pipeline makes. 1 says that no branches
             are stacked in the batch; else that is seen by the batch's halves being equal.
         scheduler: for a transformer in a loop that sets no `cache_context`: its timesteps tell the step.
-        policies: what the text may name; one of your own is `{**POLICIES, "mine": Presets(default=MyConfig())}`.
+        policies: what the text may name; one of your own is `{**POLICIES, "mine": MyConfig()}`.
         signals: readers of what a policy judges by, beside probes: `{**SIGNAL_READERS, "mine": MyReader}`.
+        models: what can be cached; one of your own is `{**MODELS, **by_transformer(MINE)}`.
 
     Raises:
         ValueError: an unknown model or policy, an option out of range, a transformer compiled as a whole, or a cache
@@ -77,9 +81,9 @@ def enable_cache(
     for transformer in transformers:
         check_not_compiled_whole(transformer)
         kind = type(transformer).__name__
-        if kind not in MODELS:
-            raise ValueError(f"enable_cache: {kind} is not supported; supported: {', '.join(MODELS)}")
-        plan = plan_cache(policy, kind, transformer.config, policies)
+        if kind not in models:
+            raise ValueError(f"enable_cache: {kind} is not supported; supported: {', '.join(models)}")
+        plan = plan_cache(policy, kind, transformer.config, policies, models)
         if plan is None:
             raise ValueError("enable_cache: policy 'none' is no cache; leave the call out")
         plans.append(plan)
@@ -90,7 +94,7 @@ def enable_cache(
             "each: enable_cache(pipe.transformer, ..., scheduler=pipe.scheduler), and the same for transformer_2"
         )
     steps = scheduler_of(pipe_or_transformer, scheduler)
-    return _attach(transformers, plans, num_branches, steps, SingleProcess(), signals)
+    return _attach(transformers, plans, num_branches, steps, SingleProcess(), signals, models)
 
 
 def transformers_of(pipe_or_transformer: Any) -> list[Any]:
@@ -116,6 +120,7 @@ def attach_cache(
     num_branches: int | None = None,
     scheduler: Callable[[], Any] | None = None,
     consensus: Consensus | None = None,
+    models: Models = MODELS,
 ) -> CacheHandle:
     """Attaches one cache whose plan was made for these transformers: one, or experts that share a clip's steps.
 
@@ -128,13 +133,13 @@ def attach_cache(
         ValueError: a cache is enabled already, a transformer is sharded already (the cache must see shards), experts
             of different depths, or layers are to be cached within compiled blocks.
     """
-    depths = {tuple(t.config[count] for count in MODELS[type(t).__name__].layout.counts) for t in transformers}
+    depths = {tuple(t.config[count] for count in models[type(t).__name__].layout.counts) for t in transformers}
     if len(depths) > 1:
         raise ValueError(
             "cache: the model's experts have different numbers of blocks, and one plan cannot hold for both"
         )
     plans = [plan] * len(transformers)
-    return _attach(transformers, plans, num_branches, scheduler, consensus or SingleProcess(), SIGNAL_READERS)
+    return _attach(transformers, plans, num_branches, scheduler, consensus or SingleProcess(), SIGNAL_READERS, models)
 
 
 def _attach(
@@ -144,6 +149,7 @@ def _attach(
     scheduler: Callable[[], Any] | None,
     consensus: Consensus,
     signals: Mapping[str, NewReader],
+    models: Models,
 ) -> CacheHandle:
     """One cache on all of these, or on none."""
     for transformer, plan in zip(transformers, plans, strict=True):
@@ -154,13 +160,14 @@ def _attach(
             raise ValueError("enable_cache: the transformer is sharded already; enable the cache first, then shard")
         refuse_other_cache(other_cache(transformer), transformer)
         if not isinstance(plan, CachePlan):
-            check_blocks_not_compiled(transformer)
+            check_blocks_not_compiled(transformer, models[kind].layout)
     trace = _new_trace(plans[0])
     progress = ClipProgress()
     with ExitStack() as undo:
         for transformer, plan in zip(transformers, plans, strict=True):
-            tracker = step_tracker_of(transformer, num_branches, scheduler, progress)
-            runner = _new_runner(transformer, plan, trace, consensus, tracker, signals)
+            model = models[type(transformer).__name__]
+            tracker = step_tracker_of(transformer, model, num_branches, scheduler, progress)
+            runner = _new_runner(transformer, model, plan, trace, consensus, tracker, signals)
             undo.callback(tracker.detach)
             tracker.attach(runner)
         return CacheHandle(plans[0], trace, undo.pop_all())
@@ -176,6 +183,7 @@ def _new_trace(plan: AnyPlan) -> Trace:
 
 def _new_runner(
     transformer: nn.Module,
+    model: Model,
     plan: AnyPlan,
     trace: Trace,
     consensus: Consensus,
@@ -183,23 +191,24 @@ def _new_runner(
     signals: Mapping[str, NewReader],
 ) -> Listener:
     if isinstance(plan, LayerPlan):
-        return run_schedule(transformer, plan.schedule, trace, tracker.where)
+        return run_schedule(transformer, model.layout, plan.schedule, trace, tracker.where)
+    if isinstance(plan, SeriesPlan):
+        return run_series(transformer, model.layout, plan.config, trace, tracker.where)
     if not isinstance(plan, CachePlan):
-        return run_series(transformer, plan.config, trace, tracker.where)
+        raise TypeError(f"enable_cache: nothing runs a {type(plan).__name__}")
     controller = CacheController(policy=plan.policy, forecasting=plan.forecasting, trace=trace, consensus=consensus)
-    layout = MODELS[type(transformer).__name__].layout
-    signal = signal_reader(transformer, plan.policy.signal, signals)
-    return BlockRunner(transformer, layout, controller, plan.probe_depth, signal, tracker.where)
+    signal = signal_reader(transformer, model, plan.policy.signal, signals)
+    return BlockRunner(transformer, model.layout, controller, plan.probe_depth, signal, tracker.where)
 
 
 def step_tracker_of(
     transformer: nn.Module,
+    model: Model,
     num_branches: int | None,
     scheduler: Callable[[], Any] | None,
     progress: ClipProgress | None = None,
 ) -> StepTracker:
     """A `StepTracker` for a transformer, with what its model says of the branches unless told otherwise."""
-    model = MODELS[type(transformer).__name__]
     stacked = model.branches if model.stacked and num_branches != 1 else ()
     calls = 1 if model.stacked else len(model.branches)
     return StepTracker(transformer, num_branches or calls, scheduler, stacked, progress)

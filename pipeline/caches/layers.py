@@ -13,7 +13,7 @@ from torch import nn
 from cineray.caching.call import StepContext
 from cineray.caching.policies.smoothcache import LayerSchedule
 from cineray.caching.trace import Trace, TraceEntry
-from cineray.pipeline.adapters import MODELS, BlockLayout
+from cineray.pipeline.adapters import BlockLayout
 from cineray.pipeline.caches.step_tracker import is_compiled
 
 _NONE = object()
@@ -28,13 +28,13 @@ def kind_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind:
     return tuple((v.shape, v.dtype, v.device) for v in values if isinstance(v, torch.Tensor))
 
 
-def check_blocks_not_compiled(transformer: nn.Module) -> None:
+def check_blocks_not_compiled(transformer: nn.Module, layout: BlockLayout) -> None:
     """Within a compiled block each layer's hook is a reason to compile anew, until PyTorch gives up compiling.
 
     Raises:
         ValueError: a block is compiled.
     """
-    for blocks in MODELS[type(transformer).__name__].layout.lists:
+    for blocks in layout.lists:
         if any(is_compiled(block) for block in getattr(transformer, blocks).children()):
             raise ValueError(
                 f"cache: smoothcache and taylorseer work within blocks, and {blocks} are compiled; use a policy that "
@@ -42,9 +42,8 @@ def check_blocks_not_compiled(transformer: nn.Module) -> None:
             )
 
 
-def layers_of(transformer: nn.Module) -> Iterator[tuple[str, int, nn.Module]]:
+def layers_of(transformer: nn.Module, layout: BlockLayout) -> Iterator[tuple[str, int, nn.Module]]:
     """(layer type, block number, module); blocks are numbered from 0 over all lists, or along interleaved ones."""
-    layout = MODELS[type(transformer).__name__].layout
     number = 0
     for blocks in layout.lists:
         number = 0 if layout.interleaved else number
@@ -163,6 +162,7 @@ class LayerRunner:
 
     Args:
         transformer: whose layers they are.
+        layout: of its blocks.
         modules: finds the layers, which may be exchanged; their number stays.
         new_hook: the hook of the layer with this place in `modules`.
         num_steps: of the clips that it is made for; None for any.
@@ -172,6 +172,7 @@ class LayerRunner:
     def __init__(
         self,
         transformer: nn.Module,
+        layout: BlockLayout,
         modules: Callable[[], list[nn.Module]],
         new_hook: Callable[[int, Where], LayerHook],
         num_steps: int | None,
@@ -179,6 +180,7 @@ class LayerRunner:
         where: Callable[[], StepContext],
     ) -> None:
         self._transformer = transformer
+        self._layout = layout
         self._modules = modules
         self._num_steps = num_steps
         self._trace = trace
@@ -205,7 +207,7 @@ class LayerRunner:
             ValueError: blocks were compiled, or layers added or taken away, since the cache was enabled.
         """
         self._take_down()
-        check_blocks_not_compiled(self._transformer)
+        check_blocks_not_compiled(self._transformer, self._layout)
         modules = self._modules()
         if len(modules) != len(self._layers):
             raise ValueError(
@@ -279,19 +281,23 @@ def detach_hook(module: nn.Module) -> None:
 
 
 def run_schedule(
-    transformer: nn.Module, schedule: LayerSchedule, trace: Trace, where: Callable[[], StepContext]
+    transformer: nn.Module,
+    layout: BlockLayout,
+    schedule: LayerSchedule,
+    trace: Trace,
+    where: Callable[[], StepContext],
 ) -> LayerRunner:
     """SmoothCache: every layer by its row of the schedule."""
-    names = [(layer, block) for layer, block, _ in layers_of(transformer)]
+    names = [(layer, block) for layer, block, _ in layers_of(transformer, layout)]
 
     def new_hook(place: int, where: Where) -> LayerHook:
         layer, block = names[place]
         return ScheduledLayer(schedule, layer, block, where)
 
     def modules() -> list[nn.Module]:
-        return [module for _, _, module in layers_of(transformer)]
+        return [module for _, _, module in layers_of(transformer, layout)]
 
-    return LayerRunner(transformer, modules, new_hook, schedule.num_steps, trace, where)
+    return LayerRunner(transformer, layout, modules, new_hook, schedule.num_steps, trace, where)
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:

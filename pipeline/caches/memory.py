@@ -3,7 +3,6 @@
 import math
 
 from cineray.caching.plan import CachePlan
-from cineray.pipeline.adapters import MODELS
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.request import ClipRequest
 
@@ -30,8 +29,7 @@ def forecast_cache_bytes(
     if not isinstance(plan, CachePlan):
         return None
     config = checkpoint.configs.transformer
-    branches = MODELS[config["_class_name"]].branches
-    num_branches = len(branches) if request.guidance_scale > 1 else 1
+    num_branches = len(checkpoint.model.branches) if request.guidance_scale > 1 else 1
     num_tokens = math.ceil(checkpoint.adapter.num_tokens(checkpoint.configs, request) / num_ranks)
     num_channels = config["num_attention_heads"] * config["attention_head_dim"]
     return round(held_tensors(plan) * num_tokens * num_channels * element_bytes * num_branches)

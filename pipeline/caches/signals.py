@@ -1,9 +1,7 @@
 """Readers of signals that are neither a probe nor nothing: TeaCache's, from what the first block is called with.
 
-A signal is one class here and one line in `SIGNAL_READERS`.
-
-Wan's block arguments hold the modulations made from the timestep's embedding, not the embedding; that one is seen by a
-forward hook on the module that makes it.
+Where a model's signals are read stands with the model (`Model.signals`); a signal that is read alike on every model is
+one class and one line in `SIGNAL_READERS`, or in what a caller passes in its place.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +11,9 @@ import torch
 from torch import nn
 
 from cineray.caching.policy import WITHOUT_READER, Signal
-from cineray.caching.token_sums import ModulatedInput
+from cineray.caching.token_sums import SignalValues
+from cineray.pipeline.adapters import Model
+from cineray.pipeline.adapters.model import ModuleOutput, SignalSource, TimestepArgument
 
 
 class SignalReader(Protocol):
@@ -21,7 +21,7 @@ class SignalReader(Protocol):
 
     def attach(self) -> None: ...
 
-    def read(self, block: nn.Module, hidden_states: torch.Tensor, temb: torch.Tensor) -> ModulatedInput:
+    def read(self, block: nn.Module, hidden_states: torch.Tensor, temb: torch.Tensor) -> SignalValues:
         """The signal of the forward in flight.
 
         Args:
@@ -34,11 +34,14 @@ class SignalReader(Protocol):
     def detach(self) -> None: ...
 
 
-class _TimestepProjection:
-    """Wan's e0, [B, 6, D] for all tokens; [B, S, 6, D] where each token has its own timestep."""
+class _TimestepReader:
+    """Reads the timestep's conditioning."""
 
-    def read(self, block: nn.Module, hidden_states: torch.Tensor, temb: torch.Tensor) -> ModulatedInput:
-        return ModulatedInput(temb, is_sharded=temb.ndim == 4)
+    def __init__(self, num_token_dims: int) -> None:
+        self._num_token_dims = num_token_dims
+
+    def read(self, block: nn.Module, hidden_states: torch.Tensor, temb: torch.Tensor) -> SignalValues:
+        return SignalValues(temb, is_sharded=temb.ndim == self._num_token_dims)
 
     def attach(self) -> None:
         """The block's arguments tell all."""
@@ -47,35 +50,39 @@ class _TimestepProjection:
         """Does nothing: nothing was attached."""
 
 
-class _TimestepEmbedding:
-    """Wan's e, [B, D]: the output of the embedder, before it is projected to modulations."""
+class _OutputReader:
+    """Reads what a module gives, the same for all tokens."""
 
-    def __init__(self, transformer: Any) -> None:
-        self._embedding: torch.Tensor | None = None
+    def __init__(self, transformer: nn.Module, module: str) -> None:
+        self._output: torch.Tensor | None = None
         self._transformer = transformer
+        self._module = module
         self._hook: Any = None
 
     def attach(self) -> None:
-        self._hook = self._transformer.condition_embedder.time_embedder.register_forward_hook(self._see)
+        self._hook = self._transformer.get_submodule(self._module).register_forward_hook(self._see)
 
     def _see(self, module: nn.Module, arguments: Any, output: torch.Tensor) -> None:
-        self._embedding = output
+        self._output = output
 
-    def read(self, block: nn.Module, hidden_states: torch.Tensor, temb: torch.Tensor) -> ModulatedInput:
-        assert self._embedding is not None  # the embedder runs before the blocks
-        return ModulatedInput(self._embedding, is_sharded=False)
+    def read(self, block: nn.Module, hidden_states: torch.Tensor, temb: torch.Tensor) -> SignalValues:
+        assert self._output is not None  # the module runs before the blocks
+        return SignalValues(self._output, is_sharded=False)
 
     def detach(self) -> None:
         if self._hook is not None:
             self._hook.remove()
-        self._hook = self._embedding = None
+        self._hook = self._output = None
 
 
-class _FirstNorm:
-    """HunyuanVideo and FLUX: the image tokens as the first block's norm1 modulates them, [B, S, D]."""
+class _NormReader:
+    """Reads the image tokens as a norm of the first block modulates them, [B, S, D]."""
 
-    def read(self, block: Any, hidden_states: torch.Tensor, temb: torch.Tensor) -> ModulatedInput:
-        return ModulatedInput(block.norm1(hidden_states, emb=temb)[0], is_sharded=True)
+    def __init__(self, norm: str) -> None:
+        self._norm = norm
+
+    def read(self, block: nn.Module, hidden_states: torch.Tensor, temb: torch.Tensor) -> SignalValues:
+        return SignalValues(block.get_submodule(self._norm)(hidden_states, emb=temb)[0], is_sharded=True)
 
     def attach(self) -> None:
         """The block's arguments tell all."""
@@ -85,16 +92,12 @@ class _FirstNorm:
 
 
 NewReader = Callable[[nn.Module], SignalReader]
-# signal -> its reader on a transformer
-SIGNAL_READERS: Mapping[Signal, NewReader] = {
-    "timestep-projection": lambda transformer: _TimestepProjection(),
-    "timestep-embedding": _TimestepEmbedding,
-    "modulated-input": lambda transformer: _FirstNorm(),
-}
+# signal -> its reader on a transformer, for signals that need no model's names
+SIGNAL_READERS: Mapping[Signal, NewReader] = {}
 
 
 def signal_reader(
-    transformer: nn.Module, signal: Signal, readers: Mapping[Signal, NewReader] = SIGNAL_READERS
+    transformer: nn.Module, model: Model, signal: Signal, readers: Mapping[Signal, NewReader] = SIGNAL_READERS
 ) -> SignalReader | None:
     """The reader of a policy's signal; None where the controller itself knows it.
 
@@ -103,7 +106,17 @@ def signal_reader(
     """
     if signal in WITHOUT_READER:
         return None
-    if signal not in readers:
-        known = ", ".join((*WITHOUT_READER, *readers))
+    if signal in readers:
+        return readers[signal](transformer)
+    if signal not in model.signals:
+        known = ", ".join((*WITHOUT_READER, *model.signals, *readers))
         raise ValueError(f"enable_cache: the policy's signal {signal!r} has no reader; known signals: {known}")
-    return readers[signal](transformer)
+    return _reader_at(model.signals[signal], transformer)
+
+
+def _reader_at(source: SignalSource, transformer: nn.Module) -> SignalReader:
+    if isinstance(source, ModuleOutput):
+        return _OutputReader(transformer, source.module)
+    if isinstance(source, TimestepArgument):
+        return _TimestepReader(source.num_token_dims)
+    return _NormReader(source.norm)

@@ -14,13 +14,14 @@ from torch import nn
 from cineray.caching.call import StepContext
 from cineray.caching.policies.taylorseer import TaylorSeerConfig, derivatives, extrapolate
 from cineray.caching.trace import Trace
+from cineray.pipeline.adapters import BlockLayout
 from cineray.pipeline.caches.layers import Kind, LayerHook, LayerRunner, Where, kind_of, layers_of
 
 
-def series_layers(transformer: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
+def series_layers(transformer: nn.Module, layout: BlockLayout) -> Iterator[tuple[nn.Module, bool]]:
     """(module, whether it is extrapolated; else it gives zeros on skipped steps)."""
-    single_blocks = {number for layer, number, _ in layers_of(transformer) if layer == "proj_mlp"}
-    for _, number, module in layers_of(transformer):
+    single_blocks = {number for layer, number, _ in layers_of(transformer, layout) if layer == "proj_mlp"}
+    for _, number, module in layers_of(transformer, layout):
         yield module, number not in single_blocks
     single = getattr(transformer, "single_transformer_blocks", None)
     for block in single.children() if single is not None else ():
@@ -28,18 +29,22 @@ def series_layers(transformer: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
 
 
 def run_series(
-    transformer: nn.Module, config: TaylorSeerConfig, trace: Trace, where: Callable[[], StepContext]
+    transformer: nn.Module,
+    layout: BlockLayout,
+    config: TaylorSeerConfig,
+    trace: Trace,
+    where: Callable[[], StepContext],
 ) -> LayerRunner:
     """TaylorSeer: every layer by its series."""
-    are_extrapolated = [is_extrapolated for _, is_extrapolated in series_layers(transformer)]
+    are_extrapolated = [is_extrapolated for _, is_extrapolated in series_layers(transformer, layout)]
 
     def new_hook(place: int, where: Where) -> LayerHook:
         return SeriesLayer(config, are_extrapolated[place], where)
 
     def modules() -> list[nn.Module]:
-        return [module for module, _ in series_layers(transformer)]
+        return [module for module, _ in series_layers(transformer, layout)]
 
-    return LayerRunner(transformer, modules, new_hook, None, trace, where)
+    return LayerRunner(transformer, layout, modules, new_hook, None, trace, where)
 
 
 class SeriesLayer(LayerHook):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cineray.caching.policies.smoothcache import LayerSchedule, schedule_row
+from cineray.pipeline.adapters import MODELS, Models
 from cineray.pipeline.caches.enable import scheduler_of, step_tracker_of
 from cineray.pipeline.caches.layers import LayerRecorder, attach_hook, check_blocks_not_compiled, detach_hook, layers_of
 
@@ -22,6 +23,7 @@ def measure_layer_errors(
     num_steps: int,
     max_lag: int,
     on_clip: Callable[[int, int], None] = lambda done, total: None,
+    models: Models = MODELS,
 ) -> Errors:
     """Renders the clips uncached and compares each layer's outputs.
 
@@ -30,13 +32,15 @@ def measure_layer_errors(
         clips: each call renders one clip, of `num_steps` steps.
         max_lag: longest run of skipped steps to consider.
         on_clip: called with (clips done, clips).
+        models: as for `enable_cache`.
 
     Raises:
         ValueError: a clip of another number of steps, one whose loop does not say where it is, or compiled blocks.
     """
     transformer = getattr(pipe_or_transformer, "transformer", pipe_or_transformer)
-    check_blocks_not_compiled(transformer)
-    tracker = step_tracker_of(transformer, None, scheduler_of(pipe_or_transformer))
+    model = models[type(transformer).__name__]
+    check_blocks_not_compiled(transformer, model.layout)
+    tracker = step_tracker_of(transformer, model, None, scheduler_of(pipe_or_transformer))
     values: dict[str, list[list[list[float]]]] = defaultdict(
         lambda: [[[] for _ in range(num_steps)] for _ in range(max_lag)]
     )
@@ -50,7 +54,8 @@ def measure_layer_errors(
     tracker.attach()
     try:
         for number, render in enumerate(clips, 1):
-            recorders = [(layer, module, LayerRecorder(max_lag, place)) for layer, _, module in layers_of(transformer)]
+            layers = layers_of(transformer, model.layout)
+            recorders = [(layer, module, LayerRecorder(max_lag, place)) for layer, _, module in layers]
             try:
                 for _, module, recorder in recorders:
                     attach_hook(module, recorder)

@@ -18,8 +18,8 @@ from torch import nn
 from cineray.caching.call import CallPlan, StepContext
 from cineray.caching.observation import BRANCH_ORDER
 from cineray.caching.policy import Signal
-from cineray.caching.token_sums import ModulatedInput, change_sums
-from cineray.pipeline.adapters import MODELS
+from cineray.caching.token_sums import SignalValues, change_sums
+from cineray.pipeline.adapters import Model
 from cineray.pipeline.caches.blocks import BlockRunner
 from cineray.pipeline.caches.enable import step_tracker_of
 from cineray.pipeline.caches.signals import SignalReader, signal_reader
@@ -50,22 +50,22 @@ class StepChanges:
 class AllSignals:
     """Reads every signal of a family at once."""
 
-    def __init__(self, transformer: nn.Module, signals: Sequence[Signal]) -> None:
+    def __init__(self, transformer: nn.Module, model: Model, signals: Sequence[Signal]) -> None:
         self._readers: dict[Signal, SignalReader] = {}
         self.now: dict[Signal, torch.Tensor] = {}
         for signal in signals:
-            reader = signal_reader(transformer, signal)
+            reader = signal_reader(transformer, model, signal)
             if reader is not None:
                 self._readers[signal] = reader
 
-    def read(self, block: nn.Module, hidden_states: torch.Tensor, temb: torch.Tensor) -> ModulatedInput:
-        modulated = None
+    def read(self, block: nn.Module, hidden_states: torch.Tensor, temb: torch.Tensor) -> SignalValues:
+        signal_values = None
         self.now = {}  # a new one: the recorder keeps the one before
         for signal, reader in self._readers.items():
-            modulated = reader.read(block, hidden_states, temb)
-            self.now[signal] = modulated.values
-        assert modulated is not None  # every family of TeaCache has a signal
-        return modulated
+            signal_values = reader.read(block, hidden_states, temb)
+            self.now[signal] = signal_values.values
+        assert signal_values is not None  # every family of TeaCache has a signal
+        return signal_values
 
     def attach(self) -> None:
         for reader in self._readers.values():
@@ -98,7 +98,7 @@ class StepRecorder:
         context: StepContext,
         blocks_input: torch.Tensor,
         probe: torch.Tensor,
-        modulated: ModulatedInput | None = None,
+        signal_values: SignalValues | None = None,
     ) -> CallPlan:
         return CallPlan(context=context, compute_rows=list(range(blocks_input.shape[0])), skip_rows=[], gammas=[])
 
@@ -138,10 +138,10 @@ def measure_steps(
     """
     changes = StepChanges()
     transformer = model.pipe.transformer
-    layout = MODELS[type(transformer).__name__].layout
-    tracker = step_tracker_of(transformer, None, None)
-    reader = AllSignals(transformer, signals)
-    tracker.attach(BlockRunner(transformer, layout, StepRecorder(changes, reader), 0, reader, tracker.where))
+    known = model.checkpoint.model
+    tracker = step_tracker_of(transformer, known, None, None)
+    reader = AllSignals(transformer, known, signals)
+    tracker.attach(BlockRunner(transformer, known.layout, StepRecorder(changes, reader), 0, reader, tracker.where))
     try:
         for number, request in enumerate(requests, 1):
             render_clip(model, request, lambda done, total: None)

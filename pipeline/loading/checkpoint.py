@@ -11,7 +11,16 @@ from typing import Any
 
 from cineray.caching.plan import AnyPlan
 from cineray.files import open_regular, read_json
-from cineray.pipeline.adapters import MODELS, Adapter, KnownCheckpoint, Model, Models, adapters_of, checkpoints_of
+from cineray.pipeline.adapters import (
+    MODELS,
+    Adapter,
+    KnownCheckpoint,
+    Model,
+    Models,
+    adapters_of,
+    by_transformer,
+    checkpoints_of,
+)
 from cineray.pipeline.adapters.cache_plan import plan_cache
 from cineray.pipeline.adapters.protocol import Defaults, ModelConfigs
 from cineray.pipeline.loading.parts import MAX_CONFIG_BYTES, check_configs, check_folder
@@ -51,7 +60,8 @@ class Checkpoint:
         Raises:
             ValueError: an unknown policy, or one that does not fit.
         """
-        return plan_cache(policy, self.configs.transformer.get("_class_name", ""), self.configs.transformer)
+        models = by_transformer(self.model)
+        return plan_cache(policy, self.model.transformer, self.configs.transformer, models=models)
 
     def check_files(self, folder: Path) -> None:
         """Checks the files of a folder that holds it, whose weights are not loaded.

@@ -111,7 +111,7 @@ def _load(checkpoint: Checkpoint, folder: Path, options: LoadOptions, skip_compo
 
 
 def _without_weights(checkpoint: Checkpoint, folder: Path, name: str) -> Any:
-    """What stands for a part while the pipeline is built, which takes its scale factors from the VAE's configuration."""
+    """What stands for a part while the pipeline is built: its scale factors come from the VAE's configuration."""
     import diffusers
 
     component = next(c for c in checkpoint.adapter.components if c.name == name)

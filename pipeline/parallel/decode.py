@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoCausalConv3d
 from torch import nn
 
 from cineray.distributed.mesh import Axis
@@ -20,21 +19,17 @@ from cineray.distributed.tokens import TokenShards, gather_tokens, split_tokens
 
 _HOOK = "cineray_rows"
 
-# autoencoder class -> classes of its decoder's convolutions that pad by themselves
-CONVOLUTIONS: dict[str, tuple[type[nn.Module], ...]] = {
-    "AutoencoderKLWan": (nn.Conv2d, nn.Conv3d),  # WanCausalConv3d is a Conv3d
-    "AutoencoderKLHunyuanVideo": (HunyuanVideoCausalConv3d,),
-}
-
 
 @contextmanager
-def decoding_by_rows(vae: Any, axis: Axis) -> Iterator[None]:
+def decoding_by_rows(vae: Any, convolutions: tuple[str, ...], axis: Axis) -> Iterator[None]:
     """Within it, `vae.decode` of the same latents on every rank of the axis gives the whole video on every rank.
 
     Latents with fewer rows than ranks are decoded whole on every rank.
+
+    Args:
+        convolutions: as `Model.row_convolutions` names them.
     """
-    kind = type(vae).__name__
-    if axis.group is None or kind not in CONVOLUTIONS:
+    if axis.group is None:
         yield
         return
     decoder, rows = vae.decoder, _Rows(axis)
@@ -44,7 +39,7 @@ def decoding_by_rows(vae: Any, axis: Axis) -> Iterator[None]:
             continue
         if name == "conv_out":
             hooks.append((module, _RowConvolution(rows, gathers=True)))
-        elif isinstance(module, CONVOLUTIONS[kind]) and _kernel_rows(module) > 1:
+        elif _is_one_of(module, convolutions) and _kernel_rows(module) > 1:
             hooks.append((module, _RowConvolution(rows, gathers=False)))
         elif isinstance(module, nn.GroupNorm):
             hooks.append((module, _RowGroupNorm(rows)))
@@ -55,6 +50,10 @@ def decoding_by_rows(vae: Any, axis: Axis) -> Iterator[None]:
     finally:
         for module, _ in hooks:
             HookRegistry.check_if_exists_or_initialize(module).remove_hook(_HOOK, recurse=False)
+
+
+def _is_one_of(module: nn.Module, classes: tuple[str, ...]) -> bool:
+    return any(kind.__name__ in classes for kind in type(module).__mro__)
 
 
 def _kernel_rows(convolution: Any) -> int:

@@ -20,7 +20,7 @@ from torch import nn
 from cineray.distributed.attention import JointSequence, SequenceAttention
 from cineray.distributed.mesh import Mesh
 from cineray.distributed.tokens import gather_tokens, split_tokens
-from cineray.pipeline.adapters import MODELS
+from cineray.pipeline.adapters import MODELS, Models
 from cineray.pipeline.blocks import BlockArguments, BlockListProxy, ShardedBlockList, is_sharded
 
 _DISPATCH = "dispatch_attention_fn"  # the name under which every processor of diffusers calls attention
@@ -33,11 +33,13 @@ class ShardedTransformer:
         ValueError: a transformer that cannot be sharded, or is sharded already.
     """
 
-    def __init__(self, transformer: nn.Module, mesh: Mesh, attention: SequenceAttention) -> None:
+    def __init__(
+        self, transformer: nn.Module, mesh: Mesh, attention: SequenceAttention, models: Models = MODELS
+    ) -> None:
         kind = type(transformer).__name__
-        model = MODELS.get(kind)
+        model = models.get(kind)
         if model is None or model.sharded is None:
-            supported = ", ".join(name for name, model in MODELS.items() if model.sharded is not None)
+            supported = ", ".join(name for name, model in models.items() if model.sharded is not None)
             raise ValueError(f"sharding: {kind} is not supported; supported: {supported}")
         self._mesh = mesh
         self._attention = attention

@@ -13,7 +13,6 @@ from cineray.jobs.measure.local_ranks import run_on_local_ranks
 from cineray.pipeline.gang import SOLO, Gang
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.model import LoadOptions, load_model
-from cineray.pipeline.parallel.decode import CONVOLUTIONS
 from cineray.pipeline.render import to_frames
 from cineray.pipeline.request import ClipRequest
 
@@ -68,4 +67,4 @@ def test_every_autoencoder_that_is_rendered_with_has_its_rows():
 
     for name in ("tiny-wan", "tiny-hunyuan"):
         assert name in KNOWN_MODELS
-        assert open_checkpoint(name).configs.vae["_class_name"] in CONVOLUTIONS
+        assert open_checkpoint(name).model.row_convolutions

@@ -53,14 +53,19 @@ def test_the_first_expert_s_tensors_are_dropped_when_the_second_takes_over():
     assert held[-1] == 0
 
 
+class OwnProcessor:
+    def __call__(self, attn, hidden_states, *_):
+        return hidden_states
+
+
 def test_sharding_that_fails_at_the_last_block_changes_none():
     transformer = build("wan").transformer
     processors = [block.attn1.processor for block in transformer.blocks]
-    processors[-1] = transformer.blocks[-1].attn1.processor = object()
+    processors[-1] = transformer.blocks[-1].attn1.processor = OwnProcessor()
     mesh = mesh_alone()
     sharded = ShardedTransformer(transformer, mesh, NativeAttention(mesh))
     assert not is_sharded(transformer)  # it does nothing before it is attached
-    with pytest.raises(ValueError, match="attention processor object does not call dispatch_attention_fn"):
+    with pytest.raises(ValueError, match="attention processor OwnProcessor does not call dispatch_attention_fn"):
         sharded.attach()
     assert not is_sharded(transformer)
     assert [block.attn1.processor for block in transformer.blocks] == processors

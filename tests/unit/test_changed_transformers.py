@@ -6,7 +6,7 @@ import shutil
 import peft
 import pytest
 import torch
-from every_model import EVERY_MODEL, blocks_of, build, call, in_double
+from every_model import EVERY_MODEL, blocks_of, build, call, in_double, layout_of
 
 import cineray
 from cineray.pipeline.caches.layers import layers_of
@@ -120,7 +120,7 @@ def add_lora(transformer):
 @pytest.mark.parametrize("policy", ["blocks", "layers"])
 def test_lora(name, policy, tmp_path):
     pipe = build(name)
-    kinds = dict.fromkeys(layer for layer, _, _ in layers_of(pipe.transformer))
+    kinds = dict.fromkeys(layer for layer, _, _ in layers_of(pipe.transformer, layout_of(pipe.transformer)))
     (tmp_path / "ones.json").write_text(json.dumps({kind: [1] * STEPS for kind in kinds}))
     (tmp_path / "skips.json").write_text(json.dumps({kind: [1, 0, 1, 0, 1, 1] for kind in kinds}))
     never = NEVER if policy == "blocks" else f"smoothcache:{tmp_path / 'ones.json'}"

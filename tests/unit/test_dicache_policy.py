@@ -7,8 +7,9 @@ import pytest
 
 from cineray.caching.forecast import gamma, streak_gamma
 from cineray.caching.observation import AlignmentSums, Observation
-from cineray.caching.policies.dicache import PAPER, DiCacheConfig, DiCachePolicy
+from cineray.caching.policies.dicache import DiCacheConfig, DiCachePolicy
 from cineray.caching.spec import parse_spec
+from cineray.pipeline.adapters import flux
 from cineray.pipeline.adapters.cache_plan import plan_cache
 
 SEEN = Observation(
@@ -64,11 +65,11 @@ def test_warmup_counts_calls_as_the_official_code_does():
     thirteen = {"num_steps": 13, "change_sum": 0.0, "accumulated": 0.0}  # int(26 * 0.2) = 5 calls
     assert decide(**thirteen, step_index=2, branch_index=0).compute  # call 4
     assert not decide(**thirteen, step_index=2, branch_index=1).compute  # call 5
-    flux = replace(PAPER["flux"], threshold=1.0)
+    of_flux = replace(flux.MODEL.presets["dicache-paper"], threshold=1.0)
     single = {"num_branches": 1, "num_steps": 30}
-    assert decide(flux, **single, step_index=6).reason == "warmup"
-    assert not decide(flux, **single, step_index=7).compute
-    assert decide(flux, **single, step_index=29).reason == "last"
+    assert decide(of_flux, **single, step_index=6).reason == "warmup"
+    assert not decide(of_flux, **single, step_index=7).compute
+    assert decide(of_flux, **single, step_index=29).reason == "last"
 
 
 def test_a_cap_on_skips_and_threshold_zero():

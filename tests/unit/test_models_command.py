@@ -4,7 +4,7 @@ import json
 
 import pytest
 from accelerate import init_empty_weights
-from every_model import EVERY_MODEL, build, call
+from every_model import EVERY_MODEL, build, call, layout_of
 
 import cineray
 from cineray.caching.spec import NAMES
@@ -66,7 +66,7 @@ def test_the_published_sizes_have_the_blocks_that_the_papers_cache():
             transformer = kind()
         with cineray.enable_cache(transformer, "dicache") as handle:
             assert handle.trace.num_blocks == num_blocks
-        assert len(list(layers_of(transformer))) == num_layers
+        assert len(list(layers_of(transformer, layout_of(transformer)))) == num_layers
 
 
 def test_the_published_dit_config_names_an_older_class_which_diffusers_maps(tmp_path):

@@ -1,7 +1,7 @@
 """A policy with a signal of its own, from outside: one class, one reader, and a line for each."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -10,10 +10,11 @@ from every_model import build, call
 
 import cineray
 from cineray.caching.observation import Observation
-from cineray.caching.plan import ModelFacts, Presets, check_field, plan_blocks
+from cineray.caching.plan import ModelFacts, check_field, plan_blocks
 from cineray.caching.policy import Decision, Reason, forced
 from cineray.caching.spec import POLICIES
-from cineray.caching.token_sums import ModulatedInput
+from cineray.caching.token_sums import SignalValues
+from cineray.pipeline.adapters import MODELS, by_transformer
 from cineray.pipeline.caches.signals import SIGNAL_READERS
 
 
@@ -53,14 +54,14 @@ class BlocksInput:
         """Nothing is attached."""
 
     def read(self, block, hidden_states, temb):
-        return ModulatedInput(hidden_states, is_sharded=True)
+        return SignalValues(hidden_states, is_sharded=True)
 
     def detach(self):
         """Nothing was attached."""
 
 
 KNOWN = {
-    "policies": {**POLICIES, "drift": Presets(default=Drift())},
+    "policies": {**POLICIES, "drift": Drift()},
     "signals": {**SIGNAL_READERS, "blocks-input": BlocksInput},
 }
 
@@ -94,14 +95,22 @@ def test_what_is_not_known_is_refused_and_leaves_the_transformer_as_it_was():
     with pytest.raises(ValueError, match=r"Drift: threshold must be 0 or more, got -1.0"):
         cineray.enable_cache(pipe, "drift(threshold=-1)", **KNOWN)
     with pytest.raises(
-        ValueError, match=r"signal 'blocks-input' has no reader; known signals: probe, .*modulated-input"
+        ValueError,
+        match=r"signal 'blocks-input' has no reader; known signals: probe, .*timestep-embedding, timestep-projection",
     ):
         cineray.enable_cache(pipe, Drift())
     with cineray.enable_cache(pipe, "dicache"):  # none of them left anything attached
         call(pipe, steps=2)
 
 
-def test_a_policy_may_fit_some_families_only():
-    policies = {"drift": Presets(by_family={"hunyuan-video": Drift()})}
-    with pytest.raises(ValueError, match="drift has no preset for wan; it has: hunyuan-video"):
+def test_a_policy_may_fit_only_models_that_name_it():
+    """A class of options has none for all models: a model's `presets` name those that fit it."""
+    policies = {"drift": Drift}
+    with pytest.raises(ValueError, match="drift has no preset for wan; it has: none"):
         cineray.enable_cache(build("wan"), "drift", policies=policies, signals=KNOWN["signals"])
+    wan = replace(MODELS["WanTransformer3DModel"], presets={"drift": Drift(threshold=1.5)})
+    known = {"policies": policies, "signals": KNOWN["signals"], "models": {**MODELS, **by_transformer(wan)}}
+    with pytest.raises(ValueError, match="drift has no preset for hunyuan-video; it has: wan"):
+        cineray.enable_cache(build("hunyuan"), "drift", **known)
+    with cineray.enable_cache(build("wan"), "drift(max_skips=1)", **known) as handle:
+        assert handle.policy == "drift(threshold=1.5,max_skips=1)"

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from every_model import EVERY_MODEL, STACKED, build, call
+from every_model import EVERY_MODEL, STACKED, build, call, layout_of
 
 import cineray
 from cineray.caching.policies.smoothcache import LayerSchedule, dump_schedule, load_schedule, schedule_row
@@ -62,7 +62,7 @@ def test_bad_schedules_are_one_clear_error(tmp_path, content, said):
 def test_a_schedule_skips_just_its_layers_and_all_ones_change_nothing(name, tmp_path):
     pipe = build(name)
     plain = call(pipe, steps=4)
-    layers = list(layers_of(pipe.transformer))
+    layers = list(layers_of(pipe.transformer, layout_of(pipe.transformer)))
     kinds = list(dict.fromkeys(layer for layer, _, _ in layers))
     path = tmp_path / "schedule.json"
     path.write_text(json.dumps({kind: [1, 1, 1, 1] for kind in kinds}))
@@ -97,7 +97,7 @@ def test_calibration_measures_every_layer_type_of_every_model(name):
     pipe = build(name)
     plain = call(pipe, steps=5)
     errors = measure_layer_errors(pipe, [lambda: call(pipe, steps=5), lambda: call(pipe, 5, seed=4)], 5, max_lag=2)
-    assert set(errors) == {layer for layer, _, _ in layers_of(pipe.transformer)}
+    assert set(errors) == {layer for layer, _, _ in layers_of(pipe.transformer, layout_of(pipe.transformer))}
     assert len(errors) >= {"dit": 2, "open_sora": 6}.get(name, 3)
     for by_lag in errors.values():
         assert np.isfinite(by_lag[0][:4]).all()
@@ -148,7 +148,7 @@ def test_a_block_of_open_sora_is_named_by_its_list_and_its_place_there(tmp_path)
 def test_a_stacked_batch_is_recorded_row_by_row(name, tmp_path):
     pipe = build(name)
     path = tmp_path / "schedule.json"
-    path.write_text(json.dumps({next(layers_of(pipe.transformer))[0]: [1, 0, 1]}))
+    path.write_text(json.dumps({next(layers_of(pipe.transformer, layout_of(pipe.transformer)))[0]: [1, 0, 1]}))
     two = {"class_labels": [7, 8]} if name == "dit" else {"prompt": [1, 2] if name == "open_sora" else ["a", "b"]}
     with cineray.enable_cache(pipe, f"smoothcache:{path}") as handle:
         call(pipe, steps=3, **two)

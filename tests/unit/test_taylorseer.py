@@ -5,7 +5,8 @@ import torch
 from conftest import build_flux, build_hunyuan, build_wan
 
 import cineray
-from cineray.caching.policies.taylorseer import TAYLORSEER, TaylorSeerConfig, derivatives, extrapolate
+from cineray.caching.policies.taylorseer import TaylorSeerConfig, derivatives, extrapolate
+from cineray.pipeline.adapters import flux
 from cineray.pipeline.adapters.cache_plan import plan_cache
 
 
@@ -57,7 +58,7 @@ def test_steps_are_counted_from_the_end_of_the_warm_up():
     assert computed() == [0, 5, 10]
     assert computed(interval=6, warmup_steps=3) == [0, 1, 2, 8]
     assert computed(interval=1) == list(range(14))
-    assert TAYLORSEER["flux"] == TaylorSeerConfig(interval=6, warmup_steps=3)
+    assert flux.MODEL.presets["taylorseer"] == TaylorSeerConfig(interval=6, warmup_steps=3)
 
 
 def test_the_warm_up_keeps_the_differences_of_its_last_step_alone():

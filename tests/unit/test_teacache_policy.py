@@ -13,10 +13,19 @@ from cineray.caching.consensus import SingleProcess
 from cineray.caching.controller import CacheController
 from cineray.caching.forecast import Forecasting
 from cineray.caching.observation import Observation
+from cineray.caching.plan import ModelFacts
 from cineray.caching.policies.teacache import TeaCacheConfig, TeaCachePolicy, polynomial
-from cineray.caching.token_sums import ModulatedInput
+from cineray.caching.token_sums import SignalValues
 from cineray.caching.trace import Trace
 from cineray.pipeline.adapters.cache_plan import plan_cache
+
+WAN = ModelFacts(
+    family="wan",
+    num_blocks=3,
+    num_probeable=2,
+    layers=(),
+    signals=("timestep-embedding", "timestep-projection"),
+)
 
 SEEN = Observation(
     step_index=5,
@@ -73,7 +82,7 @@ def test_the_ends_are_computed_and_doubt_computes():
     assert POLICY.decide(replace(SEEN, change_sum=None)).reason == "unknown"
     assert POLICY.decide(replace(SEEN, change_sum=float("nan"))).reason == "unknown"
     assert reason(replace(POLICY, threshold=0.0)) == "off"  # though the polynomial is negative
-    kept = TeaCacheConfig(threshold=0.5, coefficients=(1.0, 0.0), ret_steps=True).policy("wan")
+    kept = TeaCacheConfig(threshold=0.5, coefficients=(1.0, 0.0), ret_steps=True).policy(WAN)
     assert [reason(kept, step_index=s) for s in (4, 5, 49)] == ["warmup", "skip", "skip"]
 
 
@@ -96,7 +105,7 @@ def test_sharded_signals_are_summed_over_ranks_and_replicated_ones_are_not(is_sh
     tokens = torch.zeros(1, 4, 8)
     for step, value in enumerate((2.0, 3.0)):
         context = StepContext(branch="cond", step_index=step, num_steps=10, num_branches=1)
-        signal = ModulatedInput(torch.full((1, 6, 2), value), is_sharded=is_sharded)
+        signal = SignalValues(torch.full((1, 6, 2), value), is_sharded=is_sharded)
         assert controller.begin_call(context, tokens) == [0]
         plan = controller.decide(context, tokens, tokens, signal)
         controller.remember(plan, tokens, tokens)
