@@ -80,11 +80,9 @@ def _render_or_find(batch: Batch, request: ClipRequest, options: dict[str, objec
     batch.folder.log_event(
         status, id=request.id, fingerprint=fingerprint, wall_s=round(wall_s, 3), **({"error": error} if error else {})
     )
-    note = f": {record['warning']}" if "warning" in record else ""
-    batch.progress.count_clip(
-        f"{request.id}: {status} in {wall_s:.1f} s" + (f": {error}" if error else f" -> {video}{note}")
-    )
-    return ClipResult.of(request, status, wall_s, None if error else str(video), record, error)
+    result = ClipResult.of(request, status, wall_s, None if error else str(video), record, error)
+    batch.progress.count_clip(result.line(record.get("warning")))
+    return result
 
 
 def _render(batch: Batch, request: ClipRequest, fingerprint: str, options: dict[str, object]) -> dict[str, Any]:

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 
-from cineray.caching.trace import trace_from
 from cineray.jobs.console.terminal import tell
 from cineray.jobs.gangs.messages import ClipFault, RunSpec, Task
 from cineray.jobs.output.commit import commit_clip
 from cineray.jobs.output.folder import OutputError, OutputFolder
 from cineray.jobs.output.record import clip_record, policy_text, render_options
-from cineray.jobs.output.step_keeper import MAX_NOTES_BYTES, StepNotes
+from cineray.jobs.output.step_keeper import MAX_NOTES_BYTES
 from cineray.jobs.threads import rank_threads
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.model import LoadedModel, load_model
@@ -107,8 +106,7 @@ class FinisherWork:
                 return None
             if state.num_steps != request.num_inference_steps:
                 raise ValueError("they are of another number of steps")
-            notes = StepNotes.of(state)
-            trace = None if notes.finished is None else trace_from(notes.finished)
+            notes, trace = state.notes, state.notes.finished
             if (trace is None) != (policy_text(request, self._model.checkpoint) == "none"):
                 raise ValueError("they come from another cache")
         except ValueError as reason:
@@ -116,7 +114,7 @@ class FinisherWork:
             return None
         latents = state.latents.to(self._model.pipe._execution_device)
         clip = DenoisedClip(latents=latents, trace=trace, encode_s=notes.encode_s, denoise_s=notes.denoise_s)
-        return clip, notes.resumed_at
+        return clip, list(notes.resumed_at)
 
 
 def _tell_unused(clip_id: str, reason: str) -> None:

@@ -28,9 +28,7 @@ class GangProgress(ClipBars):
             if self._num_existing > MAX_EXISTING:
                 self.count_clip(None)
                 return
-        said = f": {result.error}" if result.error else f" -> {result.video}" + (f": {warning}" if warning else "")
-        seconds = "" if result.status == "existing" else f" in {result.wall_s:.1f} s"
-        self.count_clip(f"{result.id}: {result.status}{seconds}{said}")
+        self.count_clip(result.line(warning))
 
     def update(self, slots: Sequence[GangSlot], gangs: Sequence[GangState]) -> None:
         """Shows what each gang does; `slots` know how far its clip is."""

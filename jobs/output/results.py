@@ -56,6 +56,12 @@ class ClipResult:
             warnings=warnings_in(record or {}),
         )
 
+    def line(self, warning: str | None = None) -> str:
+        """What a person is told of the clip: `ID: STATUS in S s -> VIDEO`, or what was wrong."""
+        seconds = "" if self.status == "existing" else f" in {self.wall_s:.1f} s"
+        said = f": {self.error}" if self.error else f" -> {self.video}" + (f": {warning}" if warning else "")
+        return f"{self.id}: {self.status}{seconds}{said}"
+
 
 def warnings_in(record: dict[str, Any]) -> tuple[str, ...]:
     """The warnings of a record that may have lain on disk."""

@@ -4,60 +4,22 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
-
-from cineray.caching.trace import entries_from, trace_from
-from cineray.files import shaped
 from cineray.jobs.console.terminal import tell
 from cineray.pipeline.gang import Gang
 from cineray.pipeline.render import DenoisedClip
-from cineray.pipeline.resume.step_state import Beginning, StepState, StepStateError, read_step_state, save_step_state
+from cineray.pipeline.resume.step_state import (
+    Beginning,
+    StepNotes,
+    StepState,
+    StepStateError,
+    read_step_state,
+    save_step_state,
+)
 
 # a state holds the latents, and a scheduler's few tensors of their size: UniPC's are four of order 3
 MAX_STATE_PER_LATENTS = 16
 MAX_NOTES_BYTES = 64 * 2**20
-_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class StepNotes(BaseModel):
-    """What a state says of the steps so far.
-
-    Args:
-        resumed_at: steps at which the clip went on.
-        trace: `Trace.to_dict`'s entries so far; empty without a cache.
-        finished: the whole `Trace.to_dict`, where all steps are done and there is a cache.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    resumed_at: list[int]
-    denoise_s: _Seconds
-    encode_s: _Seconds
-    trace: Any = []
-    finished: Any = None
-
-    @classmethod
-    def of(cls, state: StepState) -> "StepNotes":
-        """The notes in a step state.
-
-        Raises:
-            ValueError: they are of another shape, or tell of steps that the clip does not have.
-        """
-        notes = shaped(state.notes, _NOTES)
-        steps = notes.resumed_at
-        if steps != sorted(set(steps)) or not all(0 < step <= state.step for step in steps):
-            raise ValueError("resumed_at: not steps of the clip")
-        entries = entries_from(notes.trace)
-        if notes.finished is not None:
-            entries = entries + trace_from(notes.finished).entries
-        if any(entry.step >= state.step for entry in entries):
-            raise ValueError("trace: not steps of the clip")
-        return notes
-
-
-_NOTES = TypeAdapter(StepNotes)
 
 
 class ClipPreempted(Exception):
@@ -90,43 +52,37 @@ class StepKeeper:
         self._is_asked_to_stop = is_stop_requested
         self._saved_s = time.monotonic()
         self._began_s = time.monotonic()
-        self._earlier: dict[str, Any] = {"resumed_at": [], "denoise_s": 0.0, "encode_s": 0.0}
+        self._earlier = StepNotes()  # of the processes before this one, but for their traces
 
     @property
-    def resumed_at(self) -> list[int]:
-        return self._earlier["resumed_at"]
+    def resumed_at(self) -> tuple[int, ...]:
+        """Steps at which the clip went on, here and in earlier processes."""
+        return self._earlier.resumed_at
 
     def begin(self, beginning: Beginning) -> StepState | None:
         """Where all ranks begin: at the state on disk, if each finds the same one and it fits the clip."""
-        state, notes, doubt = self._find(beginning)
+        state, doubt = self._find(beginning)
         # a rank may find none, or another one's: a slow disk, a gang that was thought dead
         if len(set(self._gang.exchange_text("none" if state is None else state.digest))) > 1:
             doubt = doubt or "not every rank finds the same one"
         if doubt is not None and self._gang.is_leader:
             tell(f"cineray: clip {self._path.name.rsplit('.', 2)[0]} begins anew; its step state is not used: {doubt}")
-        if state is None or notes is None or doubt is not None:
+        if state is None or doubt is not None:
             return None
-        self._earlier = {
-            "resumed_at": [*notes.resumed_at, *([state.step] if state.step < state.num_steps else [])],
-            "denoise_s": notes.denoise_s,
-            "encode_s": notes.encode_s,
-        }
+        resumed_at = (*state.notes.resumed_at, *([state.step] if state.step < state.num_steps else []))
+        self._earlier = replace(state.notes, resumed_at=resumed_at, entries=(), finished=None)
         return state
 
-    def _find(self, beginning: Beginning) -> tuple[StepState | None, StepNotes | None, str | None]:
+    def _find(self, beginning: Beginning) -> tuple[StepState | None, str | None]:
         """What lies on disk and fits the clip; else why not, or nothing at all where there is no state."""
         latents = beginning.latents
         max_bytes = MAX_STATE_PER_LATENTS * latents.numel() * latents.element_size() + MAX_NOTES_BYTES
         try:
             state = read_step_state(self._path, self._clip, max_bytes)
-            if state is None:
-                return None, None, None
-            doubt = beginning.misfit(state)
-            return (state, StepNotes.of(state), None) if doubt is None else (None, None, doubt)
         except StepStateError as error:
-            return None, None, str(error)
-        except ValueError as error:
-            return None, None, f"its notes are not ours: {error}"
+            return None, str(error)
+        doubt = None if state is None else beginning.misfit(state)
+        return (state, None) if doubt is None else (None, doubt)
 
     def after_step(self, take: Callable[[], StepState]) -> None:
         is_due = time.monotonic() - self._saved_s >= self._every_s
@@ -153,17 +109,16 @@ class StepKeeper:
         Raises:
             OSError: not writable, or full.
         """
-        trace = clip.trace
-        notes = {
-            "resumed_at": self.resumed_at,
-            "encode_s": self._earlier["encode_s"] + clip.encode_s,
-            "denoise_s": self._earlier["denoise_s"] + clip.denoise_s,
-            "finished": None if trace is None else trace.to_dict(),
-            "trace": [] if trace is None else trace.to_dict()["entries"],
-        }
+        notes = replace(
+            self._earlier,
+            encode_s=self._earlier.encode_s + clip.encode_s,
+            denoise_s=self._earlier.denoise_s + clip.denoise_s,
+            finished=clip.trace,
+        )
         state = StepState(step=num_steps, num_steps=num_steps, latents=clip.latents, scheduler={}, notes=notes)
         save_step_state(replace(state, clip=self._clip), self._path)
 
     def _noted(self, state: StepState) -> StepState:
-        seconds = self._earlier["denoise_s"] + time.monotonic() - self._began_s
-        return replace(state, clip=self._clip, notes={**state.notes, **self._earlier, "denoise_s": seconds})
+        seconds = self._earlier.denoise_s + time.monotonic() - self._began_s
+        notes = replace(self._earlier, denoise_s=seconds, entries=state.notes.entries)
+        return replace(state, clip=self._clip, notes=notes)

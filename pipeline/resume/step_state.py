@@ -10,13 +10,15 @@ says what. Whatever leaves a doubt is not used: the clip begins anew.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
+from pydantic import BaseModel, Field, TypeAdapter
 
-from cineray.files import parse_json
+from cineray.caching.trace import Trace, TraceEntry, entries_from, trace_from
+from cineray.files import parse_json, shaped
 from cineray.pipeline.finite import is_finite
 from cineray.pipeline.resume.tensor_file import MAX_TENSOR_BYTES, TensorFileError, read_tensors, write_tensors
 
@@ -29,6 +31,76 @@ class StepStateError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StepNotes:
+    """What a state says of the steps so far.
+
+    Args:
+        resumed_at: steps at which the clip went on.
+        encode_s, denoise_s: seconds, of all processes that rendered the clip.
+        entries: of the cache's trace so far; empty without a cache, and where the trace is finished.
+        finished: the whole trace, where all steps are done and there is a cache.
+    """
+
+    resumed_at: tuple[int, ...] = ()
+    encode_s: float = 0.0
+    denoise_s: float = 0.0
+    entries: tuple[TraceEntry, ...] = ()
+    finished: Trace | None = None
+
+    @property
+    def all_entries(self) -> list[TraceEntry]:
+        """The trace's entries, whether it is finished or not."""
+        return list(self.entries) if self.finished is None else list(self.finished.entries)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The notes as JSON can hold them; `notes_from` reads them back."""
+        return {
+            "resumed_at": list(self.resumed_at),
+            "encode_s": self.encode_s,
+            "denoise_s": self.denoise_s,
+            "trace": [asdict(entry) for entry in self.entries],
+            "finished": None if self.finished is None else self.finished.to_dict(),
+        }
+
+
+class _NotesShape(BaseModel):
+    """`StepNotes.to_dict`; earlier versions have the entries twice where the trace is finished."""
+
+    resumed_at: list[int]
+    encode_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    denoise_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    trace: Any = []
+    finished: Any = None
+
+
+_NOTES = TypeAdapter(_NotesShape)
+
+
+def notes_from(content: Any, step: int) -> StepNotes:
+    """The inverse of `StepNotes.to_dict`, for a state of so many steps.
+
+    Raises:
+        ValueError: it is not such a content, or tells of steps that have not been done.
+    """
+    shape = shaped(content, _NOTES)
+    steps = shape.resumed_at
+    if steps != sorted(set(steps)) or not all(0 < resumed <= step for resumed in steps):
+        raise ValueError("resumed_at: not steps of the clip")
+    entries = entries_from(shape.trace)
+    finished = None if shape.finished is None else trace_from(shape.finished)
+    told = entries if finished is None else entries + finished.entries
+    if any(entry.step >= step for entry in told):
+        raise ValueError("trace: not steps of the clip")
+    return StepNotes(
+        resumed_at=tuple(steps),
+        encode_s=shape.encode_s,
+        denoise_s=shape.denoise_s,
+        entries=tuple(entries) if finished is None else (),
+        finished=finished,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepState:
     """What follows from the first `step` steps.
 
@@ -36,7 +108,6 @@ class StepState:
         latents: [B, C, F, H, W] float32, the whole clip's, on any device.
         num_steps: of the clip.
         scheduler: attributes of the scheduler that its steps have changed: tensors, plain values, lists of these.
-        notes: JSON about the steps so far: the cache's trace, seconds, where they ran.
         clip: fingerprint of the clip; empty where a state has no clip of an output folder.
         digest: of the file that it was read from, 64 hex digits.
     """
@@ -45,7 +116,7 @@ class StepState:
     num_steps: int
     latents: torch.Tensor
     scheduler: Mapping[str, Any]
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    notes: StepNotes = field(default_factory=StepNotes)
     clip: str = ""
     digest: str = ""
 
@@ -167,7 +238,7 @@ def save_step_state(state: StepState, path: Path) -> None:
         "step": state.step,
         "num_steps": state.num_steps,
         "scheduler": plain,
-        "notes": dict(state.notes),
+        "notes": state.notes.to_dict(),
     }
     write_tensors(tensors, {"format": FORMAT, "header": json.dumps(header)}, path)
 
@@ -187,12 +258,12 @@ def read_step_state(path: Path, clip: str = "", max_bytes: int = MAX_TENSOR_BYTE
         if file.metadata.get("format") != FORMAT:
             raise StepStateError("another version wrote it")
         header = parse_json(file.metadata["header"])
+        notes = header["notes"]
         state = StepState(
             step=header["step"],
             num_steps=header["num_steps"],
             latents=file.tensors["latents"],
             scheduler={name: _value(name, saved, file.tensors) for name, saved in header["scheduler"].items()},
-            notes=header["notes"],
             clip=header["clip"],
             digest=file.digest,
         )
@@ -206,11 +277,12 @@ def read_step_state(path: Path, clip: str = "", max_bytes: int = MAX_TENSOR_BYTE
         raise StepStateError("it is another clip's")
     if not (type(state.step) is int and type(state.num_steps) is int and 1 <= state.step <= state.num_steps):
         raise StepStateError("its step is none of the clip's")
-    if not isinstance(state.notes, dict):
-        raise StepStateError("its notes are not ours")
     if state.latents.ndim != 5 or state.latents.dtype != torch.float32 or not is_finite(state.latents):
         raise StepStateError("its latents are not finite float32 numbers in five dimensions")
-    return state
+    try:
+        return replace(state, notes=notes_from(notes, state.step))
+    except ValueError as error:
+        raise StepStateError(f"its notes are not ours: {error}") from None
 
 
 def load_step_state(path: Path, clip: str = "") -> StepState | None:

@@ -1,9 +1,9 @@
 """A cache's trace goes with the step states, so that a clip that was rendered in two parts tells of both."""
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 
-from cineray.caching.trace import Trace, TraceEntry, entries_from
+from cineray.caching.trace import Trace, TraceEntry
 from cineray.pipeline.resume.step_state import Beginning, Keeper, StepState
 
 
@@ -23,10 +23,9 @@ class TraceKeeper:
         self._earlier: list[TraceEntry] = []
 
     def begin(self, beginning: Beginning) -> StepState | None:
-        """Raises: ValueError: the notes of the other keeper's state hold no trace."""
         state = self._keeper.begin(beginning)
         if state is not None:
-            self._earlier = entries_from(state.notes.get("trace", []))
+            self._earlier = state.notes.all_entries
         return state
 
     def after_step(self, take: Callable[[], StepState]) -> None:
@@ -35,7 +34,7 @@ class TraceKeeper:
             if self._trace is None:
                 return state
             entries = self.with_earlier(self._whole(self._trace)).entries
-            return replace(state, notes={**state.notes, "trace": [asdict(entry) for entry in entries]})
+            return replace(state, notes=replace(state.notes, entries=tuple(entries)))
 
         self._keeper.after_step(take_with_trace)
 

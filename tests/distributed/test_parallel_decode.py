@@ -63,7 +63,7 @@ def test_rows_on_ranks_are_the_frames_of_one_rank(name, num_ranks):
 
 
 def test_every_autoencoder_that_is_rendered_with_has_its_rows():
-    from cineray.pipeline.loading.checkpoint import KNOWN_MODELS
+    from cineray.pipeline.adapters import KNOWN_MODELS
 
     for name in ("tiny-wan", "tiny-hunyuan"):
         assert name in KNOWN_MODELS

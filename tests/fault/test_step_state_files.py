@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from cineray.caching.trace import trace_from
-from cineray.jobs.output.step_keeper import ClipPreempted, StepKeeper, StepNotes
+from cineray.jobs.output.step_keeper import ClipPreempted, StepKeeper
 from cineray.pipeline.gang import SOLO
 from cineray.pipeline.render import denoise_clip
 from cineray.pipeline.resume.step_state import Beginning, StepState, StepStateError, read_step_state, save_step_state
@@ -160,15 +159,6 @@ STATES = {
     "timesteps of another clip": lambda s: changed_scheduler(
         s, timestep_list=[t - 1 for t in s.scheduler["timestep_list"]]
     ),
-    "no notes": lambda s: replace(s, notes={}),
-    "resumed at a text": lambda s: replace(s, notes={**s.notes, "resumed_at": "x"}),
-    "resumed in the future": lambda s: replace(s, notes={**s.notes, "resumed_at": [4]}),
-    "resumed backwards": lambda s: replace(s, notes={**s.notes, "resumed_at": [2, 1]}),
-    "seconds not finite": lambda s: replace(s, notes={**s.notes, "denoise_s": NAN}),
-    "seconds null": lambda s: replace(s, notes={**s.notes, "encode_s": None}),
-    "a trace of texts": lambda s: replace(s, notes={**s.notes, "trace": ["x"]}),
-    "a trace that is no list": lambda s: replace(s, notes={**s.notes, "trace": 3}),
-    "finished a number": lambda s: replace(s, notes={**s.notes, "finished": 3}),
 }
 
 
@@ -178,6 +168,50 @@ def test_a_state_that_leaves_a_doubt_is_not_used(kept, place, capsys, name):
     assert keeper(place).begin(kept.beginning) is None
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("cineray: clip 1 begins anew; its step state is not used: ")
+
+
+NOTES = {
+    "no notes": {},
+    "notes that are a list": [],
+    "resumed at a text": {"resumed_at": "x"},
+    "resumed in the future": {"resumed_at": [4]},
+    "resumed backwards": {"resumed_at": [2, 1]},
+    "seconds not finite": {"denoise_s": NAN},
+    "seconds null": {"encode_s": None},
+    "a trace of texts": {"trace": ["x"]},
+    "a trace that is no list": {"trace": 3},
+    "finished a number": {"finished": 3},
+}
+
+
+def with_notes(kept, place, notes):
+    file = kept_file(kept, place)
+    header = {**json.loads(file.metadata["header"]), "notes": notes}
+    write_tensors(file.tensors, {**file.metadata, "header": json.dumps(header)}, place)
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_notes_that_leave_a_doubt_are_not_used(kept, place, capsys, name):
+    changes = NOTES[name]
+    with_notes(kept, place, {**kept.state.notes.to_dict(), **changes} if changes else changes)
+    assert keeper(place).begin(kept.beginning) is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cineray: clip 1 begins anew; its step state is not used: its notes are not ours: ")
+
+
+def test_notes_of_earlier_versions_are_read(loaded, request_, kept, place):
+    """They have the trace's entries twice where all steps are done, and no `finished` before."""
+    with_notes(kept, place, {"trace": [], "resumed_at": [1], "denoise_s": 2.0, "encode_s": 0.5})
+    state = keeper(place).begin(kept.beginning)
+    assert (state.notes.resumed_at, state.notes.denoise_s, state.notes.encode_s) == ((1,), 2.0, 0.5)
+    cached = replace(request_, cache="interval(interval=2)")
+    trace = denoise_clip(loaded("wan"), cached, lambda done, total: None).trace
+    done = [entry for entry in trace.to_dict()["entries"] if entry["step"] < STOP_AT]
+    finished = {**trace.to_dict(), "entries": done}
+    with_notes(kept, place, {"trace": done, "finished": finished, "resumed_at": [], "denoise_s": 2.0, "encode_s": 0.5})
+    state = read_step_state(place, CLIP)
+    assert state.notes.finished.to_dict() == finished
+    assert state.notes.all_entries == [entry for entry in trace.entries if entry.step < STOP_AT]
 
 
 def test_latents_that_are_not_finite_are_neither_written_nor_read(kept, place):
@@ -296,5 +330,6 @@ def test_notes_of_a_finished_clip_are_read_back(loaded, request_, kept, place):
     state = read_step_state(place, CLIP)
     assert state is not None
     assert state.step == state.num_steps == STEPS
-    assert trace_from(StepNotes.of(state).finished) == clip.trace
+    assert state.notes.finished == clip.trace
+    assert state.notes.all_entries == clip.trace.entries
     assert keeper(place).begin(kept.beginning) is not None

@@ -66,8 +66,8 @@ def test_a_cache_begins_empty_and_its_trace_tells_of_both_parts(loaded, new_requ
     path = tmp_path / "state.safetensors"
     with pytest.raises(Stopped):
         denoise(loaded("wan"), request, FileKeeper(path, 8))
-    first = load_step_state(path).notes["trace"]
-    assert {entry["step"] for entry in first} == set(range(8))
+    first = load_step_state(path).notes.entries
+    assert {entry.step for entry in first} == set(range(8))
     clip, _ = denoise(loaded("wan"), request, FileKeeper(path))
     assert [entry.step for entry in clip.trace.entries if entry.branch == "cond"] == list(range(12))
     assert any(not entry.compute for entry in clip.trace.entries)
