@@ -31,7 +31,8 @@ def plan_or_line(checkpoint, spec: str):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_option_of_every_policy_takes_a_value_or_refuses_it_in_one_line(model, policy):
     checkpoint = open_checkpoint(model)
-    for option in get_type_hints(POLICIES[policy].options):
+    options = POLICIES[policy]
+    for option in get_type_hints(options if isinstance(options, type) else type(options)):
         for value in ODD:
             plan = plan_or_line(checkpoint, f"{policy}({option}={value})")
             if not isinstance(plan, str):
