@@ -34,14 +34,15 @@ class CacheHandle:
         policy: the policy with all its options, as text.
     """
 
-    def __init__(self, plan: AnyPlan, trace: Trace, attached: ExitStack) -> None:
+    def __init__(self, plan: AnyPlan, trace: Trace, attached: Sequence[StepTracker]) -> None:
         self.policy = plan.text
         self.trace = trace
         self._attached = attached
 
     def disable(self) -> None:
         """Takes the cache off; the transformer is as before. Again does nothing, whatever else is attached since."""
-        self._attached.close()
+        for tracker in self._attached:
+            tracker.detach()
 
     def __enter__(self) -> "CacheHandle":
         return self
@@ -163,14 +164,16 @@ def _attach(
             check_blocks_not_compiled(transformer, models[kind].layout)
     trace = _new_trace(plans[0])
     progress = ClipProgress()
+    attached = []
     with ExitStack() as undo:
         for transformer, plan in zip(transformers, plans, strict=True):
             model = models[type(transformer).__name__]
             tracker = step_tracker_of(transformer, model, num_branches, scheduler, progress)
             runner = _new_runner(transformer, model, plan, trace, consensus, tracker, signals)
             undo.callback(tracker.detach)
-            tracker.attach(runner)
-        return CacheHandle(plans[0], trace, undo.pop_all())
+            attached.append(tracker.attach(runner))
+        undo.pop_all()
+    return CacheHandle(plans[0], trace, attached)
 
 
 def _new_trace(plan: AnyPlan) -> Trace:
