@@ -220,10 +220,10 @@ def fingerprint(
 
 
 def prompt_key(inputs: dict[str, object], model_digest: str, dtype: str) -> str:
-    """Equal for requests whose prompts are encoded alike.
+    """Equal for requests that are encoded alike.
 
     Args:
-        inputs: of the text encoders, as `Adapter.prompt_inputs` says.
+        inputs: of the encoders, as `Adapter.encode_inputs` says.
     """
     text = json.dumps([inputs, model_digest, dtype], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
