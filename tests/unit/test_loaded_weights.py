@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+from conftest import _wan_parts
+from diffusers import AutoencoderKLWan, WanPipeline
 from safetensors.torch import load_file, save_file
 
 from cineray.pipeline.loading.checkpoint import open_checkpoint
@@ -114,3 +116,23 @@ def test_odd_options_are_one_short_line(options):
     (line,) = caught.value.lines
     assert len(line) < 200
     assert line.isprintable()
+
+
+def test_a_pipeline_without_its_vae_keeps_the_vae_s_scale_factors(tmp_path):
+    """Noise is drawn where the VAE is not: a pipeline built without one would take Wan's 8 for its own."""
+    parts = _wan_parts(0)
+    sizes = {
+        "dim_mult": [1, 1, 1],
+        "temperal_downsample": [True, False],
+        "num_res_blocks": 1,
+        "base_dim": 4,
+        "z_dim": 4,
+    }
+    factors = {"scale_factor_spatial": 4, "scale_factor_temporal": 2}
+    statistics = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    vae = AutoencoderKLWan(**sizes, **factors, **statistics)
+    WanPipeline(**{**parts, "vae": vae}).save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path))
+    pipe = load_model(checkpoint, LoadOptions(), skip_components=checkpoint.model.decoder_parts).pipe
+    assert pipe.vae is None
+    assert (pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal) == (4, 2)

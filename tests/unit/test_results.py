@@ -29,3 +29,12 @@ def test_no_clip_is_an_empty_list():
     out = io.StringIO()
     ResultLog().print_json({"wall_s": 0.0}, out)
     assert json.loads(out.getvalue()) == {"clips": [], "wall_s": 0.0}
+
+
+def test_a_clip_is_told_in_one_form(new_request):
+    request = new_request(id="a")
+    done = ClipResult.of(request, "done", 1.26, "a.mp4")
+    assert done.line() == "a: done in 1.3 s -> a.mp4"
+    assert done.line("the cache never skipped") == "a: done in 1.3 s -> a.mp4: the cache never skipped"
+    assert ClipResult.of(request, "existing", 0.0, "a.mp4").line() == "a: existing -> a.mp4"
+    assert ClipResult.of(request, "failed", 2.0, error="no disk").line("unheard") == "a: failed in 2.0 s: no disk"
