@@ -64,7 +64,7 @@ class Denoising:
         scheduler: the clip's own, with its timesteps; has not stepped.
         timesteps: [number of steps].
         branches: the conditional branch first, then the unconditional one if there is guidance.
-        experts: by first step, the first one from step 0.
+        experts: by first step, the first one from step 0; of two with the same first step the later one denoises.
         channel_condition: [B, C', F, H, W] concatenated to the latents along channels at each step, or None.
         combine: makes one output of those of the branches.
     """
@@ -79,7 +79,7 @@ class Denoising:
 
     def __post_init__(self) -> None:
         steps = [expert.first_step for expert in self.experts]
-        if not steps or steps[0] != 0 or steps != sorted(set(steps)):
+        if not steps or steps[0] != 0 or steps != sorted(steps):
             raise ValueError(f"experts must begin at step 0 and then at later ones in turn, got {steps}")
 
     @property
