@@ -169,6 +169,30 @@ def read_video(path: Path | str) -> np.ndarray:
     return images[:, header.end() :].reshape(-1, height, width, 3)
 
 
+def read_still(path: Path | str, at_s: float, width: int) -> np.ndarray:
+    """One frame [H, W, 3] uint8 RGB, without decoding the whole video.
+
+    Args:
+        at_s: seconds from the beginning.
+        width: pixels, to which a wider one is scaled.
+
+    Raises:
+        VideoError: it cannot be read, or has no frame there.
+    """
+    content = bytearray()
+    _check_regular(path)
+    scaled = ["-vf", f"scale='min({width},iw)':-2:flags=area", "-frames:v", "1", "-pix_fmt", "rgb24", "-c:v", "ppm"]
+    source = [*_INPUT, "-ss", f"{at_s:.3f}", "-i", file_url(path), "-map", "0:v:0"]
+    run_ffmpeg([*source, *scaled, "-f", "image2pipe", "pipe:1"], content.extend)
+    header = _PPM_HEADER.match(content)
+    if header is None:
+        raise VideoError("it has no frame there")
+    width, height = int(header[1]), int(header[2])
+    if len(content) < header.end() + height * width * 3:
+        raise VideoError("its frame is cut")
+    return np.frombuffer(content, np.uint8, height * width * 3, header.end()).reshape(height, width, 3)
+
+
 def read_metadata(path: Path | str) -> dict[str, Any]:
     """The JSON that `write_video` put into the comment tag; empty where there is none that can be used."""
     text = bytearray()
