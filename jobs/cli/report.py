@@ -29,10 +29,10 @@ def report(folder: Path, out: Path | None, as_json: bool) -> int:
       cineray report out/demo
       cineray report /nfs/batch --out /nfs/pages/batch.html --json
     """
-    from cineray.jobs.console.measure import counting
+    from cineray.jobs.console.measure import progress_bar
     from cineray.jobs.report.report import write_report
 
-    written = write_report(folder, out, counting)
+    written = write_report(folder, out, progress_bar)
     tell(*(f"cineray report: {remark}" for remark in written.page.remarks))
     tell(f"{written.path}: {written.page.facts['clips']} clips, {written.num_bytes:,} bytes")
     if as_json:

@@ -16,7 +16,7 @@ from cineray.files import read_shaped
 from cineray.jobs.output.status import FolderStatus, read_status
 from cineray.jobs.report.clips import ClipRow, read_clips
 from cineray.jobs.report.event_log import EventLog, read_events
-from cineray.jobs.report.page import Counting, Page, fill_page, link_to
+from cineray.jobs.report.page import Page, ProgressBar, fill_page, link_to
 from cineray.jobs.report.posters import posters_of
 from cineray.jobs.report.timeline import Bar, Session, sessions_of
 from cineray.text import printable
@@ -45,7 +45,7 @@ class _Run(BaseModel):
     defaults: dict[str, Any] = {}
 
 
-def batch_page(folder: Path, out: Path, counting: Counting) -> Page:
+def batch_page(folder: Path, out: Path, progress_bar: ProgressBar) -> Page:
     """Reads all that the folder says, and fills the page.
 
     Raises:
@@ -60,14 +60,11 @@ def batch_page(folder: Path, out: Path, counting: Counting) -> Page:
         remarks.append("run.json is missing or cannot be read: nothing is known of the last run's options and speed")
     log = read_events(folder / "events.jsonl")
     remarks += _log_remarks(log)
-    with counting("clips", max(1, status.num_done)) as on_clip:
-        clips, num_left_out = read_clips(folder, status, log.events, on_clip)
+    clips, num_left_out = read_clips(folder, status, log.events, progress_bar)
     if num_left_out:
-        remarks.append(
-            f"{num_left_out} videos are not on this page: it shows {len(clips)} clips, in order of their ids"
-        )
-    with counting("stills", max(1, len(clips))) as on_still:
-        posters = posters_of(folder, clips, on_still)
+        videos = "1 video is" if num_left_out == 1 else f"{num_left_out} videos are"
+        remarks.append(f"{videos} not on this page: it shows {len(clips)} clips, in the order of their ids")
+    posters = posters_of(folder, clips, progress_bar)
     denoise_s = {(clip.id, clip.fingerprint): clip.denoise_s for clip in clips if clip.denoise_s is not None}
     sessions = sessions_of(log.events, denoise_s, time.time() if status.driver else None)
     counts = {name: sum(clip.status == name for clip in clips) for name in STATUSES}

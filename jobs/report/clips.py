@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from cineray.jobs.output.folder import is_video
 from cineray.jobs.output.record import read_record
 from cineray.jobs.output.status import FolderStatus
 from cineray.jobs.report.event_log import Event
+from cineray.jobs.report.page import ProgressBar
 from cineray.text import printable
 
 MAX_CLIPS = 20_000  # on one page: 500 bytes each, which a phone still opens
@@ -121,22 +122,22 @@ class ClipRow:
 
 
 def read_clips(
-    folder: Path, status: FolderStatus, events: Sequence[Event], on_clip: Callable[[int, int], None]
+    folder: Path, status: FolderStatus, events: Sequence[Event], progress_bar: ProgressBar
 ) -> tuple[list[ClipRow], int]:
     """(clips in the order of their ids, number of videos that are left out because there are too many).
 
     Args:
         events: of the folder's log: clips that failed in a run without gangs stand there alone.
-        on_clip: told of (clips read, clips).
     """
     names = sorted((name for name in os.listdir(folder) if is_video(folder / name)), key=natural)
-    unfinished = _unfinished(status, events, {name.removesuffix(".mp4") for name in names})
-    shown = names[: max(0, MAX_CLIPS - len(unfinished))]
+    unfinished = _unfinished(status, events, {name.removesuffix(".mp4") for name in names})[:MAX_CLIPS]
+    shown = names[: MAX_CLIPS - len(unfinished)]
     done = []
-    for number, name in enumerate(shown, 1):
-        done.append(_done(folder, name, with_gammas=number <= MAX_WITH_GAMMAS))
-        on_clip(number, len(shown))
-    return sorted([*done, *unfinished[:MAX_CLIPS]], key=lambda clip: natural(clip.id)), len(names) - len(shown)
+    with progress_bar("clips", len(shown)) as on_clip:
+        for number, name in enumerate(shown, 1):
+            done.append(_done(folder, name, with_gammas=number <= MAX_WITH_GAMMAS))
+            on_clip(number)
+    return sorted([*done, *unfinished], key=lambda clip: natural(clip.id)), len(names) - len(shown)
 
 
 def natural(text: str) -> tuple[tuple[int, str], ...]:

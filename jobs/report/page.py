@@ -19,7 +19,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-Counting = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
+ProgressBar = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
 
 _TEMPLATES = Path(__file__).parent / "templates"
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from cineray.jobs.report.clips import ClipRow
+from cineray.jobs.report.page import ProgressBar
 from cineray.pipeline.media.ffmpeg import VideoError
 from cineray.pipeline.media.video import read_still
 
@@ -19,17 +21,16 @@ WIDTH = 192  # pixels, as wide as a card on a phone of two columns
 QUALITY = 55  # of WebP: a 192 x 108 still of a real scene then has 2 to 5 kB
 
 
-def posters_of(folder: Path, clips: Sequence[ClipRow], on_poster: Callable[[int, int], None]) -> dict[str, str]:
-    """Data URIs by the names of videos; without those that cannot be read, or are too many.
-
-    Args:
-        on_poster: told of (stills made, stills to be made).
-    """
+def posters_of(folder: Path, clips: Sequence[ClipRow], progress_bar: ProgressBar) -> dict[str, str]:
+    """Data URIs by the names of videos; without those that cannot be read, or are too many."""
     shown = [clip for clip in clips if clip.video is not None][:MAX_POSTERS]
     found, num_chars = {}, 0
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # each waits for an ffmpeg
-        for number, (clip, poster) in enumerate(zip(shown, pool.map(lambda c: _poster(folder, c), shown), strict=True)):
-            on_poster(number + 1, len(shown))
+    if not shown:
+        return found
+    with progress_bar("stills", len(shown)) as on_still, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        posters = pool.map(partial(_poster, folder), shown)  # each waits for an ffmpeg
+        for number, (clip, poster) in enumerate(zip(shown, posters, strict=True), 1):
+            on_still(number)
             if poster is not None and num_chars + len(poster) <= MAX_POSTER_CHARS:
                 num_chars += len(poster)
                 found[str(clip.video)] = poster

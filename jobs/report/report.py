@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cineray.jobs.out_file import check_out, ended_by_sigterm, replace_text
 from cineray.jobs.report.batch import batch_page
-from cineray.jobs.report.page import Counting, Page
+from cineray.jobs.report.page import Page, ProgressBar
 from cineray.pipeline.request import InputError
 
 PAGE_NAME = "report.html"
@@ -25,12 +25,12 @@ class WrittenPage:
     page: Page
 
 
-def write_report(folder: Path, out: Path | None, counting: Counting) -> WrittenPage:
+def write_report(folder: Path, out: Path | None, progress_bar: ProgressBar) -> WrittenPage:
     """Reads a folder, changes nothing in it, and writes its page in one step.
 
     Args:
         out: beside the videos unless given.
-        counting: shows how far it is.
+        progress_bar: shows how far it is.
 
     Raises:
         InputError: no folder that a page can be made of; or the page cannot be written.
@@ -41,12 +41,12 @@ def write_report(folder: Path, out: Path | None, counting: Counting) -> WrittenP
         raise InputError(f"{_COMMAND}: --out must end with .html, got {out}; give a file, as {PAGE_NAME}")
     check_out(out, _COMMAND)
     with ended_by_sigterm():
-        page = make(folder, out, counting)
+        page = make(folder, out, progress_bar)
         replace_text(out, page.html, _COMMAND)
     return WrittenPage(path=out, num_bytes=out.stat().st_size, page=page)
 
 
-def _maker_for(folder: Path) -> Callable[[Path, Path, Counting], Page]:
+def _maker_for(folder: Path) -> Callable[[Path, Path, ProgressBar], Page]:
     """What makes the page of a folder of this kind. Here another kind is told apart by its own file."""
     try:
         os.listdir(folder)

@@ -15,7 +15,8 @@ from cineray.jobs.report.event_log import Event
 
 GAP_S = 600.0  # without a line and without a clip in the works: twice the default of --hang-timeout
 PROCESS = "process"  # the lane of runs without gangs
-NUM_BINS = 60
+MAX_BINS = 60  # as many columns as a phone shows
+CLIPS_PER_BIN = 3  # fewer bins for fewer clips: a column then says more than that a clip was done
 
 Kind = Literal["rendered", "lost", "preempted", "failed", "running", "down"]
 
@@ -68,10 +69,11 @@ class Session:
 
     @property
     def bins(self) -> tuple[int, ...]:
-        counts = [0] * NUM_BINS
+        num_bins = min(max(len(self.done) // CLIPS_PER_BIN, 1), MAX_BINS)
+        counts = [0] * num_bins
         for time_s in self.done:
-            place = int((time_s - self.begin_s) / self.span_s * NUM_BINS) if self.span_s else 0
-            counts[min(max(place, 0), NUM_BINS - 1)] += 1
+            place = int((time_s - self.begin_s) / self.span_s * num_bins) if self.span_s else 0
+            counts[min(max(place, 0), num_bins - 1)] += 1
         return tuple(counts)
 
 

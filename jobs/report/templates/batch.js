@@ -51,7 +51,7 @@ let playing = false;
 const watcher = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) {
     if (playing && isIntersecting) target.play().catch(() => {});
-    else target.pause();
+    else if (!target.paused) target.pause();  // the call alone would load the video
   }
 }, { threshold: 0.25 });
 
@@ -87,9 +87,9 @@ function card(clip) {
     element("h3", {}, element("bdi", {}, title), element("span", { class: `badge ${clip.status}` }, clip.status)),
     clip.prompt ? element("p", { class: "prompt" }, element("bdi", {}, clip.prompt)) : null);
   if (clip.reasons.length) made.append(element("p", {}, element("bdi", {}, clip.reasons[clip.reasons.length - 1])));
-  for (const remark of clip.remarks) made.append(element("p", { class: "remark" }, element("bdi", {}, remark)));
   if (clip.computed_steps !== null) made.append(element("p", { class: "quiet" }, decided(clip)));
   for (const [branch, steps] of data.decisions[clip.decisions]) made.append(strip(branch, steps));
+  for (const remark of clip.remarks) made.append(element("p", { class: "remark" }, element("bdi", {}, remark)));
   made.append(details(clip));
   return made;
 }
@@ -351,8 +351,8 @@ function drawThroughput() {
   const columns = counts.map((count, place) => drawn("rect",
     { x: place + 0.08, y: 100 - 100 * count / most, width: 0.84, height: 100 * count / most }));
   const total = counts.reduce((sum, count) => sum + count, 0);
-  const told = `${total} clips done in ${seconds(session.span_s)}: ${perHour(total / counts.length)} per hour on the whole, `
-    + `at most ${perHour(most)} within ${seconds(bin_s)}`;
+  const told = `${total} clips done in ${seconds(session.span_s)}, ${perHour(total / counts.length)} per hour; `
+    + `a column is ${seconds(bin_s)}, the highest one ${most} clips`;
   chart.replaceChildren(element("p", {}, element("span", {}, `${told}.`)),
     drawn("svg", { viewBox: `0 0 ${counts.length} 100`, preserveAspectRatio: "none", role: "img", "aria-label": told },
       ...columns, drawn("line", { x1: 0, x2: counts.length, y1: 100, y2: 100, "vector-effect": "non-scaling-stroke" })),
