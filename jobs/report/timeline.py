@@ -16,6 +16,7 @@ from cineray.jobs.report.event_log import Event
 GAP_S = 600.0  # without a line and without a clip in the works: twice the default of --hang-timeout
 PROCESS = "process"  # the lane of runs without gangs
 MAX_BINS = 60  # as many columns as a phone shows
+MIN_BINS = 6
 CLIPS_PER_BIN = 3  # fewer bins for fewer clips: a column then says more than that a clip was done
 
 Kind = Literal["rendered", "lost", "preempted", "failed", "running", "down"]
@@ -69,7 +70,7 @@ class Session:
 
     @property
     def bins(self) -> tuple[int, ...]:
-        num_bins = min(max(len(self.done) // CLIPS_PER_BIN, 1), MAX_BINS)
+        num_bins = min(max(len(self.done) // CLIPS_PER_BIN, MIN_BINS), MAX_BINS)
         counts = [0] * num_bins
         for time_s in self.done:
             place = int((time_s - self.begin_s) / self.span_s * num_bins) if self.span_s else 0
