@@ -11,9 +11,11 @@ import click
 
 from cineray.jobs.cli.batch import status, submit
 from cineray.jobs.cli.clips import load_options, read_requests, run_defaults, takes_long_to_check
+from cineray.jobs.cli.compare import compare
 from cineray.jobs.cli.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED_CLIPS, EXIT_INTERRUPTED, EXIT_LEASED
 from cineray.jobs.cli.measure import bench, calibrate, verify
 from cineray.jobs.cli.options import ClipArguments, FolderPath, clip_options, json_option, run_options
+from cineray.jobs.cli.report import report
 from cineray.jobs.console.terminal import (
     UndeliveredError,
     begin_printing,
@@ -141,7 +143,7 @@ def models(as_json: bool) -> int:
     return EXIT_DONE
 
 
-for command in (status, submit, calibrate, bench, verify):
+for command in (status, report, compare, submit, calibrate, bench, verify):
     cineray.add_command(command)
 
 

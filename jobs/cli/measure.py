@@ -219,7 +219,7 @@ def quality(
       cineray bench quality --manifest clips.jsonl --at 2 --at 3 "fewer-steps(?)" "dicache(threshold=?)" --out b.json
     """
     from cineray.jobs.measure.bench import bench_quality
-    from cineray.jobs.measure.out_file import check_out
+    from cineray.jobs.out_file import check_out
     from cineray.jobs.run import use_threads
     from cineray.pipeline.loading.checkpoint import open_checkpoint
     from cineray.pipeline.loading.model import load_model

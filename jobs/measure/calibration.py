@@ -15,8 +15,8 @@ from cineray.caching.profile import DiCacheProfile, MagCacheProfile, TeaCacheFit
 from cineray.jobs.console.measure import progress_bar
 from cineray.jobs.console.terminal import tell
 from cineray.jobs.measure.bench import measured_on
-from cineray.jobs.measure.out_file import check_out, ended_by_sigterm, replace_text
 from cineray.jobs.measure.trial_log import TrialLog
+from cineray.jobs.out_file import check_out, ended_by_sigterm, replace_text
 from cineray.pipeline.adapters import MODELS, by_transformer
 from cineray.pipeline.calibrate.dicache import CURVE, MIN_STEPS, SPEEDUPS, CurvePoint, StepCostSearch
 from cineray.pipeline.calibrate.smoothcache import measure_layer_errors, smooth_schedule

@@ -366,6 +366,14 @@ def is_video(entry: "os.PathLike[str]") -> bool:
     return bool(_VIDEO.fullmatch(os.path.basename(entry))) and stat.S_ISREG(about.st_mode) and about.st_size > 0
 
 
+def clip_of(video: str) -> tuple[str, str] | None:
+    """(id, fingerprint) of a video, by its file's name; None where it has not the name of one."""
+    if not _VIDEO.fullmatch(video):
+        return None
+    clip_id, fingerprint, _ = video.rsplit(".", 2)
+    return clip_id, fingerprint
+
+
 def refuse_early(path: Path) -> None:
     """Looks whether a folder can be an output folder; makes and writes nothing.
 

@@ -24,15 +24,14 @@ __all__ = ["VideoError", "check_ffmpeg", "count_frames", "read_metadata", "read_
 CRF = 14
 # area and full_chroma_inp: a chroma sample is the mean of its 2 x 2 pixels. Blocks of 16 x 16 random colours come back
 # at 45 dB, with bicubic at 37 dB and in files twice as large. accurate_rnd: within 1 level of exact arithmetic
-_TO_YUV = (
-    "scale=in_range=pc:out_range=tv:out_color_matrix=bt709:flags=area+accurate_rnd+full_chroma_int+full_chroma_inp"
-)
+TO_YUV = "scale=in_range=pc:out_range=tv:out_color_matrix=bt709:flags=area+accurate_rnd+full_chroma_int+full_chroma_inp"
 _YUV_TAGS = ("bt709", "bt709", "bt709", "tv")  # matrix, primaries, transfer, range
 # frames are sRGB: BT.709's primaries, the transfer of IEC 61966-2-1, no matrix, full range
 _RGB_TAGS = ("rgb", "bt709", "iec61966-2-1", "pc")
 # what may be opened as a video; playlists and the like, which name other files, may not
 _INPUT = ("-protocol_whitelist", "file", "-format_whitelist", "mov,mp4,matroska,webm,avi")
 _PPM_HEADER = re.compile(rb"P6\n(\d+) (\d+)\n255\n")
+_FPS = re.compile(r"Stream #0:\d+.*: Video: .*?, (\d+(?:\.\d+)?) fps")
 _METADATA_LINE = re.compile(r"((?:[^\\\n]++|\\.)*+)(?:\n|\Z)", re.DOTALL)
 
 
@@ -106,7 +105,7 @@ def _colour_options(lossless: bool) -> list[str]:
     # frames carry the tags too: newer ffmpegs take the encoder's from them
     frame_matrix = "gbr" if matrix == "rgb" else matrix
     tags = f"setparams=range={value_range}:color_primaries={primaries}:color_trc={transfer}:colorspace={frame_matrix}"
-    filters = tags if lossless else f"{_TO_YUV},format=yuv420p,{tags}"
+    filters = tags if lossless else f"{TO_YUV},format=yuv420p,{tags}"
     options = ("-vf", filters, "-colorspace", matrix, "-color_primaries", primaries)
     return [*options, "-color_trc", transfer, "-color_range", value_range]
 
@@ -167,6 +166,44 @@ def read_video(path: Path | str) -> np.ndarray:
     width, height = int(header[1]), int(header[2])
     images = np.frombuffer(content, np.uint8).reshape(-1, header.end() + height * width * 3)
     return images[:, header.end() :].reshape(-1, height, width, 3)
+
+
+def read_still(path: Path | str, at_s: float, width: int) -> np.ndarray:
+    """One frame [H, W, 3] uint8 RGB, without decoding the whole video.
+
+    Args:
+        at_s: seconds from the beginning.
+        width: pixels, to which a wider one is scaled.
+
+    Raises:
+        VideoError: it cannot be read, or has no frame there.
+    """
+    content = bytearray()
+    _check_regular(path)
+    scaled = ["-vf", f"scale='min({width},iw)':-2:flags=area", "-frames:v", "1", "-pix_fmt", "rgb24", "-c:v", "ppm"]
+    source = [*_INPUT, "-ss", f"{at_s:.3f}", "-i", file_url(path), "-map", "0:v:0"]
+    run_ffmpeg([*source, *scaled, "-f", "image2pipe", "pipe:1"], content.extend)
+    header = _PPM_HEADER.match(content)
+    if header is None:
+        raise VideoError("it has no frame there")
+    width, height = int(header[1]), int(header[2])
+    if len(content) < header.end() + height * width * 3:
+        raise VideoError("its frame is cut")
+    return np.frombuffer(content, np.uint8, height * width * 3, header.end()).reshape(height, width, 3)
+
+
+def read_fps(path: Path | str) -> float:
+    """Frames per second, as the file says.
+
+    Raises:
+        VideoError: it cannot be read, or says nothing.
+    """
+    _check_regular(path)
+    said = run_ffmpeg(["-v", "info", *_INPUT, "-i", file_url(path), "-map", "0:v:0", "-t", "0", "-f", "null", "-"])
+    found = _FPS.search(said)
+    if found is None or not float(found[1]) > 0:
+        raise VideoError("it has no frame rate")
+    return float(found[1])
 
 
 def read_metadata(path: Path | str) -> dict[str, Any]:

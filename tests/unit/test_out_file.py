@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from test_bench_command import clips, run  # noqa: F401  # fixtures
 
-from cineray.jobs.measure import out_file
+from cineray.jobs import out_file
 from cineray.jobs.measure.bench import BenchRow, _BenchFile, measured_on
-from cineray.jobs.measure.out_file import check_out, ended_by_sigterm, locked, replace_text
+from cineray.jobs.out_file import check_out, ended_by_sigterm, locked, replace_text
 from cineray.pipeline.request import InputError
 
 BAD = {

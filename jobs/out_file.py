@@ -1,4 +1,4 @@
-"""The file that a measurement leaves: known to be writable before hours of measuring, and replaced in one step."""
+"""A file that a command leaves: known to be writable before hours of measuring, and replaced in one step."""
 
 import errno
 import fcntl
@@ -49,24 +49,34 @@ def check_out(out: Path, command: str) -> None:
             probe.unlink()
 
 
-def replace_text(out: Path, text: str, command: str) -> None:
-    """Writes the file in one step.
+@contextmanager
+def replacing(out: Path, command: str) -> Iterator[Path]:
+    """A path beside the file to write to; on leaving, what stands there becomes the file in one step.
 
     Raises:
         InputError: it cannot be written.
     """
     temporary = _beside(out)
     try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, out)
     except OSError as error:
         raise InputError(f"{command}: {out} cannot be written: {error.strerror}") from None
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def replace_text(out: Path, text: str, command: str) -> None:
+    """Writes the file in one step.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    with replacing(out, command) as temporary, temporary.open("x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager

@@ -1,0 +1,36 @@
+"""The page's script, run by Chromium where one is installed: what it draws, and what hostile text cannot do."""
+
+import shutil
+import subprocess
+
+import pytest
+from report_pages import HOSTILE, Page, render_batch
+
+from cineray.jobs.cli.main import _run
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_the_gallery_is_drawn_and_hostile_text_stays_text(checkpoint_folder, tmp_path):
+    out = tmp_path / "50% #1?" / "out"
+    out.parent.mkdir()
+    render_batch(checkpoint_folder("wan"), out)
+    assert _run(["report", str(out), "--out", str(tmp_path / "page.html")]) == 0
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    told = ["--enable-logging=stderr", "--virtual-time-budget=3000", "--dump-dom", (tmp_path / "page.html").as_uri()]
+    run = subprocess.run([*command, *told], capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in run.stderr  # an error of the script, or what the page's own policy refused
+    page = Page()
+    page.feed(run.stdout)
+    assert [a["class"] for a in page.of("li") if "class" in a][:3] == ["card"] * 3
+    videos = page.of("video")
+    assert [(a["preload"], a["poster"][:16]) for a in videos] == [("none", "data:image/webp;")] * 2
+    assert videos[0]["src"].startswith("./50%25%20%231%3F/out/clip-9.")
+    assert page.text_in("bdi").count(HOSTILE) == 1
+    assert page.of("img") == []
+    assert len(page.of("script")) == 2
+    assert next(a["aria-label"] for a in page.of("svg") if a.get("class") == "strip").startswith("branch cond: ")
+    assert "of 3 clips" in page.text
+    assert "clips done in" in page.text
+    assert [text for name, text in page.texts if name == "option" and "UTC" in text]
