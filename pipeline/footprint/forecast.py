@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from cineray.caching.plan import CachePlan
+from cineray.caching.plan import CachePlan, LayerPlan, SeriesPlan
 from cineray.distributed.layout import Layout, check_layout
 from cineray.pipeline.adapters import MODELS
 from cineray.pipeline.caches.memory import forecast_cache_bytes
 from cineray.pipeline.footprint.exchanges import step_exchanges
 from cineray.pipeline.footprint.laws import laws_of
+from cineray.pipeline.footprint.layer_caches import layer_cache_bytes
 from cineray.pipeline.footprint.operations import forward_flop
 from cineray.pipeline.footprint.published import published_checkpoint
 from cineray.pipeline.loading.checkpoint import Checkpoint
@@ -27,6 +28,7 @@ Decode = Literal["auto", "finisher", "tiled", "gang"]
 # context and NCCL's buffers (fixed). An estimate that no GPU has confirmed yet; scripts/bench_gpu.py can.
 SAFETY_FACTOR = 1.08
 FIXED_BYTES = 1_500_000_000
+_HOW = {"finisher": "whole", "tiled": "tiled", "gang": "rows"}  # way to decode -> the law's name for it
 _ELEMENT_BYTES = 2  # bfloat16, what CUDA loads by default
 
 
@@ -35,11 +37,11 @@ class MemoryByPart:
     """Bytes on the GPU that has most to hold: the one with the gang's first rank and a finisher.
 
     Args:
-        weights: of the transformer, and of what else a rank holds (an image-to-video rank its image encoder and VAE).
+        weights: of all that a rank loads: the transformer, the VAE, and for image-to-video the image encoder.
         activations: the largest transient on a rank beside weights and cache: of a step, or of the encoding of a first
             frame.
         cache: tensors that the cache holds on a rank.
-        vae: weights and the decode's transient, latents and video included.
+        vae: the decode's transient, latents and video included; a finisher's VAE itself as well.
         text_encoder: weights and the transient of encoding one prompt.
         total: what the card must have. A finisher decodes one clip while the ranks are at the next, so its parts come
             on top: (weights + activations + cache + vae + text_encoder) x SAFETY_FACTOR + FIXED_BYTES. Where the gang
@@ -115,15 +117,24 @@ def forecast(
     here = -(-num_tokens // layout.sequence_ranks)
     # every rank of one branch holds that branch's history alone
     held = forecast_cache_bytes(checkpoint, request, _ELEMENT_BYTES, layout.sequence_ranks)
-    if held is None:
-        held = laws.layer_cache_bytes(cache, here)
-    held //= cfg
-    step = laws.step_bytes(here, num_tokens, is_cached=plan is not None)
+    config = checkpoint.configs.transformer
+    num_calls = len(MODELS[config["_class_name"]].branches) // cfg
+    if isinstance(plan, LayerPlan | SeriesPlan):
+        held = layer_cache_bytes(plan, config, here, num_calls)
+    else:
+        held = (held or 0) // cfg
+    step = laws.step_bytes(here, num_tokens, layout, is_cached=plan is not None)
     activations = max(step, laws.image_encode_bytes(width, height, frames) - held)
-    how = "finisher" if decode == "auto" else decode
-    vae = laws.decode_bytes(width, height, frames, how, layout.ranks_per_gang)
+    how, num_ranks = _HOW["finisher" if decode == "auto" else decode], layout.ranks_per_gang
+    if how == "rows" and num_ranks == 1:
+        how = "whole"
+    vae = laws.decode_bytes(width, height, frames, how, num_ranks)
     rank = activations + held
-    beside = max(rank, vae) if how == "gang" else rank + vae
+    if decode == "gang":
+        beside = max(rank, vae)
+    else:
+        vae += laws.vae_weights
+        beside = rank + vae
     total = round((laws.rank_weights + beside + laws.text_encoder_bytes) * SAFETY_FACTOR) + FIXED_BYTES
     memory = MemoryByPart(
         weights=laws.rank_weights,
@@ -133,16 +144,14 @@ def forecast(
         text_encoder=laws.text_encoder_bytes,
         total=total,
     )
-    num_calls = len(MODELS[checkpoint.configs.transformer["_class_name"]].branches) // cfg
-    config = checkpoint.configs.transformer
     forward = forward_flop(config, here=here, everywhere=num_tokens, sequence_ranks=layout.sequence_ranks)
     depth = plan.probe_depth if isinstance(plan, CachePlan) else None
     exchanged = step_exchanges(checkpoint, layout, num_tokens, width, height, frames)
     work = Work(
         computed_step_flop=num_calls * forward.total,
         skipped_step_flop=num_calls * (forward.total if depth is None else forward.skipped(depth)),
-        decode_flop=laws.decode_flop(width, height, frames, how, layout.ranks_per_gang),
-        text_flop=laws.text_flop,
+        decode_flop=laws.decode_flop(width, height, frames, how, num_ranks),
+        text_flop=laws.text_flop * len(MODELS[config["_class_name"]].branches),
         exchanged_bytes_per_computed_step=exchanged.sent_bytes,
         num_exchanges_per_computed_step=exchanged.num_exchanges,
     )
