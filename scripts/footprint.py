@@ -6,16 +6,13 @@
     python scripts/footprint.py --only "hunyuan-video decode"
     python scripts/footprint.py --markdown       # the tables of docs/real_size.md, from what is there
 
-Each row is a run of a few seconds, in a process of its own.
+Each row is a run of a few seconds.
 """
 
 import argparse
 import json
-import os
-import subprocess
-import sys
+from dataclasses import fields
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from rich.progress import track
@@ -30,11 +27,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--again", action="store_true", help="every row anew")
     parser.add_argument("--only", default="", help="rows whose key holds this text")
     parser.add_argument("--markdown", action="store_true", help="print the tables of the document, run nothing")
-    parser.add_argument("--row", help=argparse.SUPPRESS)  # what the processes are started with
     arguments = parser.parse_args(argv)
-    if arguments.row is not None:
-        print(json.dumps(run(Case(**json.loads(arguments.row)))))
-    elif arguments.markdown:
+    if arguments.markdown:
         print(markdown())
     else:
         make(arguments.only, arguments.again)
@@ -47,28 +41,19 @@ def make(only: str, again: bool) -> None:
     wanted = list(cases())
     todo = [case for case in wanted if only in case.key and (again or case.key not in rows)]
     for case in track(todo, description="runs on fake tensors"):
-        rows[case.key] = run_apart(case)
+        rows[case.key] = run(case)
         kept = [rows[case.key] for case in wanted if case.key in rows]
         save({"about": ABOUT, "versions": {n: version(n) for n in LIBRARIES}, "rows": kept})
     print(f"{TABLE}: {len(todo)} rows made, {sum(case.key in rows for case in wanted)} of {len(wanted)} there")
 
 
 ABOUT = "bytes and operations on fake tensors, no GPU was used; made by scripts/footprint.py"
+FIELDS = tuple(field.name for field in fields(Case))
 LIBRARIES = ("torch", "diffusers", "transformers")
 
 
 def key_of(row: dict[str, Any]) -> str:
-    return Case(**{name: row[name] for name in Case.__slots__}).key
-
-
-def run_apart(case: Case) -> dict[str, Any]:
-    """The row of a case, from a process of its own."""
-    command = [sys.executable, __file__, "--row", json.dumps({n: getattr(case, n) for n in Case.__slots__})]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise SystemExit(f"{case.key}: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return Case(**{name: row[name] for name in FIELDS}).key
 
 
 def save(content: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,10 @@ class Exchange:
         name: of the operation.
         ranks: of the world, that take part.
         sent_bytes: from this rank to others; an all-gather counts as a send to each of them.
-        num_bytes: of the tensors that this rank hands over.
+        num_bytes: of the tensors that this rank hands over or, for a receive, gets.
         dtype: of those tensors.
-        peer: the rank of the group that is sent to or received from; None for a collective.
+        peer: the rank of the world that is sent to or received from; None for a collective.
+        sent, received: bytes for and from each rank of the group; of an all-to-all alone.
     """
 
     name: str
@@ -29,11 +31,17 @@ class Exchange:
     num_bytes: int
     dtype: str
     peer: int | None = None
+    sent: tuple[int, ...] = ()
+    received: tuple[int, ...] = ()
 
-    @property
-    def as_seen_by_all(self) -> tuple[Any, ...]:
-        """What must be equal on every rank that takes part in a collective. Shards differ in size, so bytes are not."""
-        return (self.name, self.ranks, self.dtype)
+
+# operation -> how often its tensors leave a rank of n
+_SHARE = {
+    "allreduce_": lambda n: 2 * (n - 1) / n,
+    "allgather_": lambda n: n - 1,
+    "broadcast_": lambda n: 1 / n,  # the first rank sends it once, on average
+    "send": lambda n: 1,
+}
 
 
 def read_exchange(name: str, args: Any) -> Exchange | None:
@@ -42,30 +50,65 @@ def read_exchange(name: str, args: Any) -> Exchange | None:
     if group is None:
         return None
     process_group = dist.ProcessGroup.unbox(group)
-    ranks = tuple(dist.get_process_group_ranks(process_group))
-    num_ranks = len(ranks)
-    own = [t for t in tree_flatten(args[1] if name.startswith(("allgather", "alltoall")) else args[0])[0]]
-    tensors = [t for t in own if isinstance(t, torch.Tensor)]
+    ranks, here = tuple(dist.get_process_group_ranks(process_group)), process_group.rank()
+    given = args[1] if name.startswith(("allgather", "alltoall")) else args[0]
+    tensors = [t for t in tree_flatten(given)[0] if isinstance(t, torch.Tensor)]
     num_bytes = sum(t.numel() * t.element_size() for t in tensors)
-    share = {
-        "allreduce_": 2 * (num_ranks - 1) / num_ranks,
-        "allgather_": num_ranks - 1,
-        "_allgather_base_": num_ranks - 1,
-        "alltoall_base_": (num_ranks - 1) / num_ranks,
-        "broadcast_": (num_ranks - 1) / num_ranks,
-        "send": 1,
-    }.get(name, 0)
-    sent = share * num_bytes
-    if name == "alltoall_base_":
-        sent = _sent_of_all_to_all(args, num_bytes, process_group.rank(), num_ranks)
-    peer = next((a for a in args if isinstance(a, int)), None) if name in ("send", "recv_") else None
     dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
-    return Exchange(name=name, ranks=ranks, sent_bytes=sent, num_bytes=num_bytes, dtype=dtype, peer=peer)
+    if name == "alltoall_base_":
+        received, sent = (
+            _shares(tensor, splits, len(ranks)) for tensor, splits in zip(args[:2], args[3:5], strict=True)
+        )
+        return Exchange(name, ranks, num_bytes - sent[here], num_bytes, dtype, sent=sent, received=received)
+    peer = ranks[args[2]] if name in ("send", "recv_") else None
+    share = _SHARE[name](len(ranks)) if name in _SHARE else 0
+    return Exchange(name, ranks, share * num_bytes, num_bytes, dtype, peer)
 
 
-def _sent_of_all_to_all(args: Any, num_bytes: int, rank: int, num_ranks: int) -> float:
-    """All but what a rank sends itself."""
-    splits = [a for a in args if isinstance(a, list | tuple) and all(isinstance(n, int) for n in a)]
-    sent = splits[1] if len(splits) > 1 else []
-    kept = sent[rank] / sum(sent) if sent and sum(sent) else 1 / num_ranks
-    return num_bytes * (1 - kept)
+def _shares(tensor: torch.Tensor, splits: Sequence[int], num_ranks: int) -> tuple[int, ...]:
+    """Bytes of an all-to-all's tensor by rank."""
+    row = tensor.element_size() * tensor[:1].numel()
+    return tuple(row * n for n in (splits or [tensor.shape[0] // num_ranks] * num_ranks))
+
+
+def disagreement(logs: Sequence[Sequence[Exchange]]) -> str | None:
+    """Where ranks would wait for each other for ever, or mix up what they get; None if they agree.
+
+    Args:
+        logs: what each rank of the world did, by rank.
+    """
+    for group in dict.fromkeys(e.ranks for log in logs for e in log):
+        calls = [[e for e in logs[rank] if e.ranks == group and e.peer is None] for rank in group]
+        longest = max(calls, key=len)
+        for number in range(len(longest)):
+            now = [log[number] if number < len(log) else None for log in calls]
+            problem = _problem(now)
+            if problem is not None:
+                return f"exchange {number} of ranks {group}: {problem}"
+    return _unpaired(logs)
+
+
+def _problem(now: Sequence[Exchange | None]) -> str | None:
+    """What is wrong with one collective, as its ranks call it."""
+    names = [e and f"{e.name} of {e.dtype}" for e in now]
+    if len(set(names)) > 1:
+        return f"ranks call {names}"
+    calls = [e for e in now if e is not None]
+    if calls[0].name == "alltoall_base_":
+        for i, sender in enumerate(calls):
+            for j, receiver in enumerate(calls):
+                if sender.sent[j] != receiver.received[i]:
+                    return f"{i} sends {sender.sent[j]} bytes to {j}, which expects {receiver.received[i]}"
+    elif len({e.num_bytes for e in calls}) > 1:
+        return f"{calls[0].name} of {[e.num_bytes for e in calls]} bytes"
+    return None
+
+
+def _unpaired(logs: Sequence[Sequence[Exchange]]) -> str | None:
+    for a in range(len(logs)):
+        for b in range(len(logs)):
+            sent = [e.num_bytes for e in logs[a] if e.name == "send" and e.peer == b]
+            received = [e.num_bytes for e in logs[b] if e.name == "recv_" and e.peer == a]
+            if sent != received:
+                return f"rank {a} sends {len(sent)} times to {b}, which receives {len(received)} times, or other sizes"
+    return None

@@ -26,19 +26,27 @@ class Exchanges:
 
 
 def step_exchanges(
-    checkpoint: Checkpoint, layout: Layout, num_tokens: int, width: int, height: int, frames: int
+    checkpoint: Checkpoint,
+    layout: Layout,
+    num_tokens: int,
+    width: int,
+    height: int,
+    frames: int,
+    num_blocks: int | None = None,
 ) -> Exchanges:
     """Of the fullest rank.
 
     Args:
         num_tokens: image tokens of the clip.
         width, height, frames: pixels and frames of the clip.
+        num_blocks: that run; None for all.
     """
     config = checkpoint.configs.transformer
     model = MODELS[config["_class_name"]]
     ring, ulysses, ranks = layout.ring, layout.ulysses, layout.sequence_ranks
     channels = config["num_attention_heads"] * config["attention_head_dim"]
-    num_blocks = sum(config[name] for name in model.layout.counts)
+    if num_blocks is None:
+        num_blocks = sum(config[name] for name in model.layout.counts)
     text = HUNYUAN_TEXT_TOKENS if model.family == "hunyuan-video" else 0  # in joint attention
     here = -(-num_tokens // ranks)
     group = min(num_tokens, here * ulysses)  # image tokens of a ulysses group

@@ -7,7 +7,6 @@ pretended, and the choice of an attention kernel.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -28,14 +27,9 @@ _CAPABILITY = (9, 0)  # an H100's
 
 @dataclass(frozen=True, slots=True)
 class FakeGPU:
-    """What happens on the GPU that is not there.
+    """The GPU that is not there, and what happens on it."""
 
-    Args:
-        attention_calls: how often scaled_dot_product_attention ran with a mask (True) and without (False).
-    """
-
-    ledger: Ledger
-    attention_calls: Counter[bool] = field(default_factory=Counter)
+    ledger: Ledger = field(default_factory=Ledger)
 
 
 @contextmanager
@@ -46,15 +40,17 @@ def fake_gpu() -> Iterator[FakeGPU]:
         RuntimeError: this PyTorch cannot do it, or torch.distributed is up.
     """
     if dist.is_initialized():
-        raise RuntimeError("a fake GPU makes process groups of its own; torch.distributed is up in this process already")
-    gpu = FakeGPU(ledger=Ledger())
+        raise RuntimeError(
+            "a fake GPU makes process groups of its own; torch.distributed is up in this process already"
+        )
+    gpu = FakeGPU()
     with ExitStack() as undo:
         undo.enter_context(cuda_guard_that_does_nothing())
         undo.callback(lambda: dist.is_initialized() and dist.destroy_process_group())
         undo.enter_context(_replaced(torch.cuda, "set_device", lambda *_: None))
         undo.enter_context(_replaced(torch.cuda, "current_device", lambda: GPU.index))
         undo.enter_context(_replaced(torch.cuda, "get_device_capability", lambda *_: _CAPABILITY))
-        undo.enter_context(_replaced(functional, "scaled_dot_product_attention", _Attention(gpu)))
+        undo.enter_context(_replaced(functional, "scaled_dot_product_attention", _Attention()))
         undo.enter_context(_replaced(FakeTensor, "tolist", lambda tensor: gpu.ledger.read(tensor)))
         undo.enter_context(_replaced(FakeTensor, "numpy", _no_pixels))
         undo.enter_context(_replaced(FakeTensor, "__deepcopy__", _deep_copy))
@@ -108,8 +104,7 @@ class _Attention:
     (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
     """
 
-    def __init__(self, gpu: FakeGPU) -> None:
-        self._gpu = gpu
+    def __init__(self) -> None:
         self._real = functional.scaled_dot_product_attention
 
     def __call__(
@@ -125,7 +120,6 @@ class _Attention:
     ) -> torch.Tensor:
         if query.device.type != "cuda":
             return self._real(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        self._gpu.attention_calls[attn_mask is not None] += 1
         if enable_gqa and key.shape[1] != query.shape[1]:
             key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
         is_half = query.dtype in (torch.bfloat16, torch.float16)

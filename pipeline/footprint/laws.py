@@ -2,7 +2,8 @@
 
 Every kind of transient is a sum of tensors that are linear in few quantities: the tokens here and the tokens everywhere
 for a step, pixels and frames for a decode (and the square of the pixels, where a VAE attends over a frame with a mask).
-So a law is a least-squares fit of those, per phase, and the largest phase counts. Rows that are held out tell the error.
+So a law is a least-squares fit of those, per phase, and the largest phase counts. Rows that are held out tell how far
+off it is.
 """
 
 from __future__ import annotations

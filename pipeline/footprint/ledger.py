@@ -13,6 +13,8 @@ from torch.utils.flop_counter import flop_registry
 from cineray.pipeline.footprint.exchange_log import Exchange, read_exchange
 from cineray.pipeline.footprint.small_values import SmallValues
 
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention.default
+_EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention.default
 _BLOCK = 512  # bytes; CUDA's allocator rounds up to it (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)
 
 
@@ -25,6 +27,7 @@ class Ledger(TorchDispatchMode):
         peak_at: the operation that reached it, and the shapes that it was given.
         flop: multiplications and additions of matrix products and convolutions since `begin`.
         num_host_reads: times that code waited for a number of the GPU, since `begin`.
+        num_masked, num_unmasked: calls of an attention kernel with a mask, and without, since `begin`.
         exchanges: with other ranks, in order, since `begin`.
     """
 
@@ -42,6 +45,8 @@ class Ledger(TorchDispatchMode):
         self.flop = 0
         self.num_operations = 0
         self.num_host_reads = 0
+        self.num_masked = 0
+        self.num_unmasked = 0
         self.exchanges: list[Exchange] = []
 
     def begin_peak(self) -> None:
@@ -58,6 +63,11 @@ class Ledger(TorchDispatchMode):
         out = func(*args, **kwargs)
         if func._overloadpacket in flop_registry:
             self.flop += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        if func is _FLASH:
+            self.num_unmasked += 1
+        elif func is _EFFICIENT:
+            is_masked = args[3] is not None
+            self.num_masked, self.num_unmasked = self.num_masked + is_masked, self.num_unmasked + (not is_masked)
         self._values.follow(func, args, kwargs, out)
         self._account(func, args, out)
         return out
@@ -97,4 +107,3 @@ class Ledger(TorchDispatchMode):
 
     def _remove(self, key: int) -> None:
         self.live_bytes -= self._sizes.pop(key, 0)
-

@@ -44,6 +44,11 @@ class StepTaken:
     exchanges: tuple[Exchange, ...]
 
     @property
+    def num_exchanges(self) -> int:
+        """Collectives, and batches of a send and a receive."""
+        return sum(exchange.name != "recv_" for exchange in self.exchanges)
+
+    @property
     def sent_bytes(self) -> float:
         return sum(exchange.sent_bytes for exchange in self.exchanges)
 
@@ -60,7 +65,7 @@ class DenoiseTaken:
         prepare_bytes: the transient of drawing noise and, for image-to-video, encoding the first frame.
         prepare_flop: its operations.
         steps: in order.
-        num_masked, num_unmasked: calls of scaled_dot_product_attention with a mask, and without.
+        num_masked, num_unmasked: calls of an attention kernel with a mask, and without.
         peak_at: the operation at the peak of the blocks.
     """
 
@@ -111,9 +116,7 @@ class Taken:
         return max(self.phase_bytes.values())
 
 
-def denoise_on(
-    gpu: FakeGPU, model: LoadedModel, request: ClipRequest, layout: Layout, rank: int = 0
-) -> DenoiseTaken:
+def denoise_on(gpu: FakeGPU, model: LoadedModel, request: ClipRequest, layout: Layout, rank: int = 0) -> DenoiseTaken:
     """Denoises a clip as `render_clip_on_gang` does, as one rank of a gang; call it within `fake_gpu`.
 
     Args:
@@ -130,7 +133,6 @@ def denoise_on(
     prepare_bytes, prepare_flop = ledger.peak_bytes - weights, ledger.flop
     taken: list[tuple[int, int, tuple[Exchange, ...]]] = []
     ledger.begin()
-    gpu.attention_calls.clear()
 
     def on_step(step: int, num_steps: int) -> None:
         taken.append((ledger.flop, ledger.num_host_reads, tuple(ledger.exchanges)))
@@ -151,8 +153,8 @@ def denoise_on(
             StepTaken(is_computed=step not in skipping, flop=flop, num_host_reads=reads, exchanges=exchanges)
             for step, (flop, reads, exchanges) in enumerate(taken)
         ),
-        num_masked=gpu.attention_calls[True],
-        num_unmasked=gpu.attention_calls[False],
+        num_masked=ledger.num_masked,
+        num_unmasked=ledger.num_unmasked,
         peak_at=phases.peaks["blocks"][1],
     )
 
@@ -279,7 +281,7 @@ class _Phases:
     """
 
     def __init__(self, ledger: Ledger, begins: list[tuple[nn.Module, bool, str]], first: str) -> None:
-        self.peaks = {name: (0, "") for name in (first, *(name for _, _, name in begins))}
+        self.peaks: dict[str, tuple[int, str]] = {}
         self._ledger = ledger
         self._phase = first
         self._hooks = [
@@ -291,7 +293,7 @@ class _Phases:
 
     def enter(self, phase: str) -> None:
         reached = (self._ledger.peak_bytes, self._ledger.peak_at)
-        self.peaks[self._phase] = max(self.peaks[self._phase], reached)
+        self.peaks[self._phase] = max(self.peaks.get(self._phase, reached), reached)
         self._phase = phase
         self._ledger.begin_peak()
 

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_MAX_ELEMENTS = 65_536  # a clip's trace as text, which halves of a gang exchange, has a few thousand
+_MAX_NUMBERS = 4096  # the longest schedule has 1,000 timesteps
+_MAX_CHARACTERS = 2**20  # a clip's trace as text, which the halves of a gang exchange, has 130 a step
 _UNKNOWN = 1
 
 
@@ -36,18 +37,21 @@ class SmallValues:
             out: what `func` returned.
         """
         made = [t for t in tree_iter(out) if isinstance(t, FakeTensor)]
-        if not made or all(t.numel() > _MAX_ELEMENTS for t in made):
+        if not made or not any(map(_is_small, made)):
             return
         given = [t for t in tree_iter((args, kwargs)) if isinstance(t, FakeTensor)]
         with _disable_current_modes(), unset_fake_temporarily():
             if func._schema.name.startswith(("aten::empty", "aten::new_empty")):
                 values = [torch.zeros(tuple(t.shape), dtype=t.dtype) for t in made]  # not whatever lies in memory
             elif all(t in self._twins for t in given):
-                values = [t for t in tree_iter(self._run(func, args, kwargs)) if isinstance(t, torch.Tensor)]
+                try:
+                    values = [t for t in tree_iter(self._run(func, args, kwargs)) if isinstance(t, torch.Tensor)]
+                except NotImplementedError:  # a kernel that CPUs do not have
+                    values = self._unknown(func, args, made)
             else:
                 values = self._unknown(func, args, made)
         for tensor, value in zip(made, values, strict=False):
-            if tensor.shape == value.shape and tensor.numel() <= _MAX_ELEMENTS:
+            if tensor.shape == value.shape and _is_small(tensor):
                 self._twins[tensor] = value
 
     def deliver(self, name: str, args: Any, num_ranks: int) -> None:
@@ -84,5 +88,8 @@ class SmallValues:
         """What comes of values that are not known: 1, in place where `func` works in place."""
         if func._schema.is_mutable and args and isinstance(args[0], FakeTensor) and args[0] in self._twins:
             return [self._twins[args[0]].fill_(_UNKNOWN)]
-        small = [t if t.numel() <= _MAX_ELEMENTS else t[:0] for t in made]
-        return [torch.full(tuple(t.shape), _UNKNOWN, dtype=t.dtype) for t in small]
+        return [torch.full(tuple(t.shape) if _is_small(t) else (0,), _UNKNOWN, dtype=t.dtype) for t in made]
+
+
+def _is_small(tensor: torch.Tensor) -> bool:
+    return tensor.numel() <= (_MAX_NUMBERS if tensor.is_floating_point() else _MAX_CHARACTERS)

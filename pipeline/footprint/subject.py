@@ -44,6 +44,8 @@ def _part(found: Published, name: str, kind: str, num_layers: int | None) -> Any
     import diffusers
     import transformers
 
+    if name == "image_processor":
+        return getattr(transformers, kind)()  # its defaults are CLIP's
     if name == "scheduler":
         return getattr(diffusers, kind).from_config(dict(found.files["scheduler/scheduler_config.json"]))
     config = dict(found.config(name))
@@ -75,16 +77,15 @@ def on_gpu(module: nn.Module, dtype: torch.dtype, keep_float32: tuple[str, ...] 
     Args:
         keep_float32: names of modules and parameters that stay in float32.
     """
+    made: dict[int, nn.Parameter] = {}  # tied weights stay one tensor
     for owner_name, owner in module.named_modules():
-        for name, parameter in list(owner._parameters.items()):
-            if parameter is None:
-                continue
-            is_kept = bool({*owner_name.split("."), name} & set(keep_float32))
-            kept = torch.float32 if is_kept else dtype
-            given = torch.empty(
-                parameter.shape, dtype=kept if parameter.is_floating_point() else parameter.dtype, device=GPU
-            )
-            owner._parameters[name] = nn.Parameter(given, requires_grad=False)
+        for name, own in list(owner._parameters.items()):
+            if own is not None and id(own) not in made:
+                is_kept = bool({*owner_name.split("."), name} & set(keep_float32))
+                kind = (torch.float32 if is_kept else dtype) if own.is_floating_point() else own.dtype
+                made[id(own)] = nn.Parameter(torch.empty(own.shape, dtype=kind, device=GPU), requires_grad=False)
+            if own is not None:
+                owner._parameters[name] = made[id(own)]
         for name, buffer in list(owner._buffers.items()):
             if buffer is not None:
                 owner._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=GPU)
