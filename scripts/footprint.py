@@ -35,16 +35,22 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make(only: str, again: bool) -> None:
-    """Adds the rows that are missing; the file is whole after each."""
-    content = json.loads(TABLE.read_text()) if TABLE.is_file() else {"rows": []}
-    rows: dict[str, Any] = {key_of(row): row for row in content["rows"]}
+    """Adds the rows that are missing; the file is whole after each, and another such process may run."""
     wanted = list(cases())
-    todo = [case for case in wanted if only in case.key and (again or case.key not in rows)]
+    there = rows_there()
+    todo = [case for case in wanted if only in case.key and (again or case.key not in there)]
     for case in track(todo, description="runs on fake tensors"):
-        rows[case.key] = run(case)
+        row = run(case)
+        rows = rows_there() | {case.key: row}
         kept = [rows[case.key] for case in wanted if case.key in rows]
         save({"about": ABOUT, "versions": {n: version(n) for n in LIBRARIES}, "rows": kept})
-    print(f"{TABLE}: {len(todo)} rows made, {sum(case.key in rows for case in wanted)} of {len(wanted)} there")
+    print(f"{TABLE}: {len(todo)} rows made, {sum(case.key in rows_there() for case in wanted)} of {len(wanted)} there")
+
+
+def rows_there() -> dict[str, Any]:
+    """The table's rows by key."""
+    content = json.loads(TABLE.read_text()) if TABLE.is_file() else {"rows": []}
+    return {key_of(row): row for row in content["rows"]}
 
 
 ABOUT = "bytes and operations on fake tensors, no GPU was used; made by scripts/footprint.py"

@@ -68,7 +68,7 @@ def request_of(case: Case, image: str | None = None) -> ClipRequest:
 
 def run(case: Case, num_layers: int | None = NUM_LAYERS) -> dict[str, Any]:
     """Runs a case on a fake GPU; gives a row of the table."""
-    row = {name: value for name, value in asdict(case).items()}
+    row = asdict(case)
     with fake_gpu() as gpu, tempfile.TemporaryDirectory() as folder:
         if case.part in ("decode", "tiled"):
             model = load_fake(case.model, ("vae",))
@@ -162,6 +162,17 @@ def _denoise_cases(model: str) -> Iterator[Case]:
                     layout=layout,
                     cache=cache,
                 )
+        for layout in ("ring4", "ring2xulysses2"):
+            width, height, frames = _SMALL
+            yield Case(
+                model=model,
+                part="denoise",
+                width=width,
+                height=height,
+                frames=frames,
+                layout=layout,
+                cache=cache,
+            )
         for layout, (width, height, frames) in (
             ("1", (960, 544, 61)),
             ("ulysses4", (960, 544, 129)),

@@ -1,8 +1,8 @@
 """Lets a build of PyTorch without CUDA, or a machine without a GPU, index fake tensors that say they are on `cuda:0`.
 
-Before an operation PyTorch asks the tensor's device type for a guard, which makes its device the current one. A build for
-CPUs has none for CUDA and raises. The guard of the `meta` device does nothing at all, and PyTorch keeps all guards in one
-table that its library exports, so that one is lent to CUDA for a while: no compiler, nothing left behind.
+Before an operation PyTorch asks the tensor's device type for a guard, which makes its device the current one. A build
+for CPUs has none for CUDA and raises. The guard of the `meta` device does nothing at all, and PyTorch keeps all guards
+in one table that its library exports, so that one is lent to CUDA for a while: no compiler, nothing left behind.
 """
 
 from __future__ import annotations

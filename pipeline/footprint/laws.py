@@ -147,11 +147,16 @@ def _with_how(row: Row) -> Row:
 
 def _kind(layout: Layout) -> str:
     """Layouts that run the same code."""
-    return "ring" if layout.ring > 1 else "ulysses" if layout.ulysses > 1 else "alone"
+    return f"{'ring' if layout.ring > 1 else ''}{'ulysses' if layout.ulysses > 1 else ''}"
 
 
 def _step_features(here: int, everywhere: int, layout: Layout) -> list[float]:
-    return [here, 1.0] if _kind(layout) == "alone" else [here, everywhere, 1.0]
+    if layout.sequence_ranks == 1:
+        return [here, 1.0]
+    if layout.ring == 1:
+        return [here, everywhere, 1.0]
+    # from three ranks on, what arrives next is there beside what is at work at the widest moment
+    return [here, everywhere, here if layout.ring > 2 else 0.0]
 
 
 def _size(clip: Row) -> list[float]:
@@ -183,7 +188,7 @@ def _largest_phase(rows: list[Row], known: list[list[float]], wanted: list[float
 def _predict(known: Sequence[Sequence[float]], values: Sequence[float], wanted: Sequence[float]) -> float:
     """What the plane through the known points says; each counts by its relative error."""
     features, target = np.asarray(known, float), np.asarray(values, float)
-    scale = np.abs(features).max(axis=0)
+    scale = np.maximum(np.abs(features).max(axis=0), 1e-300)
     weight = 1 / np.maximum(np.abs(target), np.abs(target).max() * 1e-3)[:, None]
     found, *_ = np.linalg.lstsq(features / scale * weight, target * weight[:, 0], rcond=None)
     return float(np.asarray(wanted, float) / scale @ found)

@@ -1,7 +1,10 @@
-"""The real code at its real size on a GPU that is not there. Few blocks of each list: a step's transients, and the order
-of its exchanges, do not depend on how many there are."""
+"""The real code at its real size on a GPU that is not there.
+
+Few blocks of each list: neither a step's transients nor the order of its exchanges depend on how many there are.
+"""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,13 +64,12 @@ def test_peaks_operations_and_waits_are_no_more_than_the_table_says(row):
         assert now.get(name, 0) <= row.get(name, 0), name
 
 
-def denoise(model, layout, cache, rank=0, loaded=None, size=(272, 144, 9)):
+def denoise(model, layout, cache, size=(272, 144, 9)):
     width, height, frames = size
     case = Case(model=model, part="denoise", width=width, height=height, frames=frames, layout=layout, cache=cache)
     with fake_gpu() as gpu:
-        return denoise_on(
-            gpu, load_fake(model, ("transformer",), NUM_LAYERS), request_of(case), parse_layout(layout), rank
-        )
+        loaded = load_fake(model, ("transformer",), NUM_LAYERS)
+        return denoise_on(gpu, loaded, request_of(case), parse_layout(layout))
 
 
 @pytest.mark.parametrize("layout", ["1", "cfg2xring2xulysses2"])
@@ -93,8 +95,6 @@ def test_the_host_waits_for_the_gpu_a_few_times_a_step(model, layout, computed, 
         model=model, part="denoise", width=width, height=height, frames=frames, layout=layout, cache=ALWAYS_SKIPS
     )
     with fake_gpu() as gpu:
-        from dataclasses import replace
-
         request = replace(request_of(case), num_inference_steps=5)
         loaded = load_fake(model, ("transformer",), NUM_LAYERS)
         taken = denoise_on(gpu, loaded, request, parse_layout(layout))

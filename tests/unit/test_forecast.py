@@ -1,12 +1,14 @@
-"""Memory and work of a clip, told from a table: it answers fast, without torch, and is as near the harness as it says."""
+"""Memory and work of a clip, told from a table: fast, without torch, and as near the harness as the document says."""
 
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 
 from cineray.distributed.layout import parse_layout
 from cineray.pipeline.adapters import KNOWN_MODELS
+from cineray.pipeline.footprint.cases import Case, cases
 from cineray.pipeline.footprint.exchanges import step_exchanges
 from cineray.pipeline.footprint.forecast import FIXED_BYTES, SAFETY_FACTOR, forecast
 from cineray.pipeline.footprint.laws import laws_of, read_table
@@ -19,13 +21,19 @@ HELD_OUT = [row for row in read_table() if row["is_held_out"]]
 
 
 def key(row):
-    return f"{row['model']}-{row['part']}-{row['width']}x{row['height']}x{row['frames']}-{row['layout']}-{row['cache'][:7]}"
+    size = f"{row['width']}x{row['height']}x{row['frames']}"
+    return f"{row['model']}-{row['part']}-{size}-{row['layout']}-{row['cache'][:7]}"
 
 
 @pytest.mark.parametrize("name", [name for name in KNOWN_MODELS if not name.startswith("tiny-")])
 def test_every_named_checkpoint_that_is_not_shipped_has_a_published_configuration(name):
     assert published(name).repository == KNOWN_MODELS[name].source
     assert published_checkpoint(name).adapter.unsupported(published_checkpoint(name).configs) is None
+
+
+def test_the_table_has_a_row_for_every_case():
+    fields = ("model", "part", "width", "height", "frames", "layout", "cache", "is_held_out")
+    assert [Case(**{name: row[name] for name in fields}) for row in read_table()] == list(cases())
 
 
 def test_it_takes_no_torch_and_no_time():
@@ -40,7 +48,7 @@ def test_it_takes_no_torch_and_no_time():
 def test_more_ranks_hold_less(model):
     ulysses = (1, 2, 4)
     totals = [forecast(model, **CLIP | {"ulysses": n})[0] for n in ulysses]
-    for fewer, more in zip(totals, totals[1:], strict=False):
+    for fewer, more in pairwise(totals):
         assert more.cache < fewer.cache
         assert more.activations < fewer.activations
         assert more.weights == fewer.weights
