@@ -89,7 +89,7 @@ def run(case: Case, num_layers: int | None = NUM_LAYERS) -> dict[str, Any]:
 
 
 def _denoise(gpu: Any, case: Case, model: Any, request: ClipRequest) -> dict[str, Any]:
-    taken = denoise_on(gpu, model, request, parse_layout(case.layout))
+    taken = denoise_on(gpu, model, request, parse_layout(case.layout), encodes_image=case.part == "encode-image")
     if case.part == "encode-image":
         return {"phases": {"prepare": taken.prepare_bytes}, "flop": taken.prepare_flop}
     return {

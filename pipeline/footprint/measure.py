@@ -116,11 +116,19 @@ class Taken:
         return max(self.phase_bytes.values())
 
 
-def denoise_on(gpu: FakeGPU, model: LoadedModel, request: ClipRequest, layout: Layout, rank: int = 0) -> DenoiseTaken:
+def denoise_on(
+    gpu: FakeGPU,
+    model: LoadedModel,
+    request: ClipRequest,
+    layout: Layout,
+    rank: int = 0,
+    encodes_image: bool = True,
+) -> DenoiseTaken:
     """Denoises a clip as `render_clip_on_gang` does, as one rank of a gang; call it within `fake_gpu`.
 
     Args:
         model: with its transformer (and, for image-to-video, VAE and image encoder) on the fake GPU.
+        encodes_image: False leaves out the VAE's encoding of a first frame, which is most of the work here.
 
     Raises:
         ValueError: the layout does not fit.
@@ -129,7 +137,7 @@ def denoise_on(gpu: FakeGPU, model: LoadedModel, request: ClipRequest, layout: L
     ledger = gpu.ledger
     weights = ledger.live_bytes
     ledger.begin()
-    prepared = prepare_clip(model, request, _Encoded(model.pipe, model.adapter.family))
+    prepared = prepare_clip(model, request, _Encoded(model.pipe, model.adapter.family, encodes_image))
     prepare_bytes, prepare_flop = ledger.peak_bytes - weights, ledger.flop
     taken: list[tuple[int, int, tuple[Exchange, ...]]] = []
     ledger.begin()
@@ -246,10 +254,11 @@ def _taken(ledger: Ledger, weights: int, phases: _Phases) -> Taken:
 
 
 class _Encoded:
-    """A pipeline whose prompts are encoded already; it is the pipeline in all else."""
+    """A pipeline whose prompts (and first frame) are encoded already; it is the pipeline in all else."""
 
-    def __init__(self, pipe: Any, family: str) -> None:
+    def __init__(self, pipe: Any, family: str, encodes_image: bool) -> None:
         self._pipe = pipe
+        self._has_image = not encodes_image and family == "wan-i2v"
         dim = pipe.transformer.config.get("text_dim") or pipe.transformer.config["text_embed_dim"]
 
         def text(num_tokens: int) -> torch.Tensor:
@@ -266,7 +275,17 @@ class _Encoded:
         return self._outputs
 
     def __getattr__(self, name: str) -> Any:
+        if name == "prepare_latents" and self._has_image:
+            return self._latents_and_condition
         return getattr(self._pipe, name)
+
+    def _latents_and_condition(
+        self, image: Any, batch: int, channels: int, height: int, width: int, frames: int, *_: Any
+    ):
+        """As WanImageToVideoPipeline.prepare_latents: noise, and the frame's latents behind a mask of frames."""
+        scale, step = self._pipe.vae_scale_factor_spatial, self._pipe.vae_scale_factor_temporal
+        size = ((frames - 1) // step + 1, height // scale, width // scale)
+        return (torch.empty(batch, channels, *size, device=GPU), torch.empty(batch, step + channels, *size, device=GPU))
 
 
 class _Phases:
