@@ -14,7 +14,7 @@ _BYTES = 2  # bfloat16
 
 @dataclass(frozen=True, slots=True)
 class Exchanges:
-    """Of one rank in one computed step, the cache's own few numbers left out.
+    """The exchanges of one rank in one computed step, the cache's own few numbers left out.
 
     Args:
         sent_bytes: to other ranks, an all-gather counted as a send to each of them.
@@ -34,7 +34,7 @@ def step_exchanges(
     frames: int,
     num_blocks: int | None = None,
 ) -> Exchanges:
-    """Of the fullest rank.
+    """The exchanges of the fullest rank.
 
     Args:
         num_tokens: image tokens of the clip.

@@ -28,7 +28,7 @@ _LATENT_FRAME = 4  # frames of video that a latent frame stands for, in both VAE
 
 @dataclass(frozen=True, slots=True)
 class Laws:
-    """Of one model, from the table's rows.
+    """The laws of one model, from the table's rows.
 
     Args:
         rank_weights: bytes of all that a rank loads: transformer, VAE and image encoder.

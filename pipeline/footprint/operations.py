@@ -33,7 +33,7 @@ class ForwardFlop:
         return self.around + sum(self.blocks)
 
     def skipped(self, probe_depth: int) -> float:
-        """Of a call that runs the first blocks alone."""
+        """Operations of a call that runs the first blocks alone."""
         return self.around + sum(self.blocks[:probe_depth])
 
 

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cineray.pipeline.adapters import FAMILIES, KNOWN_MODELS
+from cineray.pipeline.adapters import ADAPTERS, KNOWN_MODELS
 from cineray.pipeline.adapters.protocol import ModelConfigs
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.parts import check_configs
@@ -70,7 +70,7 @@ def published_checkpoint(model: str) -> Checkpoint:
     """
     found = published(model)
     index = found.files["model_index.json"]
-    adapter = FAMILIES[index["_class_name"]]
+    adapter = ADAPTERS[index["_class_name"]]
     return Checkpoint(
         name=model,
         source=found.repository,

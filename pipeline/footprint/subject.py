@@ -93,7 +93,7 @@ def on_gpu(module: nn.Module, dtype: torch.dtype, keep_float32: tuple[str, ...] 
 
 
 def num_parameters(model: str, part: str) -> int:
-    """Of a part of a named checkpoint, all its layers; on no device at all."""
+    """The number of parameters of a part of a named checkpoint, all its layers; on no device at all."""
     import diffusers
     import transformers
 
