@@ -142,11 +142,9 @@ class LawOf:
         Args:
             work_s: the clip's on one GPU, which a ring's exchange hides behind.
         """
-        if table.shape is None or table.card is None:
+        if table.shape is None:
             return 0.0
-        collectives = collectives_of(table.card)
-        if collectives is None:
-            return 0.0
+        collectives = None if table.card is None else collectives_of(table.card)
         return clip_exchange_s(
             self.work_of, table.shape, cell.layout, collectives, table.steps * table.computed_share, work_s
         )
@@ -173,17 +171,19 @@ def text_s(work_of: WorkOf, shape: Shape, gpu: Gpu) -> float:
 
 
 def clip_exchange_s(
-    work_of: WorkOf, shape: Shape, layout: Layout, collectives: Collectives, computed_steps: float, work_s: float
+    work_of: WorkOf, shape: Shape, layout: Layout, collectives: Collectives | None, computed_steps: float, work_s: float
 ) -> float:
     """What exchanges add to a clip.
 
     Args:
+        collectives: None where they are not known: then a ring's slower attention alone.
         computed_steps: those that exchange.
-        work_s: of all of them on one GPU; a ring's exchange hides behind its attention.
+        work_s: of all of them on one GPU; a ring slows its attention, and hides behind it.
     """
-    step: StepExchange = step_exchange(work_of, shape, layout, collectives)
+    step = StepExchange(num_turns=layout.ring)
+    if collectives is not None:
+        step = step_exchange(work_of, shape, layout, collectives)
     attention_s = 0.0
-    if step.ring_s:
-        share = work_of.attention_share(shape) * (layout.ring - 1) / layout.ring  # none travels in the last turn
-        attention_s = share * work_s / layout.ranks_per_gang / computed_steps
-    return computed_steps * step.exposed_s(attention_s)
+    if layout.ring > 1:
+        attention_s = work_of.attention_share(shape) * work_s / layout.ranks_per_gang / computed_steps
+    return computed_steps * step.added_s(attention_s)

@@ -16,7 +16,7 @@ from cineray.jobs.planning.anchors import LawOf, Table, clip_exchange_s, decode_
 from cineray.jobs.planning.collectives import Collectives, collectives_of
 from cineray.jobs.planning.cost_model import SERIAL_SHARE, CostModel, Timed, fit, from_one, split_fixed
 from cineray.jobs.planning.exchange import Shape, WorkOf
-from cineray.jobs.planning.gpus import Gpu
+from cineray.jobs.planning.gpus import Gpu, known_gpus
 from cineray.jobs.planning.sidecars import PastClips
 from cineray.jobs.planning.study_file import Study, StudyFit, exchanges_of
 from cineray.pipeline.request import InputError
@@ -32,7 +32,8 @@ class ClipKind:
 
     Args:
         num_branches: calls of the transformer per step.
-        cache: the policy with all its options, as a sidecar has it; "none" without.
+        cache: the policy as it is typed; "none" without.
+        policy: the same with all its options, as a sidecar has it.
         computed_share: of the steps, with this cache; None where nobody said.
     """
 
@@ -40,6 +41,7 @@ class ClipKind:
     steps: int
     num_branches: int
     cache: str = "none"
+    policy: str = "none"
     computed_share: float | None = None
 
     @property
@@ -120,12 +122,14 @@ class Evidence:
         if layout in law.known:
             clip_s, denoise_s = law.known[layout]
             return Estimate(clip_s=clip_s - saved_s, step_s=denoise_s / law.steps, source=law.known_source)
-        exchange_s = law.exchanges.get(layout)
-        if exchange_s is None:
-            exchange_s = self._exchange_s(kind, layout, law)
-        denoise_s = law.model.denoise_s(ranks, exchange_s)
+        denoise_s = self._denoise_s(kind, layout, law)
+        source = law.source
+        near = next((known for known in law.known if known.ranks_per_gang == ranks), None)
+        if near is not None:  # what the law misses there, it misses here: ranks count more than how they share
+            denoise_s *= law.known[near][1] / self._denoise_s(kind, near, law)
+            source = f"{law.source}, through its cell of {ranks} ranks"
         return Estimate(
-            clip_s=law.model.fixed_s + denoise_s - saved_s, step_s=denoise_s / law.steps, source=law.source
+            clip_s=law.model.fixed_s + denoise_s - saved_s, step_s=denoise_s / law.steps, source=source
         )
 
     def law(self, kind: ClipKind) -> Law:
@@ -153,7 +157,7 @@ class Evidence:
 
     def _from_studies(self, kind: ClipKind) -> Iterator[Law]:
         for fitted in (f for study in self._studies for f in study.fits):
-            if fitted.gpu != self.gpu.name or fitted.cache != kind.cache or not _is_of(fitted, kind):
+            if fitted.gpu != self.gpu.name or fitted.cache not in (kind.cache, kind.policy) or not _is_of(fitted, kind):
                 continue
             rows = {row.layout: (row.clip_s, row.denoise_s) for row in fitted.rows}
             factor = kind.steps / fitted.steps
@@ -243,28 +247,31 @@ class Evidence:
         """(share of the card's rate, serial share, source) for a step of so many operations.
 
         Between two published tables of the card the utilisation runs along the logarithm of a step's operations;
-        beyond them the nearest one's holds. Without any of the card, that of all tables of other cards is the median.
+        beyond them the nearest one's holds. A card without tables takes those of the card whose rate is nearest: the
+        faster a card, the less of its rate is reached.
         """
-        points = sorted(self._points(self.gpu.name), key=lambda p: p[0])
-        if not points:
-            others = sorted(
-                p[1] for name in {t.gpu for t in self._tables if t.gpu} for p in self._points(name)
-            )
-            if not others:
-                raise InputError(f"{shape.text}: nothing is known of its speed on {self.gpu.title}; give --study")
-            middle = others[len(others) // 2]
-            says = f"roofline at {middle:.0%} of peak, median of other cards' published tables"
-            return middle, _median_serial(self._serial_shares()), says
-        serial_share = _median_serial(self._serial_shares(self.gpu.name))
+        card = self._nearest_card()
+        if card is None:
+            raise InputError(f"{shape.text}: nothing is known of its speed on {self.gpu.title}; give --study")
+        points = sorted(self._points(card), key=lambda p: p[0])
+        shares = self._serial_shares(card)
+        serial_share = shares[len(shares) // 2] if shares else SERIAL_SHARE
+        of = "" if card == self.gpu.name else f" of {card}, the nearest card with published tables"
         below = [p for p in points if p[0] <= flop]
-        above = [p for p in points if p[0] >= flop]
-        if below and above and below[-1] is not above[0]:
+        above = [p for p in points if p[0] > flop]
+        if below and above:
             (x0, u0, t0), (x1, u1, t1) = below[-1], above[0]
-            at = math.log(flop / x0) / math.log(x1 / x0) if x1 > x0 else 0.0
+            at = math.log(flop / x0) / math.log(x1 / x0)
             value = (1 - at) * u0 + at * u1
-            return value, serial_share, f"roofline at {value:.0%}, between {t0.id} and {t1.id}"
+            return value, serial_share, f"roofline at {value:.0%} of peak, between {t0.id} and {t1.id}{of}"
         _, value, table = below[-1] if below else above[0]
-        return value, serial_share, f"roofline at {value:.0%}, as {table.cited}"
+        return value, serial_share, f"roofline at {value:.0%} of peak, as {table.cited}{of}"
+
+    def _nearest_card(self) -> str | None:
+        """This card, if it has tables, else the one with tables whose rate is nearest."""
+        cards = {name: known_gpus()[name] for name in {t.gpu for t in self._tables if t.gpu} if any(self._usable(name))}
+        distance = {name: abs(math.log(c.bf16_flop_s / self.gpu.bf16_flop_s)) for name, c in cards.items()}
+        return min(distance, key=lambda name: (name != self.gpu.name, distance[name], name), default=None)
 
     def _points(self, gpu: str) -> Iterator[tuple[float, float, Table]]:
         """(operations of a step, utilisation, table) of a card's uncached tables."""
@@ -287,11 +294,9 @@ class Evidence:
         cells = self._law_of.timed(table, table.cells)
         return split_fixed(fit(cells), fixed_s) if len(cells) > 1 else from_one(cells[0], fixed_s)
 
-    def _serial_shares(self, gpu: str | None = None) -> list[float]:
-        names = [gpu] if gpu else sorted({t.gpu for t in self._tables if t.gpu})
-        return sorted(
-            self._table_law(table).serial_share for name in names for table in self._usable(name) if len(table.cells) > 1
-        )
+    def _serial_shares(self, gpu: str) -> list[float]:
+        tables = [table for table in self._usable(gpu) if len(table.cells) > 1]
+        return sorted(self._table_law(table).serial_share for table in tables)
 
     # -- parts
 
@@ -304,8 +309,14 @@ class Evidence:
         share = kind.computed_share
         return share + (1 - share) * skipped, kind.steps * (share + (1 - share) * skipped)
 
+    def _denoise_s(self, kind: ClipKind, layout: Layout, law: Law) -> float:
+        """By the law, with the exchange that was fitted, else that of the tables of collectives."""
+        exchange_s = law.exchanges.get(layout)
+        if exchange_s is None:
+            exchange_s = self._exchange_s(kind, layout, law)
+        return law.model.denoise_s(layout.ranks_per_gang, exchange_s)
+
     def _exchange_s(self, kind: ClipKind, layout: Layout, law: Law) -> float:
-        """By the tables of collectives; as far as they are hidden behind the law's own work."""
         branches = kind.num_branches / self._max_branches(kind.shape)
         steps = law.computed_steps * branches
         return self._table_exchange_s(kind.shape, layout, steps, law.model.work_s)
@@ -337,10 +348,6 @@ def num_branches_of(model: str) -> int:
     return len(MODELS[published_checkpoint(model).configs.transformer["_class_name"]].branches)
 
 
-def _median_serial(shares: Sequence[float]) -> float:
-    return shares[len(shares) // 2] if shares else SERIAL_SHARE
-
-
 def _is_of(fitted: StudyFit, kind: ClipKind) -> bool:
     shape = Shape(fitted.model, fitted.width, fitted.height, fitted.frames)
     return shape == kind.shape and (2 if fitted.guided else 1) == kind.num_branches
@@ -349,4 +356,4 @@ def _is_of(fitted: StudyFit, kind: ClipKind) -> bool:
 def _is_past_of(past: PastClips, kind: ClipKind) -> bool:
     k = past.kind
     shape = Shape(k.model, k.width, k.height, k.frames)
-    return (shape, k.steps, k.num_branches, k.cache) == (kind.shape, kind.steps, kind.num_branches, kind.cache)
+    return (shape, k.steps, k.num_branches, k.cache) == (kind.shape, kind.steps, kind.num_branches, kind.policy)

@@ -44,6 +44,12 @@ class Shape:
         return f"{self.model} {self.width}x{self.height}x{self.frames}"
 
 
+# Attention block by block, whose parts are merged, takes longer than in one kernel: by this share for each turn after the
+# first. From one published number, Wan 14B on a ring of 8 H100s: 3.5x (Wan-Video/Wan2.1#314) where Ulysses reaches
+# 6.38x: 237 s more, with 153 s of attention and 7 further turns. ChituBench's ring of 2 (data/anchors.json) checks it.
+RING_SLOWDOWN = 0.22
+
+
 @dataclass(frozen=True, slots=True)
 class StepExchange:
     """Seconds of one computed step.
@@ -51,18 +57,22 @@ class StepExchange:
     Args:
         ulysses_s: all-to-alls, which everything waits for.
         ring_s: keys and values passed on while attention runs over those that are here.
+        num_turns: of the ring; 1 without.
     """
 
     ulysses_s: float = 0.0
     ring_s: float = 0.0
+    num_turns: int = 1
 
-    def exposed_s(self, attention_s: float) -> float:
-        """What adds to the step's time.
+    def added_s(self, attention_s: float) -> float:
+        """What it adds to the step's time.
 
         Args:
-            attention_s: of the step on each rank.
+            attention_s: of the step on each rank, in one kernel.
         """
-        return self.ulysses_s + max(0.0, self.ring_s - attention_s)
+        slower_s = attention_s * (1 + RING_SLOWDOWN * (self.num_turns - 1))
+        hidden_s = slower_s * (self.num_turns - 1) / self.num_turns  # nothing travels in the last turn
+        return self.ulysses_s + (slower_s - attention_s) + max(0.0, self.ring_s - hidden_s)
 
 
 class WorkOf:
@@ -139,7 +149,7 @@ def step_exchange(work_of: WorkOf, shape: Shape, layout: Layout, collectives: Co
     # a turn of the ring moves what one turn of an all-gather moves: its neighbour's part
     turn_bytes = sent / count
     turns_s = collectives.seconds("all_gather", layout.ring, layout.ring * turn_bytes) / (layout.ring - 1)
-    return StepExchange(ulysses_s=ulysses_s, ring_s=count * turns_s)
+    return StepExchange(ulysses_s=ulysses_s, ring_s=count * turns_s, num_turns=layout.ring)
 
 
 def _all_to_alls(collectives: Collectives, num_ranks: int, sent_bytes: float, count: int) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from cineray.jobs.planning.anchors import Cell, LawOf, Table
-from cineray.jobs.planning.cost_model import CostModel, fit, from_one
+from cineray.jobs.planning.cost_model import CostModel, fit, from_one, split_fixed
 from cineray.jobs.planning.schedule import makespan_s
 
 NODE_GPUS = 8  # layouts of a table are compared as gangs that fill a node
@@ -93,6 +93,16 @@ def single_cell(table: Table, law_of: LawOf, serial_share: float) -> tuple[Miss,
     first, *rest = _by_ranks(table)
     model = from_one(law_of.timed(table, [first])[0], law_of.fixed_s(table), serial_share)
     return tuple(Miss(cell, law_of.predicted_s(table, cell, model)) for cell in rest)
+
+
+def cached_from(base: Table, cached: Table, law_of: LawOf) -> tuple[Miss, ...]:
+    """A cached table from the uncached one of the same clips, and the share of steps that the cache computes alone.
+
+    What a skipped step still takes is left out: the share is made from the speed-up on one card, which has it in it.
+    """
+    uncached = split_fixed(fit(law_of.timed(base, _by_ranks(base))), law_of.fixed_s(base))
+    model = uncached.with_work(cached.computed_share)
+    return tuple(Miss(cell, law_of.predicted_s(cached, cell, model)) for cell in _by_ranks(cached))
 
 
 def worst(misses: Iterable[Miss]) -> float:
