@@ -67,7 +67,9 @@ def _errors(checked: Iterable[Checked]) -> list[str]:
     ]
     for c in checked:
         doubt = " (doubt)" if c.table.doubt else ""
-        says = f"{c.published_best}" + ("" if c.published_best == c.predicted_best else f", law says {c.predicted_best}")
+        says = f"{c.published_best}" + (
+            "" if c.published_best == c.predicted_best else f", law says {c.predicted_best}"
+        )
         lines.append(
             f"| {c.table.title}{doubt} ({c.table.source}, {c.table.published or 'no date'}) | {_list(c.left_out)} "
             f"| {_list(c.from_ends)} | {_list(c.from_one)} | {says} |"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
+import textwrap
 from typing import TYPE_CHECKING
 
 from cineray.jobs.console.terminal import print_lines, print_table, write
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from cineray.jobs.planning.layouts import Fleet
     from cineray.jobs.planning.plan import Batch, Plan, Row
 
+MAX_COLUMNS = 100
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -113,7 +115,12 @@ def _explain(found: Plan, fleet: Fleet, sources: dict[str, str], notes: list[str
     if any(not row.is_runnable and row.forecasted for row in _one_a_layout(found)):
         lines.append("    (no render): `cineray render` does not take this layout yet")
     lines += list(dict.fromkeys(f"    unknown: {row.unknown}" for row in found.rows if row.unknown))[:3]
-    print_lines(sys.stdout, *(printable(line) for line in lines))
+    print_lines(sys.stdout, *(part for line in lines for part in _wrapped(line, "    ")))
+
+
+def _wrapped(line: str, indent: str = "  ") -> list[str]:
+    """At most MAX_COLUMNS wide; the text's first columns stay."""
+    return textwrap.wrap(printable(line), MAX_COLUMNS, subsequent_indent=indent, drop_whitespace=True) or [""]
 
 
 def _best(found: Plan, fleet: Fleet, deadline_s: float | None) -> None:
@@ -124,7 +131,9 @@ def _best(found: Plan, fleet: Fleet, deadline_s: float | None) -> None:
         first_s = found.for_first_clip.forecasted.first_clip_s
         lines.append(f"first clip soonest: {_name(found.for_first_clip)}, after {duration(first_s)}")
     if found.for_makespan and found.for_makespan.makespan_s is not None:
-        lines.append(f"batch done soonest: {_name(found.for_makespan)}, after {duration(found.for_makespan.makespan_s)}")
+        lines.append(
+            f"batch done soonest: {_name(found.for_makespan)}, after {duration(found.for_makespan.makespan_s)}"
+        )
     if deadline_s is not None:
         lines.append(_on_time(found, fleet, deadline_s))
     if found.recommended:
@@ -132,7 +141,7 @@ def _best(found: Plan, fleet: Fleet, deadline_s: float | None) -> None:
         parts = {"weights": m.weights, "step": m.activations, "cache": m.cache, "VAE": m.vae, "text": m.text_encoder}
         text = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size)
         lines.append(f"memory of {_name(found.recommended)}: {text}, in all {m.total / 1e9:.1f} GB with overheads")
-    print_lines(sys.stdout, *lines)
+    print_lines(sys.stdout, *(part for line in lines for part in _wrapped(line)))
 
 
 def _on_time(found: Plan, fleet: Fleet, deadline_s: float) -> str:

@@ -1,10 +1,10 @@
 """The law of a clip's time on a gang: T(g) = fixed + work / g + serial share x work + exchange(g).
 
-`fixed` is what one rank does while the others wait (text, decode, encode), `work` what the gang shares, all of it on one
-GPU. The serial share is the part of the work that does not get shorter with more ranks: what is replicated, and what
-kernels lose as their share of the tokens shrinks. With two cells or more, fixed and work are fitted to them by least
-squares of the relative error, and the serial share is what the fit finds fixed beyond the forecast text and decode.
-With one cell it cannot be seen, and SERIAL_SHARE stands in.
+`fixed` is what one rank does while the others wait (text, decode, encode), `work` what the gang shares, all of it on
+one GPU. The serial share is the part of the work that does not get shorter with more ranks: what is replicated, and
+what kernels lose as their share of the tokens shrinks. With two cells or more, fixed and work are fitted to them by
+least squares of the relative error, and the serial share is what the fit finds fixed beyond the forecast text and
+decode. With one cell it cannot be seen, and SERIAL_SHARE stands in.
 """
 
 from __future__ import annotations

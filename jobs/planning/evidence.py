@@ -128,9 +128,7 @@ class Evidence:
         if near is not None:  # what the law misses there, it misses here: ranks count more than how they share
             denoise_s *= law.known[near][1] / self._denoise_s(kind, near, law)
             source = f"{law.source}, through its cell of {ranks} ranks"
-        return Estimate(
-            clip_s=law.model.fixed_s + denoise_s - saved_s, step_s=denoise_s / law.steps, source=source
-        )
+        return Estimate(clip_s=law.model.fixed_s + denoise_s - saved_s, step_s=denoise_s / law.steps, source=source)
 
     def law(self, kind: ClipKind) -> Law:
         """The law of a kind from the first source that has one.

@@ -44,8 +44,8 @@ class Shape:
         return f"{self.model} {self.width}x{self.height}x{self.frames}"
 
 
-# Attention block by block, whose parts are merged, takes longer than in one kernel: by this share for each turn after the
-# first. From one published number, Wan 14B on a ring of 8 H100s: 3.5x (Wan-Video/Wan2.1#314) where Ulysses reaches
+# Attention block by block, whose parts are merged, takes longer than in one kernel: by this share for each turn after
+# the first. From one published number, Wan 14B on a ring of 8 H100s: 3.5x (Wan-Video/Wan2.1#314) where Ulysses reaches
 # 6.38x: 237 s more, with 153 s of attention and 7 further turns. ChituBench's ring of 2 (data/anchors.json) checks it.
 RING_SLOWDOWN = 0.22
 

@@ -13,6 +13,8 @@ from cineray.jobs.planning.schedule import makespan_s
 from cineray.pipeline.footprint.forecast import MemoryByPart
 from cineray.pipeline.request import InputError
 
+MAX_MORE_GANGS = 64  # than a deadline needs, that are looked at
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -193,7 +195,10 @@ def best(rows: Sequence[Row], worth: Callable[[Row], float]) -> Row | None:
 
 
 def on_time(rows: Sequence[Row], deadline_s: float) -> OnTime | None:
-    """The fewest GPU-hours that end by a deadline, with as many of a row's gangs as that takes; None if none does."""
+    """The fewest GPU-hours that end by a deadline, with as many of a row's gangs as that takes; None if none does.
+
+    Of two that cost as much, the one on fewer cards.
+    """
     found: list[OnTime] = []
     for row in rows:
         if row.forecasted is None:
@@ -203,10 +208,12 @@ def on_time(rows: Sequence[Row], deadline_s: float) -> OnTime | None:
             middle = (low + high) // 2
             is_enough = makespan_s(row.forecasted.clips, middle) <= deadline_s
             low, high = (low, middle) if is_enough else (middle + 1, high)
-        ends_s = makespan_s(row.forecasted.clips, low)
-        if ends_s <= deadline_s:
-            found.append(OnTime(row=row, layout=replace(row.layout, gangs=low), makespan_s=ends_s))
-    return min(found, key=lambda f: (round(f.gpu_hours, 6), f.makespan_s), default=None)
+        # a few more may divide the clips better, and be cheaper for it
+        for gangs in {*range(low, min(row.layout.gangs, low + MAX_MORE_GANGS) + 1), row.layout.gangs}:
+            ends_s = makespan_s(row.forecasted.clips, gangs)
+            if ends_s <= deadline_s:
+                found.append(OnTime(row=row, layout=replace(row.layout, gangs=gangs), makespan_s=ends_s))
+    return min(found, key=lambda f: (round(f.gpu_hours, 6), f.layout.world_size), default=None)
 
 
 def mark_pareto(rows: Sequence[Row]) -> list[Row]:

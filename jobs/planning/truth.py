@@ -62,7 +62,7 @@ def pairs(tables: Iterable[Table]) -> list[Table]:
 
 
 def check(tables: Sequence[Table], law_of: LawOf) -> list[Checked]:
-    """Every scaling table; the serial share that one card's cell needs is fitted to the others that are not in doubt."""
+    """Every scaling table; the serial share that one card's cell needs is fitted to the others without a doubt."""
     scaling = scaling_tables(tables)
     sure = undoubted(scaling)
     return [_checked(t, law_of, fit_serial_share([o for o in sure if o is not t], law_of)) for t in scaling]
