@@ -6,6 +6,7 @@ import re
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,8 +188,9 @@ def _batch(asked: PlanArguments, checkpoint: Checkpoint, past: tuple[PastClips, 
         )
         with checking_lines(asked.manifest.name) as on_row:
             checked = check_manifest(asked.manifest, defaults, checkpoint, on_row)
+        known_kind = lru_cache(maxsize=1000)(partial(_kind, checkpoint))  # a million clips have a few sizes
         kinds = Counter(
-            _kind(checkpoint, r.width, r.height, r.num_frames, r.num_inference_steps, r.guidance_scale, r.cache)
+            known_kind(r.width, r.height, r.num_frames, r.num_inference_steps, r.guidance_scale, r.cache)
             for r in checked.requests()
         )
     notes: dict[str, None] = {}

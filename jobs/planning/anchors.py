@@ -14,6 +14,7 @@ from cineray.jobs.planning.collectives import Collectives, collectives_of
 from cineray.jobs.planning.cost_model import DECODE_UTILISATION, TEXT_UTILISATION, CostModel, Timed
 from cineray.jobs.planning.exchange import Shape, StepExchange, WorkOf, step_exchange
 from cineray.jobs.planning.gpus import DATA, Gpu, known_gpus
+from cineray.pipeline.footprint.published import published_checkpoint
 
 _Degree = Annotated[int, Field(ge=1)]
 _Seconds = Annotated[float, Field(gt=0)]
@@ -162,7 +163,9 @@ class LawOf:
 
 def decode_s(work_of: WorkOf, shape: Shape, gpu: Gpu) -> float:
     """Of one clip on one card, at DECODE_UTILISATION."""
-    return work_of(shape, Layout())[1].decode_flop / (gpu.bf16_flop_s * DECODE_UTILISATION)
+    is_float32 = published_checkpoint(shape.model).adapter.vae_in_float32
+    utilisation = DECODE_UTILISATION * (1 if is_float32 else 2)
+    return work_of(shape, Layout())[1].decode_flop / (gpu.bf16_flop_s * utilisation)
 
 
 def text_s(work_of: WorkOf, shape: Shape, gpu: Gpu) -> float:

@@ -18,7 +18,7 @@ def makespan_s(clips: Iterable[tuple[float, int]], num_gangs: int) -> float:
     ends = [0.0] * num_gangs
     for seconds, count in sorted(clips, reverse=True):
         left = count
-        while left and (max(ends) - ends[0] > seconds or left < num_gangs):
+        while left and max(ends) - ends[0] > seconds:
             heapq.heapreplace(ends, ends[0] + seconds)
             left -= 1
         rounds, left = divmod(left, num_gangs)
