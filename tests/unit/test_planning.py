@@ -266,6 +266,7 @@ def test_a_deadline_takes_no_more_gangs_than_it_needs():
     rows = [row(Layout(gangs=8), 1000.0, num_clips=16), row(Layout(gangs=2, ulysses=4), 300.0, num_clips=16)]
     found = on_time(rows, 4000)
     assert (found.layout.gangs, found.makespan_s) == (4, 4000)
+    assert on_time(rows, 16_000).layout.gangs == 1  # as many GPU-hours as with 2, 4 or 8
     assert on_time(rows, 2399).layout == Layout(gangs=8)
     assert on_time(rows, 1999) is None
 
