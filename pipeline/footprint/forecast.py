@@ -126,6 +126,8 @@ def forecast(
     step = laws.step_bytes(here, num_tokens, layout, is_cached=plan is not None)
     activations = max(step, laws.image_encode_bytes(width, height, frames) - held)
     how, num_ranks = _HOW["finisher" if decode == "auto" else decode], layout.ranks_per_gang
+    if how != "rows":
+        num_ranks = 1
     if how == "rows" and num_ranks == 1:
         how = "whole"
     vae = laws.decode_bytes(width, height, frames, how, num_ranks)
