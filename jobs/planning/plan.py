@@ -63,7 +63,8 @@ class Row:
         is_runnable: `cineray render` takes it.
         forecasted: None where `unknown` says why.
         makespan_s: of the batch; None for a stream.
-        is_pareto: no other is better in clips per hour, first clip or makespan and no worse in the others.
+        is_pareto: no other that fits and can be run is better in clips per hour, first clip or makespan and no worse
+            in the others.
     """
 
     layout: Layout
@@ -217,8 +218,8 @@ def on_time(rows: Sequence[Row], deadline_s: float) -> OnTime | None:
 
 
 def mark_pareto(rows: Sequence[Row]) -> list[Row]:
-    """Marks the rows that fit and that no other one beats."""
-    points = [_point(row) if row.fits else None for row in rows]
+    """Marks the rows that fit, can be run, and are beaten by no other such row."""
+    points = [_point(row) if row.fits and row.is_runnable else None for row in rows]
 
     def is_beaten(point: tuple[float, ...]) -> bool:
         return any(o is not None and o != point and all(a <= b for a, b in zip(o, point, strict=True)) for o in points)

@@ -274,6 +274,8 @@ def test_a_deadline_takes_no_more_gangs_than_it_needs():
 def test_a_row_that_another_beats_in_everything_is_not_marked():
     rows = mark_pareto([row(Layout(gangs=8), 1000), row(Layout(ulysses=8), 130), row(Layout(ulysses=8), 140)])
     assert [r.is_pareto for r in rows] == [True, True, False]
+    faster = replace(row(Layout(ulysses=8), 100), is_runnable=False)  # no choice, so it takes nobody's mark
+    assert [r.is_pareto for r in mark_pareto([faster, *rows])] == [False, True, True, False]
 
 
 def test_a_layout_is_unknown_where_it_cannot_be_forecast_and_the_others_are_not():
