@@ -15,6 +15,7 @@ from cineray.jobs.cli.compare import compare
 from cineray.jobs.cli.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED_CLIPS, EXIT_INTERRUPTED, EXIT_LEASED
 from cineray.jobs.cli.measure import bench, calibrate, verify
 from cineray.jobs.cli.options import ClipArguments, FolderPath, clip_options, json_option, run_options
+from cineray.jobs.cli.plan import plan
 from cineray.jobs.cli.report import report
 from cineray.jobs.console.terminal import (
     UndeliveredError,
@@ -143,7 +144,7 @@ def models(as_json: bool) -> int:
     return EXIT_DONE
 
 
-for command in (status, report, compare, submit, calibrate, bench, verify):
+for command in (status, report, compare, submit, calibrate, bench, verify, plan):
     cineray.add_command(command)
 
 

@@ -1,0 +1,202 @@
+"""The runs that the table holds, what is kept of each, and how one is made."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cineray.distributed.layout import parse_layout
+from cineray.pipeline.adapters import MODELS
+from cineray.pipeline.footprint.fake_gpu import fake_gpu
+from cineray.pipeline.footprint.measure import decode_on, denoise_on, encode_text_on
+from cineray.pipeline.footprint.published import published, published_checkpoint
+from cineray.pipeline.footprint.subject import load_fake
+from cineray.pipeline.request import ClipRequest
+
+Part = Literal["load", "denoise", "decode", "tiled", "encode-image", "encode-text"]
+NUM_LAYERS = 2  # of each list; a test compares with more
+# Skips what it may: two computed steps, one that is skipped after a probe, and the last, computed with a full cache.
+ALWAYS_SKIPS = "dicache(threshold=1e30)"
+_NUM_STEPS = {"none": 2, ALWAYS_SKIPS: 4}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One run of the harness.
+
+    Args:
+        model: a named checkpoint; those that are alike but for their default size share its rows.
+        part: what runs.
+        layout: for "denoise" the gang's; for "decode" ulysses over as many ranks as share the rows.
+        is_held_out: no law is made from it; it tells how far the laws are off.
+    """
+
+    model: str
+    part: Part
+    width: int = 0
+    height: int = 0
+    frames: int = 0
+    layout: str = "1"
+    cache: str = "none"
+    is_held_out: bool = False
+
+    @property
+    def key(self) -> str:
+        size = f" {self.width}x{self.height}x{self.frames}" if self.frames else ""
+        layout = f" {self.layout}" if self.layout != "1" else ""
+        return f"{self.model} {self.part}{size}{layout}{' cached' if self.cache != 'none' else ''}"
+
+
+def request_of(case: Case, image: str | None = None) -> ClipRequest:
+    """The case's clip, with guidance."""
+    return ClipRequest(
+        id="fake",
+        prompt="fake",
+        width=case.width,
+        height=case.height,
+        num_frames=case.frames,
+        num_inference_steps=_NUM_STEPS[case.cache],
+        guidance_scale=published_checkpoint(case.model).defaults.guidance_scale,
+        fps=16,
+        cache=case.cache,
+        image=image,
+    )
+
+
+def run(case: Case, num_layers: int | None = NUM_LAYERS) -> dict[str, Any]:
+    """Runs a case on a fake GPU; gives a row of the table."""
+    row = asdict(case)
+    with fake_gpu() as gpu, tempfile.TemporaryDirectory() as folder:
+        if case.part in ("decode", "tiled"):
+            model = load_fake(case.model, ("vae",))
+            if case.part == "tiled":
+                model.pipe.vae.enable_tiling()
+            taken = decode_on(gpu, model, request_of(case), parse_layout(case.layout).world_size)
+            return row | {"weights": taken.weights_bytes, "phases": taken.phase_bytes, "flop": taken.flop}
+        takes_image = published(case.model).has("image_encoder")
+        parts = ("transformer", "vae", "image_encoder", "image_processor") if takes_image else ("transformer", "vae")
+        if case.part == "load":
+            model = load_fake(case.model, parts)
+            return row | {"weights": gpu.ledger.live_bytes, "phases": {}}
+        if case.part == "encode-text":
+            taken = encode_text_on(gpu, load_fake(case.model, ("text_encoder", "text_encoder_2")))
+            return row | {"weights": taken.weights_bytes, "phases": taken.phase_bytes, "flop": taken.flop}
+        request = request_of(case, _blank_picture(folder, case) if takes_image else None)
+        return row | _denoise(gpu, case, load_fake(case.model, parts, num_layers), request)
+
+
+def _denoise(gpu: Any, case: Case, model: Any, request: ClipRequest) -> dict[str, Any]:
+    taken = denoise_on(gpu, model, request, parse_layout(case.layout), encodes_image=case.part == "encode-image")
+    if case.part == "encode-image":
+        return {"phases": {"prepare": taken.prepare_bytes}, "flop": taken.prepare_flop}
+    return {
+        "phases": taken.phase_bytes,
+        "cache_bytes": taken.cache_bytes,
+        "flop": taken.flop_of(is_computed=True),
+        "skipped_flop": taken.flop_of(is_computed=False),
+        "sent_bytes": max(step.sent_bytes for step in taken.steps if step.is_computed),
+        "num_exchanges": max(step.num_exchanges for step in taken.steps if step.is_computed),
+        "num_blocks": num_blocks(model.pipe.transformer),
+        "num_host_reads": max(step.num_host_reads for step in taken.steps),
+        "num_masked": taken.num_masked,
+        "num_unmasked": taken.num_unmasked,
+    }
+
+
+def num_blocks(transformer: Any) -> int:
+    counts = MODELS[type(transformer).__name__].layout.counts
+    return sum(transformer.config[name] for name in counts)
+
+
+def _blank_picture(folder: str, case: Case) -> str:
+    from PIL import Image
+
+    path = Path(folder) / "first.png"
+    Image.new("RGB", (case.width, case.height)).save(path)
+    return str(path)
+
+
+_MODELS = ("wan2.1-t2v-14b", "hunyuan-video", "wan2.1-t2v-1.3b", "wan2.1-i2v-14b-720p")
+_SMALL, _LARGE = (832, 480, 81), (1280, 720, 81)
+
+
+def cases() -> Iterator[Case]:
+    """Every run of the table."""
+    for model in _MODELS:
+        yield Case(model=model, part="load")
+        yield Case(model=model, part="encode-text")
+        yield from _denoise_cases(model)
+    for model in ("wan2.1-t2v-14b", "hunyuan-video"):
+        yield from _decode_cases(model)
+    for size, is_held_out in (
+        ((480, 272, 17), False),
+        ((832, 480, 33), False),
+        ((480, 272, 81), False),
+        ((640, 368, 49), True),
+    ):
+        width, height, frames = size
+        yield Case(
+            model="wan2.1-i2v-14b-720p",
+            part="encode-image",
+            width=width,
+            height=height,
+            frames=frames,
+            is_held_out=is_held_out,
+        )
+
+
+def _denoise_cases(model: str) -> Iterator[Case]:
+    wide = "ulysses4" if model == "wan2.1-t2v-1.3b" else "ulysses8"  # 1.3B has 12 heads
+    for cache in _NUM_STEPS:
+        for width, height, frames in (_SMALL, _LARGE):
+            for layout in ("1", "ulysses2", wide, "ring2", "ring2xulysses4"):
+                yield Case(
+                    model=model,
+                    part="denoise",
+                    width=width,
+                    height=height,
+                    frames=frames,
+                    layout=layout,
+                    cache=cache,
+                )
+        for layout in ("ring4", "ring2xulysses2"):
+            width, height, frames = _SMALL
+            yield Case(
+                model=model,
+                part="denoise",
+                width=width,
+                height=height,
+                frames=frames,
+                layout=layout,
+                cache=cache,
+            )
+        for layout, (width, height, frames) in (
+            ("1", (960, 544, 61)),
+            ("ulysses4", (960, 544, 129)),
+            ("ring4", (1280, 720, 121)),
+            ("ring2xulysses2", (640, 368, 49)),
+        ):
+            yield Case(
+                model=model,
+                part="denoise",
+                width=width,
+                height=height,
+                frames=frames,
+                layout=layout,
+                cache=cache,
+                is_held_out=True,
+            )
+
+
+def _decode_cases(model: str) -> Iterator[Case]:
+    for width, height, frames in ((480, 272, 33), (832, 480, 33), (832, 480, 81), (1280, 720, 33)):
+        for layout in ("1", "ulysses2", "ulysses8"):
+            yield Case(model=model, part="decode", width=width, height=height, frames=frames, layout=layout)
+        yield Case(model=model, part="tiled", width=width, height=height, frames=frames)
+    for layout in ("1", "ulysses4"):
+        yield Case(model=model, part="decode", width=960, height=544, frames=61, layout=layout, is_held_out=True)
+    yield Case(model=model, part="tiled", width=960, height=544, frames=61, is_held_out=True)
+    yield Case(model=model, part="decode", width=1280, height=720, frames=81, is_held_out=True)

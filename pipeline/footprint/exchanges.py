@@ -1,0 +1,74 @@
+"""What ranks send each other in a computed step, in closed form; a test holds it to what the real code issues."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cineray.distributed.layout import Layout
+from cineray.pipeline.adapters import MODELS
+from cineray.pipeline.footprint.operations import HUNYUAN_TEXT_TOKENS
+from cineray.pipeline.loading.checkpoint import Checkpoint
+
+_BYTES = 2  # bfloat16
+
+
+@dataclass(frozen=True, slots=True)
+class Exchanges:
+    """The exchanges of one rank in one computed step, the cache's own few numbers left out.
+
+    Args:
+        sent_bytes: to other ranks, an all-gather counted as a send to each of them.
+        num_exchanges: collectives and batches of sends.
+    """
+
+    sent_bytes: float
+    num_exchanges: int
+
+
+def step_exchanges(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    num_tokens: int,
+    width: int,
+    height: int,
+    frames: int,
+    num_blocks: int | None = None,
+) -> Exchanges:
+    """The exchanges of the fullest rank.
+
+    Args:
+        num_tokens: image tokens of the clip.
+        width, height, frames: pixels and frames of the clip.
+        num_blocks: that run; None for all.
+    """
+    config = checkpoint.configs.transformer
+    model = MODELS[config["_class_name"]]
+    ring, ulysses, ranks = layout.ring, layout.ulysses, layout.sequence_ranks
+    channels = config["num_attention_heads"] * config["attention_head_dim"]
+    if num_blocks is None:
+        num_blocks = sum(config[name] for name in model.layout.counts)
+    text = HUNYUAN_TEXT_TOKENS if model.family == "hunyuan-video" else 0  # in joint attention
+    here = -(-num_tokens // ranks)
+    group = min(num_tokens, here * ulysses)  # image tokens of a ulysses group
+    sent, count = 0.0, 0
+    if ulysses > 1:
+        sent += 3 * here * channels * (ulysses - 1) / ulysses
+        sent += (group - here + (ulysses - 1) * text) * channels / ulysses
+        count += 2
+    if ring > 1:
+        sent += (ring - 1) * 2 * group * channels / ulysses
+        count += ring - 1
+        if text:
+            sent += (ring - 1) * -(-text // ring) * channels / ulysses
+            count += 1
+    sent, count = num_blocks * sent, num_blocks * count
+    if ranks > 1:  # the output's tokens
+        patch = config["patch_size"]
+        volume = patch**2 if isinstance(patch, int) else patch[0] * patch[1] * patch[2]
+        sent += (ranks - 1) * here * volume * config["out_channels"]
+        count += 1
+    sent, count = (len(model.branches) // layout.cfg) * sent, (len(model.branches) // layout.cfg) * count
+    if layout.cfg > 1:  # the other branch's velocity
+        sent += config["out_channels"] * ((frames - 1) // 4 + 1) * (height // 8) * (width // 8)
+        count += 1
+    return Exchanges(sent * _BYTES, count)

@@ -1,0 +1,142 @@
+"""A GPU that is not there: the real code runs on it, at its real size, in seconds and without its memory.
+
+Tensors are PyTorch's own fake ones, which have a shape, a type and the device `cuda:0`, and no values. What a machine
+without a GPU lacks is lent for a while, and taken back on the way out: a device guard, a process group whose ranks are
+pretended, and the choice of an attention kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import functional
+
+from cineray.pipeline.footprint.device_guard import cuda_guard_that_does_nothing
+from cineray.pipeline.footprint.ledger import Ledger
+
+GPU = torch.device("cuda:0")
+_CAPABILITY = (9, 0)  # an H100's
+
+
+@dataclass(frozen=True, slots=True)
+class FakeGPU:
+    """The GPU that is not there, and what happens on it."""
+
+    ledger: Ledger = field(default_factory=Ledger)
+
+
+@contextmanager
+def fake_gpu() -> Iterator[FakeGPU]:
+    """Within it, tensors that are made on `cuda:0` take no memory; afterwards this process is as before.
+
+    Raises:
+        RuntimeError: this PyTorch cannot do it, or torch.distributed is up.
+    """
+    if dist.is_initialized():
+        raise RuntimeError(
+            "a fake GPU makes process groups of its own; torch.distributed is up in this process already"
+        )
+    gpu = FakeGPU()
+    with ExitStack() as undo:
+        undo.enter_context(cuda_guard_that_does_nothing())
+        undo.callback(lambda: dist.is_initialized() and dist.destroy_process_group())
+        undo.enter_context(_replaced(torch.cuda, "set_device", lambda *_: None))
+        undo.enter_context(_replaced(torch.cuda, "current_device", lambda: GPU.index))
+        undo.enter_context(_replaced(torch.cuda, "get_device_capability", lambda *_: _CAPABILITY))
+        undo.enter_context(_replaced(functional, "scaled_dot_product_attention", _Attention()))
+        undo.enter_context(_replaced(FakeTensor, "tolist", lambda tensor: gpu.ledger.read(tensor)))
+        undo.enter_context(_replaced(FakeTensor, "numpy", _no_pixels))
+        undo.enter_context(_replaced(FakeTensor, "__deepcopy__", _deep_copy))
+        undo.enter_context(_replaced(dist, "new_group", _new_fake_group(dist.new_group)))
+        undo.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        undo.enter_context(gpu.ledger)
+        undo.enter_context(torch.no_grad())
+        yield gpu
+
+
+def join_fake_world(world_size: int, rank: int) -> None:
+    """Brings torch.distributed up as one rank among others that are not there; call it within `fake_gpu`."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    is_own = name in vars(owner)  # else inherited: then it is taken away again
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before) if is_own else delattr(owner, name)
+
+
+def _deep_copy(tensor: FakeTensor, memo: dict[int, Any]) -> torch.Tensor:
+    """As a tensor's own, which looks for memory to copy."""
+    return memo.setdefault(id(tensor), tensor.clone())
+
+
+def _no_pixels(tensor: FakeTensor) -> np.ndarray:
+    """An array that nothing is written to and so takes no memory."""
+    return np.empty(tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
+
+
+def _new_fake_group(real: Any) -> Any:
+    def new_group(ranks: Any = None, timeout: Any = None, backend: Any = None, **more: Any) -> Any:
+        return real(ranks, timeout=timeout, backend="fake", **more)
+
+    return new_group
+
+
+class _Attention:
+    """scaled_dot_product_attention as a GPU runs it; a build for CPUs would take the formula, [N, N] and all.
+
+    Flash attention takes 16-bit values, heads of up to 256 channels and no mask; everything else goes to the
+    memory-efficient kernel, which wants a mask of the scores' whole shape, in rows of 16 values
+    (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+    """
+
+    def __init__(self) -> None:
+        self._real = functional.scaled_dot_product_attention
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        if query.device.type != "cuda":
+            return self._real(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if enable_gqa and key.shape[1] != query.shape[1]:
+            key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
+        is_half = query.dtype in (torch.bfloat16, torch.float16)
+        if attn_mask is None and is_half and query.shape[-1] <= 256:
+            return torch.ops.aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, scale=scale
+            )[0]
+        bias = None if attn_mask is None else _bias(attn_mask, query, key)
+        return torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, bias, False, dropout_p, is_causal, scale=scale
+        )[0]
+
+
+def _bias(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    num_keys = key.shape[2]
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, float("-inf"))
+    if num_keys % 16:
+        mask = functional.pad(mask, (0, -num_keys % 16))[..., :num_keys]
+    return mask.expand(query.shape[0], query.shape[1], query.shape[2], num_keys)

@@ -1,0 +1,195 @@
+"""Memory and work of a clip of any size on any layout, in milliseconds and without torch.
+
+Weights, cached tensors, operations and exchanges follow from the published configuration in closed form. Transients of
+a step and of a decode follow laws (`laws.py`) whose numbers come from a table that the harness made by running the real
+code on fake tensors: a forecast, never a measurement on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from cineray.caching.plan import CachePlan, LayerPlan, SeriesPlan
+from cineray.distributed.layout import Layout, check_layout
+from cineray.pipeline.adapters import MODELS
+from cineray.pipeline.caches.memory import forecast_cache_bytes
+from cineray.pipeline.footprint.exchanges import step_exchanges
+from cineray.pipeline.footprint.laws import laws_of
+from cineray.pipeline.footprint.layer_caches import layer_cache_bytes
+from cineray.pipeline.footprint.operations import forward_flop
+from cineray.pipeline.footprint.published import published_checkpoint
+from cineray.pipeline.loading.checkpoint import Checkpoint
+from cineray.pipeline.request import ClipRequest, InputError, problems
+from cineray.text import shorten
+
+Decode = Literal["auto", "finisher", "tiled", "gang"]
+# On top of what tensors take: blocks of the allocator that nothing fits into and cuDNN's workspaces (a share), CUDA's
+# context and NCCL's buffers (fixed). An estimate that no GPU has confirmed yet; scripts/bench_gpu.py can.
+SAFETY_FACTOR = 1.08
+FIXED_BYTES = 1_500_000_000
+_HOW = {"finisher": "whole", "tiled": "tiled", "gang": "rows"}  # way to decode -> the law's name for it
+_ELEMENT_BYTES = 2  # bfloat16, what CUDA loads by default
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryByPart:
+    """Bytes on the GPU that has most to hold: the one with the gang's first rank and a finisher.
+
+    Args:
+        weights: of all that a rank loads: the transformer, the VAE, and for image-to-video the image encoder.
+        activations: the largest transient on a rank beside weights and cache: of a step, or of the encoding of a first
+            frame.
+        cache: tensors that the cache holds on a rank.
+        vae: the decode's transient, latents and video included; a finisher's VAE itself as well.
+        text_encoder: weights and the transient of encoding one prompt.
+        total: what the card must have. A finisher decodes one clip while the ranks are at the next, so its parts come
+            on top: (weights + activations + cache + vae + text_encoder) x SAFETY_FACTOR + FIXED_BYTES. Where the gang
+            decodes by itself, step and decode take turns: (weights + max(activations + cache, vae) + text_encoder) x
+            SAFETY_FACTOR + FIXED_BYTES.
+    """
+
+    weights: int
+    activations: int
+    cache: int
+    vae: int
+    text_encoder: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one rank computes and sends for one clip.
+
+    Args:
+        computed_step_flop: of a step whose blocks run, on a rank; both guidance branches unless cfg splits them.
+        skipped_step_flop: of a step that the cache skips after a probe; without a probe it is yet less.
+        decode_flop: on one device; with a decode by rows, on each rank.
+        text_flop: of encoding the clip's prompts, once, in one place.
+        exchanged_bytes_per_computed_step: that a rank sends to other ranks.
+        num_exchanges_per_computed_step: collectives and batches of sends that a rank takes part in.
+    """
+
+    computed_step_flop: float
+    skipped_step_flop: float
+    decode_flop: float
+    text_flop: float
+    exchanged_bytes_per_computed_step: float
+    num_exchanges_per_computed_step: int
+
+
+def forecast(
+    model: str,
+    *,
+    width: int,
+    height: int,
+    frames: int,
+    cfg: int,
+    ring: int,
+    ulysses: int,
+    cache: str,
+    decode: str = "auto",
+) -> tuple[MemoryByPart, Work]:
+    """What a clip takes, in bfloat16 (Wan's VAE in float32), with guidance where the model has a branch for it.
+
+    Args:
+        model: a name that `published_names` lists.
+        cfg, ring, ulysses: degrees of the gang's layout.
+        cache: a policy as on the command line.
+        decode: "finisher": whole, beside rank 0; "tiled": so in tiles; "gang": by rows on every rank; "auto": as
+            `cineray render` does today, "finisher".
+
+    Raises:
+        InputError: no published configuration, a size that the model cannot render, a layout or a cache that does not
+            fit it, or an unknown way to decode.
+    """
+    if decode not in get_args(Decode):
+        raise InputError(f"decode must be one of {', '.join(get_args(Decode))}, got {shorten(decode)}")
+    checkpoint = published_checkpoint(model)
+    request = _request(checkpoint, width, height, frames, cache)
+    layout = _layout(checkpoint, cfg, ring, ulysses)
+    laws = laws_of(model)
+    try:
+        plan = checkpoint.plan_cache(cache)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    num_tokens = checkpoint.adapter.num_tokens(checkpoint.configs, request)
+    here = -(-num_tokens // layout.sequence_ranks)
+    # every rank of one branch holds that branch's history alone
+    held = forecast_cache_bytes(checkpoint, request, _ELEMENT_BYTES, layout.sequence_ranks)
+    config = checkpoint.configs.transformer
+    num_calls = len(MODELS[config["_class_name"]].branches) // cfg
+    if isinstance(plan, LayerPlan | SeriesPlan):
+        held = layer_cache_bytes(plan, config, here, num_calls)
+    else:
+        held = (held or 0) // cfg
+    step = laws.step_bytes(here, num_tokens, layout, is_cached=plan is not None)
+    activations = max(step, laws.image_encode_bytes(width, height, frames) - held)
+    how, num_ranks = _HOW["finisher" if decode == "auto" else decode], layout.ranks_per_gang
+    if how != "rows":
+        num_ranks = 1
+    if how == "rows" and num_ranks == 1:
+        how = "whole"
+    vae = laws.decode_bytes(width, height, frames, how, num_ranks)
+    rank = activations + held
+    if decode == "gang":
+        beside = max(rank, vae)
+    else:
+        vae += laws.vae_weights
+        beside = rank + vae
+    total = round((laws.rank_weights + beside + laws.text_encoder_bytes) * SAFETY_FACTOR) + FIXED_BYTES
+    memory = MemoryByPart(
+        weights=laws.rank_weights,
+        activations=activations,
+        cache=held,
+        vae=vae,
+        text_encoder=laws.text_encoder_bytes,
+        total=total,
+    )
+    forward = forward_flop(config, here=here, everywhere=num_tokens, sequence_ranks=layout.sequence_ranks)
+    depth = plan.probe_depth if isinstance(plan, CachePlan) else None
+    exchanged = step_exchanges(checkpoint, layout, num_tokens, width, height, frames)
+    work = Work(
+        computed_step_flop=num_calls * forward.total,
+        skipped_step_flop=num_calls * (forward.total if depth is None else forward.skipped(depth)),
+        decode_flop=laws.decode_flop(width, height, frames, how, num_ranks),
+        text_flop=laws.text_flop * len(MODELS[config["_class_name"]].branches),
+        exchanged_bytes_per_computed_step=exchanged.sent_bytes,
+        num_exchanges_per_computed_step=exchanged.num_exchanges,
+    )
+    return memory, work
+
+
+def _request(checkpoint: Checkpoint, width: int, height: int, frames: int, cache: str) -> ClipRequest:
+    """A clip of this size, with guidance.
+
+    Raises:
+        InputError: the model has no such size.
+    """
+    rule = checkpoint.size_rule
+    request = ClipRequest(
+        id="forecast",
+        prompt="forecast",
+        width=width,
+        height=height,
+        num_frames=frames,
+        num_inference_steps=checkpoint.defaults.num_inference_steps,
+        guidance_scale=checkpoint.defaults.guidance_scale,
+        fps=checkpoint.defaults.fps,
+        cache=cache,
+        image="first_frame" if rule.takes_image else None,
+    )
+    found = problems(request, rule)
+    if found:
+        raise InputError(*(f"model {checkpoint.name}: {problem}" for problem in found))
+    return request
+
+
+def _layout(checkpoint: Checkpoint, cfg: int, ring: int, ulysses: int) -> Layout:
+    config = checkpoint.configs.transformer
+    try:
+        layout = Layout(cfg=cfg, ring=ring, ulysses=ulysses)
+        check_layout(layout, config["num_attention_heads"], len(MODELS[config["_class_name"]].branches))
+    except ValueError as error:
+        raise InputError(f"model {checkpoint.name}: {error}") from None
+    return layout

@@ -1,0 +1,194 @@
+"""How a clip's transients grow with its size and its ranks: planes through the rows of the table that the harness made.
+
+Every kind of transient is a sum of tensors that are linear in few quantities: the tokens here and the tokens everywhere
+for a step, pixels and frames for a decode (and the square of the pixels, where a VAE attends over a frame with a mask).
+So a law is a least-squares fit of those, per phase, and the largest phase counts. Rows that are held out tell how far
+off it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cineray.distributed.layout import Layout, parse_layout
+from cineray.pipeline.footprint.published import published, published_checkpoint
+from cineray.pipeline.request import ClipRequest
+
+TABLE = Path(__file__).parent / "table.json"
+Row = dict[str, Any]
+_LATENT_FRAME = 4  # frames of video that a latent frame stands for, in both VAEs
+
+
+@dataclass(frozen=True, slots=True)
+class Laws:
+    """The laws of one model, from the table's rows.
+
+    Args:
+        rank_weights: bytes of all that a rank loads: transformer, VAE and image encoder.
+        text_encoder_bytes: weights of the text encoders and the transient of one prompt.
+        text_flop: operations of encoding one prompt.
+        vae_weights: bytes.
+    """
+
+    rank_weights: int
+    text_encoder_bytes: int
+    text_flop: float
+    vae_weights: int
+    _steps: tuple[Row, ...]
+    _decodes: tuple[Row, ...]
+    _images: tuple[Row, ...]
+
+    def step_bytes(self, here: int, everywhere: int, layout: Layout, is_cached: bool) -> int:
+        """The largest transient of a step on a rank, beside weights and cache.
+
+        Args:
+            here, everywhere: image tokens of the rank, and of all.
+        """
+        kind = _kind(layout)
+        rows = [r for r in self._steps if r["is_cached"] == is_cached and _kind(parse_layout(r["layout"])) == kind]
+        wanted = _step_features(here, everywhere, layout)
+        known = [_step_features(r["here"], r["everywhere"], parse_layout(r["layout"])) for r in rows]
+        return _largest_phase(rows, known, wanted)
+
+    def image_encode_bytes(self, width: int, height: int, frames: int) -> int:
+        """The transient of encoding a first frame on a rank; 0 for text-to-video."""
+        if not self._images:
+            return 0
+        return _largest_phase(
+            list(self._images),
+            [[*_size(r), 1.0] for r in self._images],
+            [*_size({"width": width, "height": height, "frames": frames}), 1.0],
+        )
+
+    def decode_bytes(self, width: int, height: int, frames: int, how: str, num_ranks: int) -> int:
+        """The transient of a decode to frames on the host, beside weights.
+
+        Args:
+            how: "whole", "tiled" or "rows".
+            num_ranks: that share the rows.
+        """
+        rows = [r for r in self._decodes if r["how"] == how]
+        clip: Row = {"width": width, "height": height, "frames": frames, "num_ranks": num_ranks}
+        found = 0
+        for phase in ("middle", "rows", "frames"):
+            known = [_decode_features(r, phase) for r in rows]
+            values = [r["phases"][phase] for r in rows]
+            found = max(found, round(_predict(known, values, _decode_features(clip, phase))))
+        return found
+
+    def decode_flop(self, width: int, height: int, frames: int, how: str, num_ranks: int) -> float:
+        """Operations of a decode on one device."""
+        rows = [r for r in self._decodes if r["how"] == how]
+        clip: Row = {"width": width, "height": height, "frames": frames, "num_ranks": num_ranks}
+        return _predict([_flop_features(r) for r in rows], [r["flop"] for r in rows], _flop_features(clip))
+
+
+@cache
+def read_table() -> tuple[Row, ...]:
+    """The table's rows."""
+    return tuple(json.loads(TABLE.read_text())["rows"])
+
+
+def laws_of(model: str) -> Laws:
+    """The laws of a named checkpoint.
+
+    Raises:
+        InputError: it has no published configuration.
+    """
+    rows = [row for row in read_table() if not row["is_held_out"]]
+
+    def alike(part: str, name: str) -> list[Row]:
+        config = published(model).config(name)
+        return [r for r in rows if r["part"] == part and published(r["model"]).config(name) == config]
+
+    load, text = alike("load", "transformer")[0], alike("encode-text", "text_encoder")[0]
+    decodes = [*alike("decode", "vae"), *alike("tiled", "vae")]
+    takes_image = published(model).has("image_encoder")
+    return Laws(
+        rank_weights=load["weights"],
+        text_encoder_bytes=text["weights"] + max(text["phases"].values()),
+        text_flop=text["flop"],
+        vae_weights=decodes[0]["weights"],
+        _steps=tuple(_with_tokens(row) for row in alike("denoise", "transformer")),
+        _decodes=tuple(_with_how(row) for row in decodes),
+        _images=tuple(alike("encode-image", "vae")) if takes_image else (),
+    )
+
+
+def _with_tokens(row: Row) -> Row:
+    checkpoint, layout = published_checkpoint(row["model"]), parse_layout(row["layout"])
+    clip = ClipRequest(
+        id="row",
+        prompt="row",
+        width=row["width"],
+        height=row["height"],
+        num_frames=row["frames"],
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        fps=1,
+    )
+    everywhere = checkpoint.adapter.num_tokens(checkpoint.configs, clip)
+    here = -(-everywhere // layout.sequence_ranks)
+    return row | {"here": here, "everywhere": everywhere, "is_cached": row["cache"] != "none"}
+
+
+def _with_how(row: Row) -> Row:
+    num_ranks = parse_layout(row["layout"]).world_size
+    how = "tiled" if row["part"] == "tiled" else "whole" if num_ranks == 1 else "rows"
+    return row | {"how": how, "num_ranks": num_ranks}
+
+
+def _kind(layout: Layout) -> str:
+    """Layouts that run the same code."""
+    return f"{'ring' if layout.ring > 1 else ''}{'ulysses' if layout.ulysses > 1 else ''}"
+
+
+def _step_features(here: int, everywhere: int, layout: Layout) -> list[float]:
+    if layout.sequence_ranks == 1:
+        return [here, 1.0]
+    if layout.ring == 1:
+        return [here, everywhere, 1.0]
+    # from three ranks on, what arrives next is there beside what is at work at the widest moment
+    return [here, everywhere, here if layout.ring > 2 else 0.0]
+
+
+def _size(clip: Row) -> list[float]:
+    pixels = clip["width"] * clip["height"]
+    return [pixels, pixels * clip["frames"]]
+
+
+def _decode_features(clip: Row, phase: str) -> list[float]:
+    pixels, volume = _size(clip)
+    if phase == "middle":
+        return [pixels**2, pixels, volume]
+    if phase == "frames":
+        return [pixels, volume]
+    return [pixels / clip["num_ranks"], pixels, volume] if clip["num_ranks"] > 1 else [pixels, volume, 1.0]
+
+
+def _flop_features(clip: Row) -> list[float]:
+    pixels, num_ranks = clip["width"] * clip["height"], clip["num_ranks"]
+    latent = ((clip["frames"] - 1) // _LATENT_FRAME + 1) * pixels
+    shared = [latent / num_ranks, pixels / num_ranks] if num_ranks > 1 else []
+    return [latent, pixels, latent * pixels, *shared]
+
+
+def _largest_phase(rows: list[Row], known: list[list[float]], wanted: list[float]) -> int:
+    phases = rows[0]["phases"]
+    return max(round(_predict(known, [r["phases"][name] for r in rows], wanted)) for name in phases)
+
+
+def _predict(known: Sequence[Sequence[float]], values: Sequence[float], wanted: Sequence[float]) -> float:
+    """What the plane through the known points says; each counts by its relative error."""
+    features, target = np.asarray(known, float), np.asarray(values, float)
+    scale = np.maximum(np.abs(features).max(axis=0), 1e-300)
+    weight = 1 / np.maximum(np.abs(target), np.abs(target).max() * 1e-3)[:, None]
+    found, *_ = np.linalg.lstsq(features / scale * weight, target * weight[:, 0], rcond=None)
+    return float(np.asarray(wanted, float) / scale @ found)

@@ -1,0 +1,42 @@
+"""Bytes that the policies within blocks hold, in closed form: outputs of layers, and their differences over steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cineray.caching.plan import LayerPlan, SeriesPlan
+from cineray.pipeline.adapters import MODELS
+from cineray.pipeline.footprint.operations import HUNYUAN_TEXT_TOKENS
+
+
+def layer_cache_bytes(
+    plan: LayerPlan | SeriesPlan, config: Mapping[str, Any], here: int, num_branches: int, element_bytes: int = 2
+) -> int:
+    """Bytes on a rank.
+
+    Args:
+        config: of the transformer.
+        here: image tokens of the rank.
+        num_branches: whose histories the rank keeps.
+    """
+    copies = plan.config.order + 1 if isinstance(plan, SeriesPlan) else 1
+    elements = sum(
+        size
+        for block, name, size in _outputs(config, here)
+        if isinstance(plan, SeriesPlan) or {name, f"{name}-{block}"} & plan.schedule.rows.keys()
+    )
+    return num_branches * copies * elements * element_bytes
+
+
+def _outputs(config: Mapping[str, Any], here: int) -> list[tuple[int, str, int]]:
+    """(block, layer type, elements of its output) of every layer that feeds a residual add."""
+    channels = config["num_attention_heads"] * config["attention_head_dim"]
+    if MODELS[config["_class_name"]].family == "wan":
+        blocks = [[(name, here * channels) for name in ("attn1", "attn2", "ffn")]] * config["num_layers"]
+    else:
+        text, joint = HUNYUAN_TEXT_TOKENS * channels, (here + HUNYUAN_TEXT_TOKENS) * channels
+        double = [("attn", joint), ("ff", here * channels), ("ff_context", text)]
+        single = [("attn", joint), ("proj_mlp", round(config["mlp_ratio"] * joint))]
+        blocks = [double] * config["num_layers"] + [single] * config["num_single_layers"]
+    return [(number, name, size) for number, block in enumerate(blocks) for name, size in block]

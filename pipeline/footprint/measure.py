@@ -1,0 +1,335 @@
+"""Runs the real code on a fake GPU and reads what it took: memory by part, operations, exchanges, reads by the host.
+
+Nothing here is a measurement of a GPU: it is what the code asks of one.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from cineray.distributed.layout import Layout
+from cineray.pipeline.adapters import MODELS
+from cineray.pipeline.footprint.exchange_log import Exchange
+from cineray.pipeline.footprint.fake_gpu import GPU, FakeGPU, join_fake_world
+from cineray.pipeline.footprint.ledger import Ledger
+from cineray.pipeline.footprint.operations import HUNYUAN_TEXT_TOKENS, WAN_TEXT_TOKENS
+from cineray.pipeline.footprint.subject import DTYPE
+from cineray.pipeline.gang import Gang
+from cineray.pipeline.loading.model import LoadedModel
+from cineray.pipeline.render import PreparedClip, denoise_prepared, prepare_clip, to_frames
+from cineray.pipeline.request import ClipRequest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTaken:
+    """One denoising step on one rank.
+
+    Args:
+        is_computed: the blocks ran, in every branch.
+        flop: of matrix products and convolutions.
+        num_host_reads: times that the host waited for a number of the GPU.
+        exchanges: with other ranks, in order.
+    """
+
+    is_computed: bool
+    flop: int
+    num_host_reads: int
+    exchanges: tuple[Exchange, ...]
+
+    @property
+    def num_exchanges(self) -> int:
+        """Collectives, and batches of a send and a receive."""
+        return sum(exchange.name != "recv_" for exchange in self.exchanges)
+
+    @property
+    def sent_bytes(self) -> float:
+        return sum(exchange.sent_bytes for exchange in self.exchanges)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenoiseTaken:
+    """What denoising a clip takes of one rank.
+
+    Args:
+        weights_bytes: of all that is loaded.
+        cache_bytes: tensors that the cache holds at most.
+        phase_bytes: phase -> the largest transient in it, beside weights and cache: "before", in and behind ("after")
+            the "blocks", and in the "loop" between two forwards.
+        prepare_bytes: the transient of drawing noise and, for image-to-video, encoding the first frame.
+        prepare_flop: its operations.
+        steps: in order.
+        num_masked, num_unmasked: calls of an attention kernel with a mask, and without.
+        peak_at: the operation at the peak of the blocks.
+    """
+
+    weights_bytes: int
+    cache_bytes: int
+    phase_bytes: dict[str, int]
+    prepare_bytes: int
+    prepare_flop: int
+    steps: tuple[StepTaken, ...]
+    num_masked: int
+    num_unmasked: int
+    peak_at: str
+
+    @property
+    def transient_bytes(self) -> int:
+        return max(self.phase_bytes.values())
+
+    @property
+    def exchanges(self) -> list[Exchange]:
+        return [exchange for step in self.steps for exchange in step.exchanges]
+
+    def flop_of(self, is_computed: bool) -> int:
+        """Operations of a step that is computed, or of one that is skipped after a probe; 0 if there was none."""
+        return max((step.flop for step in self.steps if step.is_computed is is_computed), default=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Taken:
+    """A stretch of work beside denoising: a decode, or the encoding of a prompt.
+
+    Args:
+        weights_bytes: of all that is loaded.
+        phase_bytes: phase -> the peak beside weights. Of a decode: "middle", the decoder's middle block; "rows", behind
+            it; "frames", from the video to 8-bit frames.
+        flop: of matrix products and convolutions.
+        exchanges: with other ranks, in order.
+        peak_at: the operation at the highest peak.
+    """
+
+    weights_bytes: int
+    phase_bytes: dict[str, int]
+    flop: int
+    exchanges: tuple[Exchange, ...]
+    peak_at: str
+
+    @property
+    def transient_bytes(self) -> int:
+        return max(self.phase_bytes.values())
+
+
+def denoise_on(
+    gpu: FakeGPU,
+    model: LoadedModel,
+    request: ClipRequest,
+    layout: Layout,
+    rank: int = 0,
+    encodes_image: bool = True,
+) -> DenoiseTaken:
+    """Denoises a clip as `render_clip_on_gang` does, as one rank of a gang; call it within `fake_gpu`.
+
+    Args:
+        model: with its transformer (and, for image-to-video, VAE and image encoder) on the fake GPU.
+        encodes_image: False leaves out the VAE's encoding of a first frame, which is most of the work here.
+
+    Raises:
+        ValueError: the layout does not fit.
+    """
+    gc.collect()
+    ledger = gpu.ledger
+    weights = ledger.live_bytes
+    ledger.begin()
+    prepared = prepare_clip(model, request, _Encoded(model.pipe, model.adapter.family, encodes_image))
+    prepare_bytes, prepare_flop = ledger.peak_bytes - weights, ledger.flop
+    taken: list[tuple[int, int, tuple[Exchange, ...]]] = []
+    ledger.begin()
+
+    def on_step(step: int, num_steps: int) -> None:
+        taken.append((ledger.flop, ledger.num_host_reads, tuple(ledger.exchanges)))
+        ledger.flop, ledger.num_host_reads, ledger.exchanges = 0, 0, []
+
+    with _Phases(ledger, _around_blocks(model.pipe.transformer), "loop") as phases:
+        trace = _denoise(model, request, prepared, layout, rank, on_step)
+    entries = trace.entries if trace is not None else []
+    held = trace.held_bytes if trace is not None else 0
+    skipping = {entry.step for entry in entries if not entry.compute}
+    return DenoiseTaken(
+        weights_bytes=weights,
+        cache_bytes=held,
+        phase_bytes={name: peak - weights - held for name, (peak, _) in phases.peaks.items()},
+        prepare_bytes=prepare_bytes,
+        prepare_flop=prepare_flop,
+        steps=tuple(
+            StepTaken(is_computed=step not in skipping, flop=flop, num_host_reads=reads, exchanges=exchanges)
+            for step, (flop, reads, exchanges) in enumerate(taken)
+        ),
+        num_masked=ledger.num_masked,
+        num_unmasked=ledger.num_unmasked,
+        peak_at=phases.peaks["blocks"][1],
+    )
+
+
+def _denoise(
+    model: LoadedModel, request: ClipRequest, prepared: PreparedClip, layout: Layout, rank: int, on_step: Any
+) -> Any:
+    if layout.world_size == 1:
+        return denoise_prepared(model, request, prepared, on_step).trace
+    with joined(layout, rank) as gang:
+        return denoise_prepared(model, request, prepared, on_step, gang=gang).trace
+
+
+@contextmanager
+def joined(layout: Layout, rank: int, parallel_decode: bool | None = None) -> Iterator[Gang]:
+    """One rank of a gang whose other ranks are not there; call it within `fake_gpu`."""
+    import torch.distributed as dist
+
+    join_fake_world(layout.world_size, rank)
+    try:
+        with Gang.join(layout, rank, layout.world_size, device=str(GPU), parallel_decode=parallel_decode) as gang:
+            yield gang
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def decode_on(gpu: FakeGPU, model: LoadedModel, request: ClipRequest, num_ranks: int = 1, rank: int = 0) -> Taken:
+    """Decodes a clip to frames on the host; on several ranks by rows. Call it within `fake_gpu`.
+
+    Args:
+        model: with its VAE on the fake GPU; in tiles if the VAE's tiling is on.
+    """
+    gc.collect()
+    weights = gpu.ledger.live_bytes
+    gpu.ledger.begin()
+    scale = model.pipe.vae_scale_factor_spatial
+    num_frames = (request.num_frames - 1) // model.pipe.vae_scale_factor_temporal + 1
+    config = model.pipe.vae.config
+    channels = config.z_dim if "z_dim" in config else config.latent_channels
+    latents = torch.empty(1, channels, num_frames, request.height // scale, request.width // scale, device=GPU)
+    middle = model.pipe.vae.decoder.mid_block
+    with _Phases(gpu.ledger, [(middle, True, "middle"), (middle, False, "rows")], "rows") as phases:
+        if num_ranks == 1:
+            video = model.adapter.decode(model.pipe, latents)
+        else:
+            with joined(Layout(ulysses=num_ranks), rank, parallel_decode=True) as gang:
+                video = gang.decode(model, latents)
+        phases.enter("frames")
+        if video is not None:
+            to_frames(video)
+    return _taken(gpu.ledger, weights, phases)
+
+
+def encode_text_on(gpu: FakeGPU, model: LoadedModel) -> Taken:
+    """Runs the text encoders over one prompt, as the pipelines do. Call it within `fake_gpu`."""
+    gc.collect()
+    weights = gpu.ledger.live_bytes
+    gpu.ledger.begin()
+    with _Phases(gpu.ledger, [], "encode") as phases:
+        _encode_text(model)
+    return _taken(gpu.ledger, weights, phases)
+
+
+def _encode_text(model: LoadedModel) -> None:
+    if model.adapter.family == "hunyuan-video":
+        from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+
+        num_tokens = HUNYUAN_TEXT_TOKENS + DEFAULT_PROMPT_TEMPLATE["crop_start"]
+        ids, mask = _tokens(num_tokens)
+        model.pipe.text_encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        model.pipe.text_encoder_2(_tokens(77)[0], output_hidden_states=False)
+    else:
+        model.pipe.text_encoder(*_tokens(WAN_TEXT_TOKENS))
+
+
+def _tokens(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(torch.ones(1, number, dtype=torch.long, device=GPU) for _ in range(2))  # type: ignore[return-value]
+
+
+def _taken(ledger: Ledger, weights: int, phases: _Phases) -> Taken:
+    return Taken(
+        weights_bytes=weights,
+        phase_bytes={name: peak - weights for name, (peak, _) in phases.peaks.items()},
+        flop=ledger.flop,
+        exchanges=tuple(ledger.exchanges),
+        peak_at=max(phases.peaks.values())[1],
+    )
+
+
+class _Encoded:
+    """A pipeline whose prompts (and first frame) are encoded already; it is the pipeline in all else."""
+
+    def __init__(self, pipe: Any, family: str, encodes_image: bool) -> None:
+        self._pipe = pipe
+        self._has_image = not encodes_image and family == "wan-i2v"
+        dim = pipe.transformer.config.get("text_dim") or pipe.transformer.config["text_embed_dim"]
+
+        def text(num_tokens: int) -> torch.Tensor:
+            return torch.empty(1, num_tokens, dim, dtype=DTYPE, device=GPU)
+
+        if family == "hunyuan-video":
+            pooled = torch.empty(1, pipe.transformer.config.pooled_projection_dim, dtype=DTYPE, device=GPU)
+            mask = torch.ones(1, HUNYUAN_TEXT_TOKENS, dtype=DTYPE, device=GPU)  # the longest prompt: no padding
+            self._outputs: tuple[torch.Tensor, ...] = (text(HUNYUAN_TEXT_TOKENS), pooled, mask)
+        else:
+            self._outputs = (text(WAN_TEXT_TOKENS), text(WAN_TEXT_TOKENS))
+
+    def encode_prompt(self, **_: Any) -> tuple[torch.Tensor, ...]:
+        return self._outputs
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "prepare_latents" and self._has_image:
+            return self._latents_and_condition
+        return getattr(self._pipe, name)
+
+    def _latents_and_condition(
+        self, image: Any, batch: int, channels: int, height: int, width: int, frames: int, *_: Any
+    ):
+        """As WanImageToVideoPipeline.prepare_latents: noise, and the frame's latents behind a mask of frames."""
+        scale, step = self._pipe.vae_scale_factor_spatial, self._pipe.vae_scale_factor_temporal
+        size = ((frames - 1) // step + 1, height // scale, width // scale)
+        return (torch.empty(batch, channels, *size, device=GPU), torch.empty(batch, step + channels, *size, device=GPU))
+
+
+class _Phases:
+    """The peak of each phase of a stretch of work: what stands before, in and behind the blocks grows in other ways.
+
+    Attributes:
+        peaks: phase -> (bytes, the operation there).
+
+    Args:
+        begins: (module, whether the phase begins before or behind its forward, phase).
+        first: the phase that it begins with.
+    """
+
+    def __init__(self, ledger: Ledger, begins: list[tuple[nn.Module, bool, str]], first: str) -> None:
+        self.peaks: dict[str, tuple[int, str]] = {}
+        self._ledger = ledger
+        self._phase = first
+        self._hooks = [
+            module.register_forward_pre_hook(lambda *_, name=name: self.enter(name))
+            if is_before
+            else module.register_forward_hook(lambda *_, name=name: self.enter(name))
+            for module, is_before, name in begins
+        ]
+
+    def enter(self, phase: str) -> None:
+        reached = (self._ledger.peak_bytes, self._ledger.peak_at)
+        self.peaks[self._phase] = max(self.peaks.get(self._phase, reached), reached)
+        self._phase = phase
+        self._ledger.begin_peak()
+
+    def __enter__(self) -> _Phases:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.enter(self._phase)
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _around_blocks(transformer: Any) -> list[tuple[nn.Module, bool, str]]:
+    first_list = MODELS[type(transformer).__name__].layout.lists[0]
+    return [
+        (transformer, True, "before"),
+        (getattr(transformer, first_list)[0], True, "blocks"),
+        (transformer.get_submodule("norm_out"), True, "after"),
+        (transformer, False, "loop"),
+    ]

@@ -1,0 +1,78 @@
+"""Operations of a transformer's forward in closed form: multiplications and additions of matrix products.
+
+What is left out (norms, activations, rotary embeddings) is below a hundredth. A test holds this to what PyTorch counts.
+
+Letters: S image tokens here, N image tokens on all ranks, T text tokens, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+WAN_TEXT_TOKENS = 512
+WAN_IMAGE_TOKENS = 257  # CLIP ViT-H/14: 16 x 16 patches and the class token
+HUNYUAN_TEXT_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardFlop:
+    """Operations on one rank of one call of the transformer.
+
+    Args:
+        around: before and behind the blocks.
+        blocks: of each block, in the order in which they run.
+    """
+
+    around: float
+    blocks: tuple[float, ...]
+
+    @property
+    def total(self) -> float:
+        return self.around + sum(self.blocks)
+
+    def skipped(self, probe_depth: int) -> float:
+        """Operations of a call that runs the first blocks alone."""
+        return self.around + sum(self.blocks[:probe_depth])
+
+
+def forward_flop(config: Mapping[str, Any], *, here: int, everywhere: int, sequence_ranks: int) -> ForwardFlop:
+    """Operations of one forward with a batch of one.
+
+    Args:
+        config: of the transformer.
+        here, everywhere: image tokens of this rank, and of all ranks of the sequence.
+        sequence_ranks: that share the attention.
+    """
+    count = {"WanTransformer3DModel": _wan, "HunyuanVideoTransformer3DModel": _hunyuan}[config["_class_name"]]
+    return count(config, here, everywhere, sequence_ranks)
+
+
+def _wan(config: Mapping[str, Any], here: int, everywhere: int, sequence_ranks: int) -> ForwardFlop:
+    d, text, s = config["num_attention_heads"] * config["attention_head_dim"], WAN_TEXT_TOKENS, here
+    volume = config["patch_size"][0] * config["patch_size"][1] * config["patch_size"][2]
+    block = 8 * s * d * d + 4 * everywhere * everywhere * d / sequence_ranks  # self-attention
+    block += 4 * s * d * d + 4 * text * d * d + 4 * s * text * d  # cross-attention
+    block += 4 * s * d * config["ffn_dim"]
+    around = 2 * everywhere * volume * config["in_channels"] * d + 2 * s * d * volume * config["out_channels"]
+    around += 2 * text * d * (config["text_dim"] + d) + 2 * d * (config["freq_dim"] + 7 * d)
+    if config["image_dim"] is not None:
+        block += 4 * WAN_IMAGE_TOKENS * config["added_kv_proj_dim"] * d + 4 * s * WAN_IMAGE_TOKENS * d
+        around += 2 * WAN_IMAGE_TOKENS * config["image_dim"] * (config["image_dim"] + d)
+    return ForwardFlop(around, (block,) * config["num_layers"])
+
+
+def _hunyuan(config: Mapping[str, Any], here: int, everywhere: int, sequence_ranks: int) -> ForwardFlop:
+    d, text = config["num_attention_heads"] * config["attention_head_dim"], HUNYUAN_TEXT_TOKENS
+    s, joint, mlp = here, here + text, config["mlp_ratio"]
+    attention = 4 * (everywhere + text) ** 2 * d / sequence_ranks
+    double = 8 * joint * d * d + 4 * mlp * joint * d * d + attention + 24 * d * d
+    single = (6 + 2 * mlp + 2 * (1 + mlp)) * joint * d * d + attention + 6 * d * d
+    refiner = config["num_refiner_layers"] * (
+        8 * text * d * d + 4 * mlp * text * d * d + 4 * text * text * d + 4 * d * d
+    )
+    patch = config["patch_size"] ** 2 * config["patch_size_t"]
+    around = 2 * everywhere * patch * config["in_channels"] * d + 2 * s * d * patch * config["out_channels"]
+    around += refiner + 2 * text * config["text_embed_dim"] * d
+    return ForwardFlop(around, (double,) * config["num_layers"] + (single,) * config["num_single_layers"])

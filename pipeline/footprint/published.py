@@ -1,0 +1,83 @@
+"""The published configurations of the named checkpoints, shipped so that nothing must be fetched to know their size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from cineray.pipeline.adapters import ADAPTERS, KNOWN_MODELS
+from cineray.pipeline.adapters.protocol import ModelConfigs
+from cineray.pipeline.loading.checkpoint import Checkpoint
+from cineray.pipeline.loading.parts import check_configs
+from cineray.pipeline.request import InputError
+from cineray.text import shorten
+
+_FOLDER = Path(__file__).parent / "published"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """What a repository says of a checkpoint.
+
+    Args:
+        sources: part -> where its configuration was read.
+        published_bytes: part -> size of its published weights: "bytes", "element_bytes", and "from" which repository.
+        files: the repository's JSON files by path.
+    """
+
+    name: str
+    repository: str
+    sources: Mapping[str, str]
+    published_bytes: Mapping[str, Mapping[str, Any]]
+    files: Mapping[str, Mapping[str, Any]] = field(repr=False)
+
+    def config(self, part: str) -> Mapping[str, Any]:
+        """Configuration of a part, such as "transformer"."""
+        return self.files[f"{part}/config.json"]
+
+    def has(self, part: str) -> bool:
+        return f"{part}/config.json" in self.files
+
+
+def published_names() -> list[str]:
+    """The named checkpoints whose configuration ships."""
+    return [name for name in KNOWN_MODELS if (_FOLDER / f"{name}.json").is_file()]
+
+
+@cache
+def published(model: str) -> Published:
+    """The published configuration of a named checkpoint.
+
+    Raises:
+        InputError: there is none of this name; lists those that there are.
+    """
+    if model not in published_names():
+        known = ", ".join(published_names())
+        raise InputError(f"model {shorten(model, 200)} has no published configuration here; these have: {known}")
+    return Published(name=model, **json.loads((_FOLDER / f"{model}.json").read_text()))
+
+
+@cache
+def published_checkpoint(model: str) -> Checkpoint:
+    """The checkpoint as `open_checkpoint` gives it, from what ships; no network, no weights.
+
+    Raises:
+        InputError: as `published`.
+    """
+    found = published(model)
+    index = found.files["model_index.json"]
+    adapter = ADAPTERS[index["_class_name"]]
+    return Checkpoint(
+        name=model,
+        source=found.repository,
+        is_local=False,
+        pipeline_class=index["_class_name"],
+        adapter=adapter,
+        configs=ModelConfigs(index=index, transformer=found.config("transformer"), vae=found.config("vae")),
+        parts=check_configs(adapter, index, lambda file: dict(found.files[file])),
+        defaults=replace(adapter.defaults, **KNOWN_MODELS[model].defaults),
+    )

@@ -1,0 +1,115 @@
+#!/usr/bin/env python
+"""Makes the table that `cineray plan` forecasts from, by running the real code on fake tensors. No GPU is used.
+
+    python scripts/footprint.py                  # what is missing; goes on where it was stopped
+    python scripts/footprint.py --again          # every row anew, after a change of the models or of the loop
+    python scripts/footprint.py --only "hunyuan-video decode"
+    python scripts/footprint.py --markdown       # the tables of docs/real_size.md, from what is there
+
+Each row is a run of a few seconds.
+"""
+
+import argparse
+import json
+from dataclasses import fields
+from importlib.metadata import version
+from typing import Any
+
+from rich.progress import track
+
+from cineray.pipeline.footprint.cases import Case, cases, run
+from cineray.pipeline.footprint.forecast import forecast
+from cineray.pipeline.footprint.laws import TABLE
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--again", action="store_true", help="every row anew")
+    parser.add_argument("--only", default="", help="rows whose key holds this text")
+    parser.add_argument("--markdown", action="store_true", help="print the tables of the document, run nothing")
+    arguments = parser.parse_args(argv)
+    if arguments.markdown:
+        print(markdown())
+    else:
+        make(arguments.only, arguments.again)
+
+
+def make(only: str, again: bool) -> None:
+    """Adds the rows that are missing; the file is whole after each, and another such process may run."""
+    wanted = list(cases())
+    there = rows_there()
+    todo = [case for case in wanted if only in case.key and (again or case.key not in there)]
+    for case in track(todo, description="runs on fake tensors"):
+        row = run(case)
+        rows = rows_there() | {case.key: row}
+        kept = [rows[case.key] for case in wanted if case.key in rows]
+        save({"about": ABOUT, "versions": {n: version(n) for n in LIBRARIES}, "rows": kept})
+    print(f"{TABLE}: {len(todo)} rows made, {sum(case.key in rows_there() for case in wanted)} of {len(wanted)} there")
+
+
+def rows_there() -> dict[str, Any]:
+    """The table's rows by key."""
+    content = json.loads(TABLE.read_text()) if TABLE.is_file() else {"rows": []}
+    return {key_of(row): row for row in content["rows"]}
+
+
+ABOUT = "bytes and operations on fake tensors, no GPU was used; made by scripts/footprint.py"
+FIELDS = tuple(field.name for field in fields(Case))
+LIBRARIES = ("torch", "diffusers", "transformers")
+
+
+def key_of(row: dict[str, Any]) -> str:
+    return Case(**{name: row[name] for name in FIELDS}).key
+
+
+def save(content: dict[str, Any]) -> None:
+    """In one step, a row a line."""
+    rows = ",\n".join(json.dumps(row) for row in content["rows"])
+    head = json.dumps({name: content[name] for name in ("about", "versions")})[:-1]
+    draft = TABLE.with_suffix(".draft")
+    draft.write_text(f'{head}, "rows": [\n{rows}\n]}}\n')
+    draft.replace(TABLE)
+
+
+CLIPS = (
+    ("wan2.1-t2v-1.3b", 832, 480, 81, (1, 2, 4)),
+    ("wan2.1-t2v-14b", 832, 480, 81, (1, 2, 4, 8)),
+    ("wan2.1-t2v-14b", 1280, 720, 81, (1, 2, 4, 8)),
+    ("wan2.1-i2v-14b-720p", 1280, 720, 81, (1, 8)),
+    ("hunyuan-video", 960, 544, 129, (1, 8)),
+    ("hunyuan-video", 1280, 720, 129, (1, 2, 4, 8)),
+)
+CARDS = (("24 GB", 25.3), ("48 GB", 48.3), ("80 GB", 85.0), ("141 GB", 151.0))  # GB = 1e9 bytes that CUDA can hand out
+
+
+def markdown() -> str:
+    """The table of memory by model, size, layout, policy and way to decode."""
+    lines = [
+        "| model, size, frames | ulysses | cache | decode | weights | step | cached | VAE | text | total | fits |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for model, width, height, frames, degrees in CLIPS:
+        for ulysses in degrees:
+            for cache in ("none", "dicache"):
+                for decode in ("finisher", "tiled", "gang"):
+                    memory, _ = forecast(
+                        model,
+                        width=width,
+                        height=height,
+                        frames=frames,
+                        cfg=1,
+                        ring=1,
+                        ulysses=ulysses,
+                        cache=cache,
+                        decode=decode,
+                    )
+                    parts = (memory.weights, memory.activations, memory.cache, memory.vae, memory.text_encoder)
+                    numbers = " | ".join(f"{part / 1e9:.1f}" for part in (*parts, memory.total))
+                    fits = next((name for name, size in CARDS if memory.total <= size * 1e9), "none")
+                    clip = f"{model}, {width}x{height}, {frames}"
+                    lines.append(f"| {clip} | {ulysses} | {cache} | {decode} | {numbers} | {fits} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
