@@ -14,6 +14,7 @@ from cineray.jobs.cli.clips import load_options, read_requests, run_defaults, ta
 from cineray.jobs.cli.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED_CLIPS, EXIT_INTERRUPTED, EXIT_LEASED
 from cineray.jobs.cli.measure import bench, calibrate, verify
 from cineray.jobs.cli.options import ClipArguments, FolderPath, clip_options, json_option, run_options
+from cineray.jobs.cli.simulate import simulate
 from cineray.jobs.console.terminal import (
     UndeliveredError,
     begin_printing,
@@ -141,7 +142,7 @@ def models(as_json: bool) -> int:
     return EXIT_DONE
 
 
-for command in (status, submit, calibrate, bench, verify):
+for command in (status, submit, simulate, calibrate, bench, verify):
     cineray.add_command(command)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from cineray.pipeline.request import InputError
 
 MAX_GPUS = 1_000_000
+MAX_CLIPS = 100_000_000  # some hours of simulating
 SEEN_S = 2.2  # until the driver hears of a node that died: its raylet killed, Ray 2.60
 RANK_SEEN_S = 0.02  # of a rank: 19 to 22 ms after its SIGKILL, on the same node
 SAVE_S = 0.05  # a step state of Wan 14B at 720p: 19 MB of latents, 58 MB of UniPC's tensors, saved and flushed

@@ -34,7 +34,7 @@ MEANING = {
     Use.NO_FINISHER: "waiting for finishers, which are behind",
     Use.TAIL: "idle at the end: no clip is left",
     Use.NO_NODE: "gone, or going: from a notice or a loss to the next node",
-    Use.RETIRED: "given up after losses in a row",
+    Use.RETIRED: "retired: lost several times in a row",
     Use.LEFT_OVER: "in no gang",
 }
 
