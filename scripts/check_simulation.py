@@ -56,7 +56,7 @@ class Measured:
     finish_s: float
     killed_s: float
     seen_s: float
-    lost_steps: int
+    num_resumed: int
 
 
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
@@ -96,8 +96,7 @@ def main(clips: int, steps: int, checkpoint_s: float, model: str) -> None:
         "simulated_makespan_s": round(simulated_s, 2),
         "error_percent": round(100 * (simulated_s / measured.makespan_s - 1), 2),
         "simulated_undisturbed_s": round(measured.before_s + found["undisturbed"].makespan_s, 2),
-        "measured_lost_steps": measured.lost_steps,
-        "simulated_lost_steps": round(found["killed"].gpu_hours[Use.LOST] * HOUR_S / measured.step_s, 1),
+        "simulated_lost_s": round(found["killed"].gpu_hours[Use.LOST] * HOUR_S, 2),
         "simulated_retries": found["killed"].num_retries,
     }
     print(json.dumps(report | {name: round(value, 3) for name, value in vars(measured).items()}))
@@ -107,7 +106,7 @@ def run(manifest: Path, out: Path, model: str, steps: int, checkpoint_s: float) 
     """Renders the batch on two gangs and kills the first one's rank in the middle of its second clip."""
     driver = start_render(manifest, out, model, "--gangs", "2", "--checkpoint-every", str(checkpoint_s))
     try:
-        killed_at, step = kill_in_second_clip(out, driver)
+        killed_at = kill_in_second_clip(out, driver)
         printed, said = driver.communicate()
     finally:
         driver.kill()
@@ -120,12 +119,11 @@ def run(manifest: Path, out: Path, model: str, steps: int, checkpoint_s: float) 
     lost_at = next(e["time"] for e in log if e["event"] == "lost")
     start_s = min(at for at in built if at > lost_at) - lost_at
     up_at = mean(built[:NUM_GANGS])
-    resumed = {clip["id"]: clip["resumed_at"][0] for clip in summary["clips"] if clip.get("resumed_at")}
+    resumed = [clip["id"] for clip in summary["clips"] if clip.get("resumed_at")]
     records = [json.loads(p.read_text()) for p in out.glob("*.json") if p.name.count(".") == 2]
     timings = {record["id"]: record["timings"] for record in records if "timings" in record}
     whole = [clip for clip in timings if clip not in resumed]
     step_s = mean(timings[clip]["denoise_s"] / steps for clip in whole)
-    (resumed_at,) = resumed.values() or (0,)
     before_s = up_at - start_s - began
     return Measured(
         makespan_s=summary["wall_s"],
@@ -137,32 +135,22 @@ def run(manifest: Path, out: Path, model: str, steps: int, checkpoint_s: float) 
         finish_s=mean(timings[clip]["decode_s"] + timings[clip]["write_s"] for clip in timings),
         killed_s=killed_at - began - before_s,
         seen_s=max(0.0, lost_at - killed_at),
-        lost_steps=step - resumed_at,
+        num_resumed=len(resumed),
     )
 
 
-def kill_in_second_clip(out: Path, driver: Any) -> tuple[float, int]:
-    """(when it was done, the step that `running.json` last told of)."""
+def kill_in_second_clip(out: Path, driver: Any) -> float:
+    """When it was done."""
     while driver.poll() is None:
         running = [e for e in events(out) if e["event"] == "running" and e["gang"] == "gang-0"]
         if len(running) >= 2:
             clip_s = running[1]["time"] - running[0]["time"]
             time.sleep(KILL_AT * clip_s)
             pid = next(e["pids"][0] for e in events(out) if e["event"] == "built" and e["actor"] == "gang-0")
-            step = told_step(out)
             os.kill(pid, signal.SIGKILL)
-            return time.time(), step
+            return time.time()
         time.sleep(0.05)
     raise click.ClickException("the run ended before its second clip began")
-
-
-def told_step(out: Path) -> int:
-    """The step that gang-0 last told of, up to two seconds old."""
-    try:
-        running = json.loads((out / ".state" / "running.json").read_text())["running"]
-    except (OSError, ValueError):
-        return 0
-    return next((row.get("step", 0) for row in running if row["on"] == "gang-0"), 0)
 
 
 def gaps(log: list[dict[str, Any]], whole: list[str]) -> list[float]:

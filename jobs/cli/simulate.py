@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,16 +12,21 @@ import click
 from cineray.jobs.cli.exit_codes import EXIT_DONE
 from cineray.jobs.cli.options import json_option
 from cineray.jobs.console.terminal import print_json, print_lines, print_table, tell
+from cineray.jobs.simulate.assumptions import Assumptions
 
 if TYPE_CHECKING:
     from cineray.jobs.simulate.assumptions import PlannedClip
     from cineray.jobs.simulate.ledger import Simulated
 
+_DEFAULTS = {field.name: field.default for field in fields(Assumptions)}
 SHOWN = 200  # steps of the bar: a bar that moves with each clip takes longer than the clip
 
 
-def _seconds(name: str, to: str, default: float | None, text: str):
-    return click.option(name, to, type=float, default=default, show_default=default is not None, metavar="S", help=text)
+def _option(name: str, to: str, text: str, metavar: str = "S", kind: type = float):
+    """An option that is a field of `Assumptions`, with that field's default."""
+    default = _DEFAULTS.get(to)
+    shown = default is not None
+    return click.option(name, to, type=kind, default=default, show_default=shown, metavar=metavar, help=text)
 
 
 @click.command()
@@ -29,35 +34,36 @@ def _seconds(name: str, to: str, default: float | None, text: str):
 @click.option("--sp", type=int, default=1, show_default=True, metavar="N", help="Ranks that share one clip.")
 @click.option("--cfg-parallel", is_flag=True, help="Twice as many ranks a gang, for both guidance branches.")
 @click.option("--gangs", "num_gangs", type=int, metavar="N", help="[default: as many as the GPUs have room for]")
-@click.option("--gpus-per-node", type=int, default=8, show_default=True, metavar="N", help="A gang stays on one node.")
+@_option("--gpus-per-node", "gpus_per_node", "A gang stays on one node.", "N", int)
 @click.option("--finishers", "num_finishers", type=int, metavar="N", help="[default: 1 per 4 gangs, as of render]")
 @click.option("--num-clips", type=int, metavar="N", help="Equal clips, each with a prompt of its own.")
 @click.option(
     "--manifest", type=click.Path(path_type=Path), metavar="FILE|-", help="Clips instead; see docs/manifest.md."
 )
-@_seconds("--clip-s", "clip_s", None, "Seconds in which a gang denoises a clip of --steps steps.  [required]")
+@click.option("--clip-s", type=float, metavar="S", help="Seconds a gang denoises a clip of --steps steps.  [required]")
 @click.option("--steps", type=int, default=50, show_default=True, metavar="N", help="Where a manifest's row has none.")
-@_seconds("--encode-s", "encode_s", 0.0, "Seconds in which a finisher encodes a prompt.")
-@_seconds("--finish-s", "finish_s", 0.0, "Seconds in which a finisher decodes, writes and commits a clip.")
-@_seconds("--start-up-s", "start_s", 0.0, "Seconds in which a gang starts and loads its weights.")
-@_seconds("--finisher-start-up-s", "finisher_start_s", None, "The same of a finisher.  [default: as a gang]")
-@_seconds("--checkpoint-interval-s", "checkpoint_s", 60.0, "Between two saves of a clip's latents; inf for never.")
-@_seconds("--save-s", "save_s", 0.05, "Seconds in which a gang stands still for a save.")
-@_seconds("--hang-timeout", "hang_s", 300.0, "A gang whose step takes longer is killed.")
 @click.option(
-    "--spot-loss-per-gpu-hour",
-    "spot_losses",
+    "--encode-s", type=float, default=0.0, show_default=True, metavar="S", help="Seconds a finisher encodes a prompt."
+)
+@click.option(
+    "--finish-s",
     type=float,
     default=0.0,
     show_default=True,
-    metavar="X",
-    help="How often a GPU is taken, with its whole node.",
+    metavar="S",
+    help="Seconds a finisher decodes, writes and commits a clip.",
 )
-@_seconds("--preempt-notice-s", "notice_s", 0.0, "Seconds of notice before that; gangs preempt their clips.")
-@_seconds("--replace-s", "replace_s", 0.0, "Seconds until another node stands there.")
-@click.option("--straggler-share", type=float, default=0.0, show_default=True, metavar="X", help="Of nodes, 0 to 1.")
-@click.option("--straggler-factor", type=float, default=1.0, show_default=True, metavar="Y", help="Slower by so much.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of losses and stragglers.")
+@_option("--start-up-s", "start_s", "Seconds a gang starts and loads its weights.")
+@click.option("--finisher-start-up-s", "finisher_start_s", type=float, metavar="S", help="[default: as --start-up-s]")
+@_option("--checkpoint-interval-s", "checkpoint_s", "Seconds between two saves of a clip's latents; inf for never.")
+@_option("--save-s", "save_s", "Seconds a gang stands still for a save.")
+@_option("--hang-timeout", "hang_s", "A gang whose step takes longer is killed.")
+@_option("--spot-loss-per-gpu-hour", "spot_losses", "How often a GPU is taken, with its whole node.", "X")
+@_option("--preempt-notice-s", "notice_s", "Seconds of notice before that; gangs preempt their clips.")
+@_option("--replace-s", "replace_s", "Seconds until another node stands there.")
+@_option("--straggler-share", "straggler_share", "Of nodes, 0 to 1.", "X")
+@_option("--straggler-factor", "straggler_factor", "Stragglers are slower by so much.", "Y")
+@_option("--seed", "seed", "Of losses and stragglers.", "N", int)
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png|.svg", help="A picture; replaced.")
 @json_option
 def simulate(
@@ -71,7 +77,6 @@ def simulate(
     as_json: bool,
     sp: int,
     cfg_parallel: bool,
-    gpus_per_node: int,
     finisher_start_s: float | None,
     **assumed_of: float,
 ) -> int:
@@ -89,7 +94,6 @@ def simulate(
     """
     from cineray.jobs.console.measure import progress_bar
     from cineray.jobs.measure.out_file import check_out, replace_bytes
-    from cineray.jobs.simulate.assumptions import Assumptions
     from cineray.jobs.simulate.plot import draw, plot_format
     from cineray.jobs.simulate.shown import headline
     from cineray.jobs.simulate.world import SimulatedBatch
@@ -99,7 +103,6 @@ def simulate(
         check_out(plot, "simulate", "--plot")
     assumed = Assumptions(
         ranks_per_gang=sp * (2 if cfg_parallel else 1),
-        gpus_per_node=gpus_per_node,
         finisher_start_s=assumed_of["start_s"] if finisher_start_s is None else finisher_start_s,
         **assumed_of,  # type: ignore[arg-type]  # by the names of its fields
     )
