@@ -68,13 +68,22 @@ def replacing(out: Path, command: str) -> Iterator[Path]:
 
 
 def replace_text(out: Path, text: str, command: str) -> None:
-    """Writes the file in one step.
+    """Writes the file in one step, in UTF-8.
 
     Raises:
         InputError: it cannot be written.
     """
-    with replacing(out, command) as temporary, temporary.open("x", encoding="utf-8") as file:
-        file.write(text)
+    replace_bytes(out, text.encode(), command)
+
+
+def replace_bytes(out: Path, content: bytes, command: str) -> None:
+    """Writes a file that is no text in one step.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    with replacing(out, command) as temporary, temporary.open("xb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 

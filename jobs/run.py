@@ -231,7 +231,7 @@ def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
     from cineray.jobs.gangs.progress import GangProgress
     from cineray.jobs.gangs.queue import ClipQueue
     from cineray.jobs.gangs.slots import Slots
-    from cineray.jobs.gangs.state import BatchState
+    from cineray.jobs.gangs.state import BatchState, clips_ahead
     from cineray.pipeline.loading.device import check_device
     from cineray.pipeline.loading.weights import identify
 
@@ -252,7 +252,7 @@ def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
         if missing and options.is_local:
             raise InputError(missing)
         slots = Slots.of(spec, fleet, actors_of())
-        state = BatchState(fleet.num_gangs, fleet.num_finishers, options.hang_s, depth=2 * options.num_gangs + 2)
+        state = BatchState(fleet.num_gangs, fleet.num_finishers, options.hang_s, clips_ahead(fleet.num_gangs))
 
         def render(work: Work) -> RunReport:
             results = ResultLog()

@@ -17,6 +17,7 @@ from cineray.jobs.cli.measure import bench, calibrate, verify
 from cineray.jobs.cli.options import ClipArguments, FolderPath, clip_options, json_option, run_options
 from cineray.jobs.cli.plan import plan
 from cineray.jobs.cli.report import report
+from cineray.jobs.cli.simulate import simulate
 from cineray.jobs.console.terminal import (
     UndeliveredError,
     begin_printing,
@@ -144,7 +145,7 @@ def models(as_json: bool) -> int:
     return EXIT_DONE
 
 
-for command in (status, report, compare, submit, calibrate, bench, verify, plan):
+for command in (status, report, compare, submit, calibrate, bench, verify, plan, simulate):
     cineray.add_command(command)
 
 

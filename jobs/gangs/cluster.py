@@ -15,6 +15,7 @@ from ray._private.state import state
 
 from cineray.jobs.gangs.cluster_address import check_address
 from cineray.jobs.gangs.gang_slot import Resources
+from cineray.jobs.gangs.state import finishers_for
 from cineray.jobs.private_folder import private_folder
 from cineray.jobs.stopping import Stopped, kept_handlers
 from cineray.pipeline.request import InputError
@@ -43,13 +44,13 @@ def plan_fleet(device: str, num_gangs: int, ranks_per_gang: int, num_finishers: 
     """One CPU per actor; with CUDA one GPU per rank, whose tenth may serve a finisher.
 
     Args:
-        num_finishers: None for one per four gangs.
+        num_finishers: None for what the number of gangs asks for.
     """
     gpus = 1.0 if device == "cuda" else 0.0
     return Fleet(
         num_gangs=num_gangs,
         ranks_per_gang=ranks_per_gang,
-        num_finishers=num_finishers or -(-num_gangs // 4),
+        num_finishers=num_finishers or finishers_for(num_gangs),
         rank=Resources(num_cpus=1, num_gpus=gpus * (1 - GPU_SHARE_OF_FINISHER)),
         finisher=Resources(num_cpus=1, num_gpus=gpus * GPU_SHARE_OF_FINISHER),
     )

@@ -7,8 +7,8 @@ worker state machine (distributed/worker_state_machine.py, `handle_stimulus`).
 A clip goes WAITING -> DENOISING (on a gang) -> DENOISED (latents on disk) -> FINISHING (on a finisher) -> ended.
 """
 
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
@@ -51,13 +51,24 @@ from cineray.jobs.gangs.events import (
     VideoCommitted,
     VideoFailed,
 )
+from cineray.jobs.gangs.prompts import EncodedPrompts, WaitingClips
 from cineray.jobs.gangs.retry import classify_failure, is_hung, is_quarantined, is_retired
 
 START_S = 1800.0  # a gang that is placed may take so long to load its weights
 FINISH_STEPS = 4  # a decode may take so many times as long as a step
 PER_FINISHER = 3  # latents on disk: one that is decoded, two that wait; then gangs wait
 IN_FINISHER = 2  # clips handed to a finisher: one is decoded, one need not wait for the driver's next turn
-MAX_PROMPTS = 256  # encoded prompts kept on disk, 4 MB each for the largest text encoders
+GANGS_PER_FINISHER = 4  # unless the user says otherwise
+
+
+def finishers_for(num_gangs: int) -> int:
+    """How many finishers so many gangs have, unless the user says otherwise."""
+    return -(-num_gangs // GANGS_PER_FINISHER)
+
+
+def clips_ahead(num_gangs: int) -> int:
+    """How many clips to have waiting for so many gangs: their prompts are encoded meanwhile."""
+    return 2 * num_gangs + 2
 
 
 class Stage(Enum):
@@ -162,7 +173,8 @@ class BatchState:
         self.gangs = [GangState(number) for number in range(num_gangs)]
         self.finishers = [FinisherState(number) for number in range(num_finishers)]
         self.clips: dict[str, ClipState] = {}
-        self.waiting: deque[str] = deque()
+        self._prompts = EncodedPrompts()
+        self.waiting = WaitingClips(self._prompts)
         self.denoised: deque[str] = deque()
         self.is_exhausted = False
         self.stopped_by: int | None = None
@@ -175,7 +187,12 @@ class BatchState:
         self._hang_s = hang_s
         self._depth = depth
         self._draining: frozenset[str] = frozenset()
-        self._prompts: OrderedDict[str, tuple[str, ...]] = OrderedDict()  # key -> warnings
+        self._gangs_in: dict[GangStage, set[int]] = {stage: set() for stage in GangStage}  # but for retired ones
+        self._gangs_in[GangStage.GONE] = set(range(num_gangs))
+        self._gangs_on_draining: set[int] = set()
+        self._finishers_gone = set(range(num_finishers))
+        self._num_retired: Counter[str] = Counter()
+        self._num_finishing = 0
         self._last_loss = ""
         self._now_s: float | None = None
         self._effects: list[Effect] = []
@@ -199,6 +216,15 @@ class BatchState:
         if self.is_exhausted or self.stopped_by is not None or self.aborted is not None:
             return 0
         return max(0, self._depth - len(self.waiting))
+
+    @property
+    def idle_reason(self) -> Literal["clips", "prompts", "finishers", "end"]:
+        """What gangs that are idle now wait for; "end": no clip is left for them."""
+        if self._is_behind:
+            return "finishers"
+        if self.waiting:
+            return "prompts"
+        return "end" if self.is_exhausted else "clips"
 
     @property
     def prompts(self) -> list[str]:
@@ -226,7 +252,8 @@ class BatchState:
     def _on_clips_read(self, event: ClipsRead, now_s: float) -> None:
         for new in event.clips:
             self.clips[new.name] = ClipState(new.name, new.id, new.prompt_key, list(new.strikes))
-            self.waiting.append(new.name)
+            self._prompts.need(new.prompt_key)
+            self.waiting.append(new.name, new.prompt_key)
         self.is_exhausted = self.is_exhausted or event.is_last
 
     def _on_start_requested(self, event: StartRequested, now_s: float) -> None:
@@ -234,11 +261,15 @@ class BatchState:
 
     def _on_gang_placed(self, event: GangPlaced, now_s: float) -> None:
         gang = self.gangs[event.gang]
-        gang.stage, gang.nodes, gang.changed_s = GangStage.STARTING, event.nodes, now_s
+        gang.nodes, gang.changed_s = event.nodes, now_s
+        self._enter(gang, GangStage.STARTING)
+        if gang.nodes & self._draining:
+            self._gangs_on_draining.add(gang.number)
 
     def _on_gang_ready(self, event: GangReady, now_s: float) -> None:
         gang = self.gangs[event.gang]
-        gang.stage, gang.changed_s = GangStage.IDLE, now_s
+        gang.changed_s = now_s
+        self._enter(gang, GangStage.IDLE)
         self._do(Log("built", {"actor": gang.name, "pids": list(event.pids), "nodes": sorted(gang.nodes)}))
 
     def _on_step_reached(self, event: StepReached, now_s: float) -> None:
@@ -255,7 +286,7 @@ class BatchState:
                 self._release(gang, now_s)
                 self._move(clip, Stage.DENOISED, self.denoised.append)
                 return
-            self._move(clip, Stage.WAITING, self.waiting.appendleft)
+            self._wait_first(clip)
             self.counts["yields"] += 1
             kept = {"step": event.preempted_at, "kept": event.is_kept}
             self._do(Log("yielded", {"id": clip.id, "gang": gang.name, **kept}))
@@ -278,7 +309,8 @@ class BatchState:
         clip = self.clips[gang.clip or ""]
         gang.num_losses_in_a_row = 0
         self._release(gang, now_s)
-        self._prompts.pop(clip.prompt_key, None)
+        self._prompts.drop(clip.prompt_key)
+        self.waiting.prompt_lost(clip.prompt_key)
         self._strike(clip, f"{gang.name}: {event.reason}", now_s)
 
     def _on_finisher_ready(self, event: FinisherReady, now_s: float) -> None:
@@ -286,18 +318,13 @@ class BatchState:
 
     def _on_prompt_encoded(self, event: PromptEncoded, now_s: float) -> None:
         self.finishers[event.finisher].encoding.discard(event.key)
-        self._prompts[event.key] = event.warnings
-        self._prompts.move_to_end(event.key)
-        in_use = {clip.prompt_key for clip in self.clips.values()}
-        for old in [key for key in self._prompts if key not in in_use]:
-            if len(self._prompts) <= MAX_PROMPTS:
-                break
-            del self._prompts[old]
+        for old in self._prompts.add(event.key, event.warnings):
             self._do(ForgetPrompt(old))
+        self.waiting.prompt_added(event.key)
 
     def _on_prompt_failed(self, event: PromptFailed, now_s: float) -> None:
         self.finishers[event.finisher].encoding.discard(event.key)
-        for name in [name for name in self.waiting if self.clips[name].prompt_key == event.key]:
+        for name in self.waiting.with_prompt(event.key):
             self._fail(self.clips[name], event.reason, now_s)
 
     def _on_video_committed(self, event: VideoCommitted, now_s: float) -> None:
@@ -318,6 +345,7 @@ class BatchState:
 
     def _on_nodes_draining(self, event: NodesDraining, now_s: float) -> None:
         self._draining = event.nodes
+        self._gangs_on_draining = {gang.number for gang in self.gangs if gang.nodes & self._draining}
         for gang in self.gangs:
             if gang.nodes & self._draining and not gang.is_stop_requested:
                 gang.is_stop_requested = True
@@ -360,6 +388,16 @@ class BatchState:
         if put is not None:
             put(clip.name)
 
+    def _wait_first(self, clip: ClipState) -> None:
+        clip.stage = Stage.WAITING
+        self.waiting.append_first(clip.name, clip.prompt_key)
+
+    def _enter(self, gang: GangState, stage: GangStage) -> None:
+        self._gangs_in[gang.stage].discard(gang.number)
+        gang.stage = stage
+        if not gang.is_retired:
+            self._gangs_in[stage].add(gang.number)
+
     def _strike(
         self, clip: ClipState, reason: str, now_s: float, is_excused: bool = False, to_finish: bool = False
     ) -> None:
@@ -380,7 +418,7 @@ class BatchState:
         if to_finish:
             self._move(clip, Stage.DENOISED, self.denoised.appendleft)
         else:
-            self._move(clip, Stage.WAITING, self.waiting.appendleft)
+            self._wait_first(clip)
 
     def _fail(self, clip: ClipState, reason: str, now_s: float) -> None:
         """The clip's own input is at fault: another attempt would end alike."""
@@ -401,22 +439,26 @@ class BatchState:
         elif clip.stage is Stage.DENOISED:
             self.denoised.remove(clip.name)
         del self.clips[clip.name]
+        self._prompts.release(clip.prompt_key)
         wall_s = 0.0 if clip.began_s is None else now_s - clip.began_s
         self._do(EndClip(clip.name, status, wall_s, error, record))
 
     def _finished(self, number: int, name: str, now_s: float) -> tuple[FinisherState, ClipState]:
         finisher = self.finishers[number]
         finisher.finishing.remove(name)
+        self._num_finishing -= 1
         finisher.changed_s = now_s
         return finisher, self.clips[name]
 
     def _release(self, gang: GangState, now_s: float) -> None:
-        gang.stage, gang.clip, gang.step, gang.changed_s = GangStage.IDLE, None, None, now_s
+        gang.clip, gang.step, gang.changed_s = None, None, now_s
+        self._enter(gang, GangStage.IDLE)
 
     def _lose(self, gang: GangState, reason: str, now_s: float) -> None:
         self._last_loss = reason
         gang.num_losses_in_a_row += 1
         gang.is_retired = is_retired(gang.num_losses_in_a_row)
+        self._num_retired["gang"] += gang.is_retired
         self.counts["losses"] += 1
         then = "retired" if gang.is_retired else "built again"
         self._do(Log("lost", {"actor": gang.name, "reason": reason, "then": then}))
@@ -424,19 +466,28 @@ class BatchState:
         self._kill(gang, now_s)
 
     def _kill(self, gang: GangState, now_s: float) -> None:
-        gang.stage, gang.clip, gang.step, gang.changed_s = GangStage.GONE, None, None, now_s
+        gang.clip, gang.step, gang.changed_s = None, None, now_s
         gang.nodes, gang.is_stop_requested = frozenset(), False
+        self._enter(gang, GangStage.GONE)
+        self._gangs_on_draining.discard(gang.number)
         self._do(KillGang(gang.number))
 
     def _lose_finisher(self, finisher: FinisherState, reason: str, now_s: float) -> None:
         self._last_loss = reason
         finisher.num_losses_in_a_row += 1
         finisher.is_retired = is_retired(finisher.num_losses_in_a_row)
+        if finisher.is_retired:
+            self._num_retired["finisher"] += 1
+        else:
+            self._finishers_gone.add(finisher.number)
         self._do(Log("lost", {"actor": finisher.name, "reason": reason}))
         self._do(Say(f"{finisher.name} was lost: {reason}"))
         names = list(finisher.finishing)
         finisher.stage = "gone"
         finisher.finishing.clear()
+        self._num_finishing -= len(names)
+        for key in finisher.encoding:
+            self.waiting.prompt_lost(key)
         finisher.encoding.clear()
         for name in reversed(names[1:]):  # had not begun
             self._move(self.clips[name], Stage.DENOISED, self.denoised.appendleft)
@@ -456,73 +507,72 @@ class BatchState:
             self._hand_to_gangs(now_s)
 
     def _build(self, now_s: float) -> None:
-        kinds: tuple[tuple[str, Sequence[GangState | FinisherState]], ...] = (
-            ("gang", self.gangs),
-            ("finisher", self.finishers),
-        )
-        for kind, slots in kinds:
-            if all(slot.is_retired for slot in slots):
+        for kind, number in (("gang", len(self.gangs)), ("finisher", len(self.finishers))):
+            if self._num_retired[kind] == number:
                 self.aborted = f"every {kind} was lost several times in a row, at last: {self._last_loss}"
                 self._do(Abort(self.aborted))
                 return
-        for finisher in self.finishers:
-            if finisher.stage == "gone" and not finisher.is_retired:
-                finisher.stage, finisher.changed_s = "loading", now_s
-                self._do(BuildFinisher(finisher.number))
-        for gang in self.gangs:
-            if gang.stage is GangStage.GONE and not gang.is_retired:
-                gang.stage, gang.changed_s = GangStage.PLACING, now_s
-                self._do(BuildGang(gang.number))
+        for finisher in [self.finishers[number] for number in sorted(self._finishers_gone)]:
+            finisher.stage, finisher.changed_s = "loading", now_s
+            self._do(BuildFinisher(finisher.number))
+        self._finishers_gone.clear()
+        for gang in [self.gangs[number] for number in sorted(self._gangs_in[GangStage.GONE])]:
+            gang.changed_s = now_s
+            self._enter(gang, GangStage.PLACING)
+            self._do(BuildGang(gang.number))
 
     def _encode_prompts(self) -> None:
-        ready = [finisher for finisher in self.finishers if finisher.stage == "ready"]
-        under_way = {key for finisher in ready for key in finisher.encoding}
-        for name in self.waiting:
-            key = self.clips[name].prompt_key
-            if ready and key not in self._prompts and key not in under_way:
+        ready = [finisher for finisher in self.finishers if finisher.stage == "ready"] if self.waiting.unencoded else []
+        if not ready:
+            return
+        for name, key in self.waiting.take_unencoded():
+            if key not in self._prompts and not any(key in finisher.encoding for finisher in ready):
                 finisher = min(ready, key=lambda finisher: len(finisher.encoding))
                 finisher.encoding.add(key)
-                under_way.add(key)
                 self._do(EncodePrompt(finisher.number, name))
 
     def _hand_to_finishers(self, now_s: float) -> None:
-        for finisher in self.finishers:
+        for finisher in self.finishers if self.denoised else ():
             while finisher.stage == "ready" and self.denoised and len(finisher.finishing) < IN_FINISHER:
                 clip = self.clips[self.denoised.popleft()]
                 if not finisher.finishing:
                     finisher.changed_s = now_s
                 finisher.finishing.append(clip.name)
+                self._num_finishing += 1
                 self._move(clip, Stage.FINISHING)
                 self._do(FinishClip(finisher.number, clip.name))
 
     def _hand_to_gangs(self, now_s: float) -> None:
-        for gang in self.gangs:
-            if gang.stage is not GangStage.IDLE or self._num_latents >= PER_FINISHER * len(self.finishers):
-                continue
-            if gang.nodes & self._draining:
+        idle = self._gangs_in[GangStage.IDLE]
+        if not idle or self._is_behind:
+            return
+        wanted = idle if self.waiting.next() is not None else idle & self._gangs_on_draining
+        for gang in [self.gangs[number] for number in sorted(wanted)]:
+            if gang.number in self._gangs_on_draining:
                 self._kill(gang, now_s)
                 continue
-            name = next((name for name in self.waiting if self.clips[name].prompt_key in self._prompts), None)
+            name = self.waiting.next()
             if name is None:
                 continue
             clip = self.clips[name]
             self.waiting.remove(name)
             clip.began_s = now_s if clip.began_s is None else clip.began_s
             self._move(clip, Stage.DENOISING)
-            gang.stage, gang.clip, gang.step, gang.changed_s = GangStage.BUSY, name, None, now_s
-            self._do(AssignClip(gang.number, name, self._prompts[clip.prompt_key]))
+            gang.clip, gang.step, gang.changed_s = name, None, now_s
+            self._enter(gang, GangStage.BUSY)
+            self._do(AssignClip(gang.number, name, self._prompts.warnings(clip.prompt_key)))
 
     @property
-    def _num_latents(self) -> int:
-        return len(self.denoised) + sum(len(finisher.finishing) for finisher in self.finishers)
+    def _is_behind(self) -> bool:
+        """Finishers are so far behind that gangs must wait."""
+        return len(self.denoised) + self._num_finishing >= PER_FINISHER * len(self.finishers)
 
     def _account(self, now_s: float) -> None:
         """Adds up how gangs spent the time since the last event."""
         passed_s = 0.0 if self._now_s is None else now_s - self._now_s
         self._now_s = now_s
-        stages = [gang.stage for gang in self.gangs]
-        busy_s = stages.count(GangStage.BUSY) * passed_s
-        idle_s = stages.count(GangStage.IDLE) * passed_s
+        busy_s = len(self._gangs_in[GangStage.BUSY]) * passed_s
+        idle_s = len(self._gangs_in[GangStage.IDLE]) * passed_s
         self.busy_s += busy_s
         self.idle_s += idle_s
         self.could_be_busy_s += busy_s + (idle_s if self.waiting else 0.0)

@@ -74,7 +74,7 @@ def test_a_clip_whose_gang_dies_is_tried_again_first_and_the_gang_is_built_again
     until(here, lambda: 0 in here.busy)
     clip = here.busy.pop(0)
     here.tell(events.GangEnded(0, outcomes=DIED))
-    assert here.state.waiting[0] == clip
+    assert next(iter(here.state.waiting)) == clip
     assert here.state.clips[clip].strikes == ["gang-0: rank 0 died: killed"]
     assert here.records[clip] == "retrying"
     assert 0 in here.placing
@@ -174,7 +174,7 @@ def test_a_draining_node_preempts_its_clip_without_a_strike():
     assert here.asked == {0}
     here.busy.pop(0)
     here.tell(events.GangEnded(0, preempted_at=7, is_kept=True))
-    assert here.state.waiting[0] == clip
+    assert next(iter(here.state.waiting)) == clip
     assert here.state.clips[clip].strikes == []
     assert here.state.gangs[0].num_losses_in_a_row == 0
 
