@@ -19,6 +19,7 @@ from cineray.jobs.planning.exchange import Shape, WorkOf
 from cineray.jobs.planning.gpus import Gpu, known_gpus
 from cineray.jobs.planning.sidecars import PastClips
 from cineray.jobs.planning.study_file import Study, StudyFit, exchanges_of
+from cineray.pipeline.footprint.published import published_checkpoint
 from cineray.pipeline.request import InputError
 
 # Engines whose seconds stand for cineray's: the authors' own code and diffusers, whose modules cineray runs. Others
@@ -340,10 +341,7 @@ class Evidence:
 
 def num_branches_of(model: str) -> int:
     """Calls of the transformer per step of a guided clip."""
-    from cineray.pipeline.adapters import MODELS
-    from cineray.pipeline.footprint.published import published_checkpoint
-
-    return len(MODELS[published_checkpoint(model).configs.transformer["_class_name"]].branches)
+    return len(published_checkpoint(model).model.branches)
 
 
 def _is_of(fitted: StudyFit, kind: ClipKind) -> bool:

@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from cineray.caching.plan import CachePlan, LayerPlan, SeriesPlan
+from cineray.caching.plan import CachePlan
+from cineray.caching.policies.smoothcache import LayerPlan
+from cineray.caching.policies.taylorseer import SeriesPlan
 from cineray.distributed.layout import Layout, check_layout
 from cineray.pipeline.adapters import MODELS
 from cineray.pipeline.caches.memory import forecast_cache_bytes

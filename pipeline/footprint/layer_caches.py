@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cineray.caching.plan import LayerPlan, SeriesPlan
+from cineray.caching.policies.smoothcache import LayerPlan
+from cineray.caching.policies.taylorseer import SeriesPlan
 from cineray.pipeline.adapters import MODELS
 from cineray.pipeline.footprint.operations import HUNYUAN_TEXT_TOKENS
 
