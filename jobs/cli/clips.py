@@ -57,14 +57,42 @@ def read_requests(
     from cineray.jobs.console.progress import checking_lines
     from cineray.jobs.console.terminal import tell
     from cineray.jobs.manifest.check import check_manifest, check_prompts
-    from cineray.pipeline.request import InputError
 
+    _refuse_both(asked)
     if asked.manifest is None:
         requests = check_prompts(list(asked.prompts), defaults, checkpoint, num_ranks)
         return len(requests), requests
-    if asked.prompts:
-        raise InputError("give prompts or --manifest, not both")
     with checking_lines(asked.manifest.name) as on_row:
         checked = check_manifest(asked.manifest, defaults, checkpoint, on_row, num_ranks)
     tell(*(f"cineray: {note}" for note in checked.notes))
     return checked.num_clips, checked.requests()
+
+
+def survey_requests(
+    asked: ClipArguments, defaults: "RunDefaults", checkpoint: "Checkpoint", num_ranks: int = 1
+) -> tuple[Iterable["ClipRequest"], tuple[str, ...], int]:
+    """(the clips that can be rendered, what is wrong with the first others, how many those are).
+
+    Raises:
+        InputError: prompts and a manifest, or nothing to render, or the manifest cannot be read.
+    """
+    from cineray.jobs.console.progress import checking_lines
+    from cineray.jobs.manifest.check import survey_manifest, survey_prompts
+    from cineray.pipeline.request import InputError
+
+    _refuse_both(asked)
+    if asked.manifest is None:
+        if not asked.prompts:
+            raise InputError("nothing to render: give prompts or --manifest FILE")
+        requests, refused = survey_prompts(list(asked.prompts), defaults, checkpoint, num_ranks)
+        return requests, tuple(refused), len(refused)
+    with checking_lines(asked.manifest.name) as on_row:
+        checked, bad = survey_manifest(asked.manifest, defaults, checkpoint, on_row, num_ranks)
+    return checked.requests(), tuple(bad.lines()), bad.num_rows
+
+
+def _refuse_both(asked: ClipArguments) -> None:
+    from cineray.pipeline.request import InputError
+
+    if asked.prompts and asked.manifest is not None:
+        raise InputError("give prompts or --manifest, not both")

@@ -12,6 +12,7 @@ import click
 from cineray.jobs.cli.batch import status, submit
 from cineray.jobs.cli.clips import load_options, read_requests, run_defaults, takes_long_to_check
 from cineray.jobs.cli.compare import compare
+from cineray.jobs.cli.dry_run import print_survey
 from cineray.jobs.cli.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED_CLIPS, EXIT_INTERRUPTED, EXIT_LEASED
 from cineray.jobs.cli.measure import bench, calibrate, verify
 from cineray.jobs.cli.options import ClipArguments, FolderPath, clip_options, json_option, run_options
@@ -46,10 +47,18 @@ def cineray() -> None:
 @click.option("--cache", default="none", show_default=True, metavar="SPEC", help="Cache policy; see docs/caching.md.")
 @click.option("--fps", type=int, metavar="N", help="Frames per second of the MP4.  [default: the model's]")
 @click.option("--lossless", is_flag=True, help="MP4s whose decoded RGB frames are exactly the rendered ones.")
+@click.option("--dry-run", is_flag=True, help="Say what is done, new, changed and refused; render nothing.")
 @run_options
 @json_option
 def render(
-    asked: ClipArguments, run: RunOptions, out: Path, cache: str, fps: int | None, lossless: bool, as_json: bool
+    asked: ClipArguments,
+    run: RunOptions,
+    out: Path,
+    cache: str,
+    fps: int | None,
+    lossless: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> int:
     """Renders clips from prompts or from a manifest.
 
@@ -61,6 +70,7 @@ def render(
       cineray render "a red circle moving left on a navy background" --out out/first
       cineray render --manifest examples/demo.jsonl --out out/demo --steps 30 --json
       cineray render --manifest examples/demo.jsonl --out out/two --sp 2
+      cineray render --manifest examples/demo.jsonl --out out/demo --steps 30 --dry-run
       cineray render "a cat walks" --model wan2.1-t2v-1.3b --device cuda --offload model --out out/cat
       cineray render --manifest m.jsonl --model wan2.1-t2v-14b --address auto --sp 4 --gangs 2 --out /nfs/m
     """
@@ -71,6 +81,8 @@ def render(
     checkpoint = open_checkpoint(asked.model)
     defaults = run_defaults(asked, checkpoint, cache, fps)
     plan = RunPlan(checkpoint=checkpoint, load_options=load_options(asked), options=run, out=out, lossless=lossless)
+    if dry_run:
+        return print_survey(asked, plan, defaults, as_json)
     about = {"defaults": asdict(defaults)}
     try:
         check = functools.partial(read_requests, asked, defaults, checkpoint, run.layout.sequence_ranks)

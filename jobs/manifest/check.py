@@ -165,8 +165,11 @@ class BadRows:
 
     def raise_any(self) -> None:
         """Raises InputError if there are any."""
-        if not self.num_rows:
-            return
+        if self.num_rows:
+            raise InputError(*self.lines())
+
+    def lines(self) -> list[str]:
+        """A line for each of the first MAX_REPORTED, and one for the rest."""
         lines = [
             f"{self._name} {self.unit} {number}: {printable('; '.join(reasons), MAX_REASON)}"
             for number, reasons in sorted(self._reasons.items())
@@ -175,7 +178,7 @@ class BadRows:
         if more:
             unread = "; the rest was not read" if self.num_rows >= MAX_BAD else ""
             lines.append(f"{self._name}: {more} more bad {self.unit}s{unread}")
-        raise InputError(*lines)
+        return lines
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,12 +186,14 @@ class CheckedManifest:
     """The clips of a manifest, all of which have been checked; it is not looked at any more.
 
     Args:
+        repeated: numbers of the rows whose id an earlier row has; not among the clips.
         notes: what was left out on purpose, for the user.
     """
 
     rows: RowFile
     defaults: RunDefaults
     folder: Path
+    repeated: frozenset[int]
     notes: tuple[str, ...]
 
     @property
@@ -201,8 +206,9 @@ class CheckedManifest:
         Raises:
             InputError: the temporary file cannot be read any more.
         """
-        for _, *values in self.rows:
-            yield to_request(Row(*values), self.defaults, self.folder)
+        for is_bad, number, *values in self.rows:
+            if not is_bad and number not in self.repeated:
+                yield to_request(Row(number, *values), self.defaults, self.folder)
 
 
 def check_manifest(
@@ -222,17 +228,34 @@ def check_manifest(
         InputError: it cannot be read, has no clips, or bad rows; one line of message per bad row with its number and
             reason.
     """
+    checked, bad = survey_manifest(path, defaults, checkpoint, on_row, num_ranks)
+    bad.raise_any()
+    return checked
+
+
+def survey_manifest(
+    path: Path,
+    defaults: RunDefaults,
+    checkpoint: Checkpoint,
+    on_row: Callable[[int], None] = lambda number: None,
+    num_ranks: int = 1,
+) -> tuple[CheckedManifest, BadRows]:
+    """Reads the whole manifest as `check_manifest` does, and gives what is wrong with it beside what is good.
+
+    Raises:
+        InputError: it cannot be read, or has no clips.
+    """
     notes: list[str] = []
     with opened(path) as source:
         unit, numbered = read_rows(source, notes.append)
         bad = BadRows(source.name, unit)
         rows, ids = spool(numbered, RowCheck(defaults, RequestCheck(checkpoint, num_ranks), source.folder), bad, on_row)
-        if repeated := ids.repeated():
-            _find_repeated(rows, repeated, bad)
-        bad.raise_any()
-        if not rows:
+        repeated = _find_repeated(rows, hashes, bad) if (hashes := ids.repeated()) else frozenset()
+        if not rows and not bad.num_rows:
             raise InputError(f"{source.name} has no clips; write one JSON object per line, such as {EXAMPLE}")
-        return CheckedManifest(rows=rows, defaults=defaults, folder=source.folder, notes=tuple(notes))
+        return CheckedManifest(
+            rows=rows, defaults=defaults, folder=source.folder, repeated=repeated, notes=tuple(notes)
+        ), bad
 
 
 def spool(
@@ -253,9 +276,10 @@ def spool(
     return rows, ids
 
 
-def _find_repeated(rows: RowFile, repeated: set[int], bad: BadRows) -> None:
-    """Adds the rows whose id an earlier one has; remembers those ids alone whose hash is known to repeat."""
+def _find_repeated(rows: RowFile, repeated: set[int], bad: BadRows) -> frozenset[int]:
+    """Adds the rows whose id an earlier one has, and returns their numbers; remembers no id but where hashes repeat."""
     seen: set[str] = set()
+    numbers: set[int] = set()
     for is_bad, *values in rows:
         row = Row(*values)
         if hash(row.clip_id) not in repeated:
@@ -263,7 +287,9 @@ def _find_repeated(rows: RowFile, repeated: set[int], bad: BadRows) -> None:
         if row.clip_id in seen:
             reason = f"id {shorten(row.clip_id)} is used by an earlier {bad.unit}; ids must be unique"
             bad.add(row.number, [reason], is_known=is_bad)
+            numbers.add(row.number)
         seen.add(row.clip_id)
+    return frozenset(numbers)
 
 
 def check_prompts(
@@ -276,9 +302,22 @@ def check_prompts(
     """
     if not prompts:
         raise InputError("nothing to render: give prompts or --manifest FILE")
-    requests = [to_request(Row(number, prompt), defaults, Path()) for number, prompt in enumerate(prompts, 1)]
-    check = RequestCheck(checkpoint, num_ranks)
-    bad = [f"prompt {request.id}: {'; '.join(reasons)}" for request in requests if (reasons := check(request))]
+    requests, bad = survey_prompts(prompts, defaults, checkpoint, num_ranks)
     if bad:
         raise InputError(*bad[:MAX_REPORTED])
     return requests
+
+
+def survey_prompts(
+    prompts: list[str], defaults: RunDefaults, checkpoint: Checkpoint, num_ranks: int = 1
+) -> tuple[list[ClipRequest], list[str]]:
+    """(requests of the prompts that can be rendered, a line of what is wrong with each of the others)."""
+    check = RequestCheck(checkpoint, num_ranks)
+    good, bad = [], []
+    for number, prompt in enumerate(prompts, 1):
+        request = to_request(Row(number, prompt), defaults, Path())
+        if reasons := check(request):
+            bad.append(f"prompt {request.id}: {'; '.join(reasons)}")
+        else:
+            good.append(request)
+    return good, bad

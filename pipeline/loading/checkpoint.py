@@ -162,7 +162,7 @@ def _read_config(source: str, file: str, is_local: bool) -> dict[str, Any]:
         ValueError: it is missing, or not such a file.
         InputError: the hub does not give it.
     """
-    path = Path(source, file) if is_local else Path(_download(source, file))
+    path = Path(source, file) if is_local else Path(download(source, file))
     try:
         config = read_json(path, MAX_CONFIG_BYTES)
     except (FileNotFoundError, NotADirectoryError):
@@ -174,7 +174,12 @@ def _read_config(source: str, file: str, is_local: bool) -> dict[str, Any]:
     return config
 
 
-def _download(repository: str, file: str) -> str:
+def download(repository: str, file: str) -> str:
+    """The path of one file of a hub repository, which is downloaded if it is not here.
+
+    Raises:
+        InputError: no such repository or file, or no way to them.
+    """
     from huggingface_hub import hf_hub_download, logging
     from huggingface_hub.errors import (
         EntryNotFoundError,

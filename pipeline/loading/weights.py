@@ -1,9 +1,10 @@
 """Where a checkpoint's weights lie on this machine, and which they are; none is read."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from cineray.pipeline.loading.checkpoint import Checkpoint, weights_digest
+from cineray.pipeline.loading.checkpoint import Checkpoint, download, weights_digest
 from cineray.pipeline.request import InputError
 from cineray.text import printable
 
@@ -17,17 +18,24 @@ class Identity:
 
 
 def identify(checkpoint: Checkpoint) -> Identity:
-    """The identity of a checkpoint's weights without loading them; downloads what is not here.
+    """The identity of a checkpoint's weights without loading them; downloads none of them.
+
+    A repository of the hub is identified by its name and commit, so that a driver without a disk for 80 GB of weights
+    can name clips; a folder by its files.
 
     Raises:
-        InputError: the download failed.
+        InputError: the folder cannot be read, or the repository not be found.
     """
+    if not checkpoint.is_local:
+        commit = hub_commit(checkpoint)
+        digest = hashlib.sha256(f"{checkpoint.source}@{commit}".encode()).hexdigest()[:16]
+        return Identity(digest=digest, revision=commit)
     folder = local_folder(checkpoint)
     try:
         digest = weights_digest(folder)
     except OSError as error:
         raise InputError(f"model {printable(checkpoint.name, 200)}: cannot be read: {error.strerror}") from None
-    return Identity(digest=digest, revision=None if checkpoint.is_local else folder.name)
+    return Identity(digest=digest, revision=None)
 
 
 def local_folder(checkpoint: Checkpoint) -> Path:
@@ -42,11 +50,21 @@ def local_folder(checkpoint: Checkpoint) -> Path:
         return Path(checkpoint.source)
     import diffusers
 
+    commit = hub_commit(checkpoint)  # of the files that were judged, though the repository may have moved on
     try:
         pipeline_class = getattr(diffusers, checkpoint.pipeline_class)
-        folder = Path(pipeline_class.download(checkpoint.source, use_safetensors=True))
+        folder = Path(pipeline_class.download(checkpoint.source, revision=commit, use_safetensors=True))
     except Exception as error:  # network, disk, hub: all end here
         reason = printable(" ".join(str(error).split()), 400)
         raise InputError(f"model {printable(checkpoint.name, 200)}: download from the hub failed: {reason}") from error
     checkpoint.check_files(folder)
     return folder
+
+
+def hub_commit(checkpoint: Checkpoint) -> str:
+    """The commit of a hub repository whose configuration is on this machine: the folder of its snapshot.
+
+    Raises:
+        InputError: the repository cannot be found.
+    """
+    return Path(download(checkpoint.source, "model_index.json")).parent.name
