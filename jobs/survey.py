@@ -2,42 +2,46 @@
 
 import os
 import re
-from collections import Counter
+import statistics
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cineray.jobs.output.record import fingerprint_of, render_options
+from cineray.distributed.layout import Layout
+from cineray.jobs.output.record import fingerprint_of, policy_text, read_record, render_options
+from cineray.jobs.planning.schedule import makespan_s
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.options import LoadOptions
 from cineray.pipeline.loading.weights import identify
 from cineray.pipeline.media.picture import Pictures
 from cineray.pipeline.request import ClipRequest, InputError, explain
 
+MAX_SIDECARS = 1000  # of clips that are done, whose seconds are looked at
 _VIDEO = re.compile(r"(?P<id>.+)\.(?P<fingerprint>[0-9a-f]{12})\.mp4")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipShape:
-    """What a clip's time depends on."""
+    """What a clip's time depends on; `policy` is its cache with all options, as a sidecar has it."""
 
     width: int
     height: int
-    num_frames: int
-    num_inference_steps: int
-    guidance_scale: float
-    cache: str
+    frames: int
+    steps: int
+    is_guided: bool
+    policy: str
 
     @classmethod
-    def of(cls, request: ClipRequest) -> "ClipShape":
+    def of(cls, request: ClipRequest, policy: str) -> "ClipShape":
         return cls(
             width=request.width,
             height=request.height,
-            num_frames=request.num_frames,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            cache=request.cache,
+            frames=request.num_frames,
+            steps=request.num_inference_steps,
+            is_guided=request.guidance_scale > 1,
+            policy=policy,
         )
 
 
@@ -97,7 +101,7 @@ def survey(
         status = "new" if known is None else "done" if name in known else "changed"
         counts[status] += 1
         if status != "done":
-            to_render[ClipShape.of(request)] += 1
+            to_render[ClipShape.of(request, policy_text(request, checkpoint))] += 1
     return Survey(
         done=counts["done"],
         new=counts["new"],
@@ -121,4 +125,72 @@ def _videos(out: Path) -> dict[str, set[str]]:
         pass
     except OSError as error:
         raise InputError(f"--out {out} cannot be read: {error.strerror}") from None
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Remaining:
+    """A forecast of what is left of a batch; None where nothing says how long such clips take.
+
+    Args:
+        wall_s: of the gangs' rendering, the longest clips first; start-up and stops are not in it.
+        gpu_hours: of all ranks for so long.
+        cost: in the currency of the price.
+    """
+
+    wall_s: float | None = None
+    gpu_hours: float | None = None
+    cost: float | None = None
+    source: str = "nothing in the folder says how long such clips take; see `cineray plan`"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"wall_s": self.wall_s, "gpu_hours": self.gpu_hours, "cost": self.cost, "source": self.source}
+
+
+def forecast(
+    found: Survey, out: Path, device: str, layout: Layout, num_gangs: int, price_per_gpu_hour: float | None = None
+) -> Remaining:
+    """How long the rest would take, from the seconds of the folder's own clips on the same kind of device and layout.
+
+    Args:
+        layout: of one gang.
+        price_per_gpu_hour: of one rank.
+    """
+    if not found.to_render:
+        return Remaining(wall_s=0.0, gpu_hours=0.0, cost=0.0, source="nothing is left to render")
+    seconds = _seconds(out, device, layout)
+    if not set(found.to_render) <= set(seconds):
+        return Remaining()
+    clips = [(statistics.median(seconds[shape]), count) for shape, count in found.to_render.items()]
+    wall_s = makespan_s(clips, num_gangs)
+    gpu_hours = wall_s * num_gangs * layout.world_size / 3600
+    num_known = sum(len(seconds[shape]) for shape in found.to_render)
+    return Remaining(
+        wall_s=round(wall_s, 1),
+        gpu_hours=round(gpu_hours, 4),
+        cost=None if price_per_gpu_hour is None else round(gpu_hours * price_per_gpu_hour, 2),
+        source=f"forecast from {num_known} clips of this folder",
+    )
+
+
+def _seconds(out: Path, device: str, layout: Layout) -> dict[ClipShape, list[float]]:
+    """Seconds of the folder's clips, by what they depend on; of those that were rendered in one go on such a layout."""
+    found: dict[ClipShape, list[float]] = defaultdict(list)
+    for path in sorted(out.glob("*.json"))[:MAX_SIDECARS]:
+        try:
+            record = read_record(path)
+            timings, degrees = record["timings"], {**record["layout"], "gangs": 1}
+            is_alike = record["device"] == device and Layout(**degrees) == layout and not record.get("resumed_at")
+            shape = ClipShape(
+                width=record["width"],
+                height=record["height"],
+                frames=record["frames"],
+                steps=record["steps"],
+                is_guided=record["guidance"] > 1,
+                policy=record["cache"],
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # run.json, or a clip that says nothing of its seconds
+        if is_alike:
+            found[shape].append(float(sum(timings.values())))
     return found

@@ -11,24 +11,40 @@ from cineray.jobs.console.terminal import print_json, print_lines, tell
 if TYPE_CHECKING:
     from cineray.jobs.manifest.check import RunDefaults
     from cineray.jobs.run import RunPlan
+    from cineray.jobs.survey import Remaining
 
 
-def print_survey(asked: ClipArguments, plan: "RunPlan", defaults: "RunDefaults", as_json: bool) -> int:
+def print_survey(
+    asked: ClipArguments, plan: "RunPlan", defaults: "RunDefaults", price: float | None, as_json: bool
+) -> int:
     """Says what a run would do; reads the output folder by its names, loads no weights, writes nothing.
+
+    Args:
+        price: of a GPU for an hour.
 
     Returns:
         The exit code: 2 where rows are refused, as the run's would be.
     """
-    from cineray.jobs.survey import survey
+    from cineray.jobs.survey import forecast, survey
 
     num_ranks = plan.options.layout.sequence_ranks
     requests, refused, num_refused = survey_requests(asked, defaults, plan.checkpoint, num_ranks)
     found = survey(requests, refused, num_refused, plan.out, plan.checkpoint, plan.load_options, lossless=plan.lossless)
     tell(*(f"cineray: {line}" for line in found.refused))
+    run = plan.options
+    rest = forecast(found, plan.out, plan.load_options.device, run.layout, run.num_gangs, price)
     counts = found.to_dict()
-    said = ", ".join(f"{number} {status}" for status, number in counts.items())
     if as_json:
-        print_json(counts)
+        print_json({**counts, "forecast": rest.to_dict()})
     else:
-        print_lines(sys.stdout, f"{said}; nothing was rendered")
+        said = ", ".join(f"{number} {status}" for status, number in counts.items())
+        print_lines(sys.stdout, f"{said}; nothing was rendered", _time_left(rest))
     return EXIT_BAD_INPUT if found.num_refused else EXIT_DONE
+
+
+def _time_left(rest: "Remaining") -> str:
+    if rest.wall_s is None or rest.gpu_hours is None:
+        return f"no forecast: {rest.source}"
+    cost = "" if rest.cost is None else f", cost {rest.cost:g}"
+    hours = f"{rest.wall_s / 3600:.2f} h" if rest.wall_s >= 600 else f"{rest.wall_s:.0f} s"
+    return f"{hours}, {rest.gpu_hours:.2f} rank-hours{cost} ({rest.source})"

@@ -48,6 +48,7 @@ def cineray() -> None:
 @click.option("--fps", type=int, metavar="N", help="Frames per second of the MP4.  [default: the model's]")
 @click.option("--lossless", is_flag=True, help="MP4s whose decoded RGB frames are exactly the rendered ones.")
 @click.option("--dry-run", is_flag=True, help="Say what is done, new, changed and refused; render nothing.")
+@click.option("--price", type=click.FloatRange(min=0), metavar="USD", help="Of a GPU for an hour, for --dry-run.")
 @run_options
 @json_option
 def render(
@@ -58,6 +59,7 @@ def render(
     fps: int | None,
     lossless: bool,
     dry_run: bool,
+    price: float | None,
     as_json: bool,
 ) -> int:
     """Renders clips from prompts or from a manifest.
@@ -82,7 +84,7 @@ def render(
     defaults = run_defaults(asked, checkpoint, cache, fps)
     plan = RunPlan(checkpoint=checkpoint, load_options=load_options(asked), options=run, out=out, lossless=lossless)
     if dry_run:
-        return print_survey(asked, plan, defaults, as_json)
+        return print_survey(asked, plan, defaults, price, as_json)
     about = {"defaults": asdict(defaults)}
     try:
         check = functools.partial(read_requests, asked, defaults, checkpoint, run.layout.sequence_ranks)

@@ -18,7 +18,7 @@ def render(checkpoint_folder, tmp_path, capsys):
         command = ["render", "--out", str(tmp_path / "out"), "--model", str(checkpoint_folder("wan")), *SMALL]
         code = _run([*command, *arguments])
         captured = capsys.readouterr()
-        return code, captured.out.splitlines()[-1], captured.err
+        return code, (captured.out.splitlines() or [""])[-1], captured.err
 
     return run
 
@@ -75,7 +75,22 @@ def test_a_link_or_an_empty_file_is_no_video(render, tmp_path):
 
 
 def test_for_a_person_it_is_a_line(render):
-    assert render("a red circle", "--dry-run")[1] == "0 done, 1 new, 0 changed, 0 refused; nothing was rendered"
+    assert render("a red circle", "--dry-run")[1].startswith("no forecast: nothing in the folder says")
+
+
+def test_the_folder_s_own_clips_say_how_long_the_rest_takes(render, tmp_path):
+    assert render("one", "two")[0] == 0
+    records = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json") if path.name != "run.json"]
+    expected = sum(sum(record["timings"].values()) for record in records) / 2  # the median of two
+    rest = json.loads(render("one", "two", "three", "--dry-run", "--price", "3600", "--json")[1])["forecast"]
+    assert rest["wall_s"] == pytest.approx(expected, abs=0.06)
+    assert rest["gpu_hours"] == pytest.approx(expected / 3600, abs=6e-5)
+    assert rest["cost"] == pytest.approx(expected, abs=0.3)
+    assert rest["source"] == "forecast from 2 clips of this folder"
+    other = json.loads(render("three", "--steps", "2", "--dry-run", "--json")[1])["forecast"]
+    assert (other["wall_s"], other["gpu_hours"], other["cost"]) == (None, None, None)
+    done = json.loads(render("one", "two", "--dry-run", "--json")[1])["forecast"]
+    assert done["wall_s"] == 0
 
 
 @pytest.mark.parametrize(
