@@ -72,7 +72,8 @@ class ClipRequest:
     """One clip. Sizes in pixels; `guidance_scale` 1 or less means no classifier-free guidance on Wan.
 
     `image` is the path of the first frame for image-to-video models, `image_fit` one of IMAGE_FITS: what to do where
-    it has another shape than the clip. `picture` is set once the clip is taken in hand (`Pictures.pinned`).
+    it has another shape than the clip. `flow_shift` moves the steps towards the noise; None is the model's own for
+    the size. `picture` is set once the clip is taken in hand (`Pictures.pinned`).
     """
 
     id: str
@@ -88,6 +89,7 @@ class ClipRequest:
     cache: str = "none"
     image: str | None = None
     image_fit: str = "stretch"
+    flow_shift: float | None = None
     picture: PictureFacts | None = None
 
 
@@ -99,6 +101,7 @@ class SizeRule:
     side_step: int
     takes_image: bool
     takes_negative_prompt: bool
+    takes_flow_shift: bool = False
 
 
 def _shown(value: float) -> str:
@@ -155,6 +158,10 @@ def problems(request: ClipRequest, rule: SizeRule) -> list[str]:
         found.append(f"image_fit must be stretch, crop or pad, got {shorten(request.image_fit)}")
     elif not rule.takes_image and request.image_fit != "stretch":
         found.append("image_fit cannot be used: this model renders from text alone")
+    if request.flow_shift is not None:
+        within("flow_shift", request.flow_shift, 0.01, 100)
+        if not rule.takes_flow_shift:
+            found.append("flow_shift cannot be used: this model's schedule has none")
     if not rule.takes_negative_prompt and request.negative_prompt is not None:
         found.append("negative_prompt cannot be used: this model's guidance is embedded, there is no negative branch")
     return found
@@ -207,6 +214,8 @@ def fingerprint(
         "options": render_options,
         **{name: getattr(request, name) for name in pixel_fields},
     }
+    if request.flow_shift is not None:
+        covered["flow_shift"] = request.flow_shift
     if request.image is not None:
         picture = request.picture
         if picture is None:

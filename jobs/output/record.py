@@ -14,7 +14,7 @@ from cineray.distributed.layout import Layout
 from cineray.files import read_json, shaped
 from cineray.pipeline.caches.memory import forecast_cache_bytes
 from cineray.pipeline.loading.checkpoint import Checkpoint
-from cineray.pipeline.loading.options import LoadOptions
+from cineray.pipeline.loading.options import QUANTIZED_ATTENTION, LoadOptions
 from cineray.pipeline.media.picture import fit_warning
 from cineray.pipeline.request import ClipRequest, fingerprint
 
@@ -88,8 +88,20 @@ def checked_record(content: Any, sidecar: Path) -> dict[str, Any]:
 
 
 def render_options(options: LoadOptions, lossless: bool) -> dict[str, object]:
-    """What is common to a run and changes pixels."""
-    return {"dtype": options.dtype_name, "vae_tiling": options.vae_tiling, "lossless": lossless}
+    """What is common to a run and changes pixels; what the first versions did not have is named where it is used alone.
+
+    Exact attention kernels and compilation differ in the last bits, as GPUs do, and do not count.
+    """
+    chosen: dict[str, object] = {"dtype": options.dtype_name, "vae_tiling": options.vae_tiling, "lossless": lossless}
+    if options.vae_dtype != "auto":
+        chosen["vae_dtype"] = options.vae_dtype
+    if options.attention in QUANTIZED_ATTENTION:
+        chosen["attention"] = options.attention
+    if options.quantize != "none":
+        chosen["quantize"] = options.quantize
+    if options.lora:
+        chosen["lora"] = [lora.text for lora in options.lora]
+    return chosen
 
 
 def policy_text(request: ClipRequest, checkpoint: Checkpoint) -> str:

@@ -49,7 +49,7 @@ MAX_SEQUENCE_LENGTH = 256  # text tokens behind the template's; HunyuanVideoPipe
 class HunyuanVideo:
     # HunyuanVideoPipeline.__call__'s defaults; 24 frames per second as in Tencent's sample_video.py
     defaults = Defaults(width=1280, height=720, num_frames=129, fps=24, guidance_scale=6.0)
-    vae_in_float32 = False
+    vae_dtype = "float16"  # Tencent's sample_video.py, --vae-precision; diffusers' example too
     components = hunyuan_configs.COMPONENTS
 
     misfit = staticmethod(hunyuan_configs.misfit)
@@ -63,6 +63,7 @@ class HunyuanVideo:
             side_step=configs.vae.get("spatial_compression_ratio", 8) * configs.transformer.get("patch_size", 2),
             takes_image=False,
             takes_negative_prompt=False,
+            takes_flow_shift=True,
         )
 
     def num_tokens(self, configs: ModelConfigs, request: ClipRequest) -> int:
@@ -100,7 +101,8 @@ class HunyuanVideo:
         return {"text": text, "pooled": pooled, "mask": mask}
 
     def schedule(self, pipe: Any, request: ClipRequest) -> tuple[Any, torch.Tensor]:
-        return new_schedule(pipe, sigmas=np.linspace(1.0, 0.0, request.num_inference_steps + 1)[:-1])
+        sigmas = np.linspace(1.0, 0.0, request.num_inference_steps + 1)[:-1]
+        return new_schedule(pipe, flow_shift=request.flow_shift, sigmas=sigmas)
 
     @without_gradients
     def start(

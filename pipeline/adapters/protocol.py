@@ -121,7 +121,7 @@ class Adapter(Protocol):
     """One per model family; holds no state."""
 
     defaults: Defaults
-    vae_in_float32: bool
+    vae_dtype: str  # in which its authors decode: "float32" or "float16"
     components: tuple[Component, ...]  # of its pipeline
 
     def misfit(self, parts: Mapping[str, Any]) -> str | None:
@@ -246,13 +246,19 @@ def cut_message(tokenizer: Any, name: str, text: str, limit: TextLimit) -> list[
     return [f'the text encoder reads {limit.num_tokens} tokens, the {name} has {num_said}; not read: "{cut}"']
 
 
-def new_schedule(pipe: Any, num_inference_steps: int | None = None, **how: Any) -> tuple[Any, torch.Tensor]:
+def new_schedule(
+    pipe: Any, num_inference_steps: int | None = None, flow_shift: float | None = None, **how: Any
+) -> tuple[Any, torch.Tensor]:
     """A copy of the pipeline's scheduler with its timesteps, and these; its steps have state: one for each clip.
 
     Args:
+        flow_shift: in the place of the scheduler's own; of a scheduler that calls it `flow_shift` or `shift`.
         how: further arguments of its `set_timesteps`, such as `sigmas` or `mu`.
     """
     scheduler = deepcopy(pipe.scheduler)
+    if flow_shift is not None:
+        name = "flow_shift" if "flow_shift" in scheduler.config else "shift"
+        scheduler = type(scheduler).from_config(scheduler.config, **{name: flow_shift})
     if num_inference_steps is not None:
         how["num_inference_steps"] = num_inference_steps
     scheduler.set_timesteps(device=pipe._execution_device, **how)

@@ -60,6 +60,7 @@ def _size_rule(configs: ModelConfigs, takes_image: bool) -> SizeRule:
         side_step=max(16, configs.vae.get("scale_factor_spatial", 8) * patch[-1]),
         takes_image=takes_image,
         takes_negative_prompt=True,
+        takes_flow_shift=True,
     )
 
 
@@ -76,8 +77,20 @@ def _unsupported(configs: ModelConfigs) -> str | None:
     return None
 
 
+# Wan 2.1's authors' choice by size, as diffusers' example says it (pipeline_wan.py: "5.0 for 720P, 3.0 for 480P")
+_SHIFT_BY_PIXELS = ((1280 * 720, 5.0), (832 * 480, 3.0))
+
+
+def _flow_shift(request: ClipRequest) -> float | None:
+    """The shift that was asked for, else the authors' for clips of 480p and of 720p and above; None: the scheduler's."""
+    if request.flow_shift is not None:
+        return request.flow_shift
+    pixels = request.width * request.height
+    return next((shift for least, shift in _SHIFT_BY_PIXELS if pixels >= least), None)
+
+
 def _schedule(pipe: Any, request: ClipRequest) -> tuple[Any, torch.Tensor]:
-    return new_schedule(pipe, request.num_inference_steps)
+    return new_schedule(pipe, request.num_inference_steps, _flow_shift(request))
 
 
 @without_gradients
@@ -94,6 +107,7 @@ def _decode(pipe: Any, request: ClipRequest, latents: torch.Tensor, generator: t
 
 def _effective(request: ClipRequest) -> ClipRequest:
     """Without guidance its scale and the negative prompt do nothing; an empty negative prompt is none."""
+    request = replace(request, flow_shift=_flow_shift(request))
     if request.guidance_scale <= 1.0:
         return replace(request, guidance_scale=1.0, negative_prompt=None)
     if request.negative_prompt is not None and not request.negative_prompt.strip():
@@ -171,7 +185,7 @@ def _denoising(
 class WanTextToVideo:
     # generate.py of Wan 2.1: 480p for the 1.3B model, 81 frames at 16 per second, 50 steps, guidance 5
     defaults = Defaults(width=832, height=480, num_frames=81, fps=16, guidance_scale=5.0)
-    vae_in_float32 = True
+    vae_dtype = "float32"  # diffusers 0.42, pipeline_wan.py, the example
     components = wan_configs.TEXT_TO_VIDEO
 
     misfit = staticmethod(partial(wan_configs.misfit, takes_image=False))
@@ -198,7 +212,7 @@ class WanTextToVideo:
 
 class WanImageToVideo:
     defaults = Defaults(width=832, height=480, num_frames=81, fps=16, guidance_scale=5.0)
-    vae_in_float32 = True
+    vae_dtype = "float32"  # diffusers 0.42, pipeline_wan.py, the example
     components = wan_configs.IMAGE_TO_VIDEO
 
     misfit = staticmethod(partial(wan_configs.misfit, takes_image=True))

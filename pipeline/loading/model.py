@@ -12,7 +12,8 @@ from cineray.pipeline.adapters import Adapter
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.device import check_device
 from cineray.pipeline.loading.loaded_weights import check_finite, check_names, check_scheduler, check_vocabulary
-from cineray.pipeline.loading.options import LoadOptions
+from cineray.pipeline.loading.options import LoadOptions, check_installed
+from cineray.pipeline.loading.prepare import compile_blocks, expert_transformers, fuse_loras, quantize, set_attention
 from cineray.pipeline.loading.weights import identify, local_folder
 from cineray.pipeline.request import InputError
 from cineray.text import printable
@@ -50,6 +51,7 @@ def load_model(checkpoint: Checkpoint, options: LoadOptions, skip_components: Se
     import transformers
 
     check_device(options.device)
+    check_installed(options)
     folder = local_folder(checkpoint)
     # their weight-loading bars and "expected types" notes would tear our progress display apart
     for library in (diffusers, transformers):
@@ -88,10 +90,9 @@ def _load(checkpoint: Checkpoint, folder: Path, options: LoadOptions, skip_compo
 
     dtype = DTYPES[options.dtype_name]
     skipped = [name for name in skip_components if name in checkpoint.parts]
-    vae_dtype = torch.float32 if checkpoint.adapter.vae_in_float32 else dtype
     pipe = getattr(diffusers, checkpoint.pipeline_class).from_pretrained(
         folder,
-        dtype={"default": dtype, "vae": vae_dtype},
+        dtype={"default": dtype, "vae": DTYPES[vae_dtype_name(checkpoint, options)]},
         use_safetensors=True,
         local_files_only=True,
         **{name: _without_weights(checkpoint, folder, name) for name in skipped},
@@ -100,14 +101,40 @@ def _load(checkpoint: Checkpoint, folder: Path, options: LoadOptions, skip_compo
     pipe.set_progress_bar_config(disable=True)
     if options.vae_tiling and pipe.vae is not None:
         pipe.vae.enable_tiling()
+    transformers = expert_transformers(pipe, checkpoint.model.denoiser_parts)
+    if transformers:
+        fuse_loras(pipe, options.lora)
     if options.offload == "none":
         pipe.to(options.device)
     check_finite(pipe.components)  # on the device, where it is fastest, and before parts of it are offloaded
-    if options.offload == "model":
-        pipe.enable_model_cpu_offload()
-    elif options.offload == "sequential":
-        pipe.enable_sequential_cpu_offload()
+    for transformer in transformers:
+        quantize(transformer, options)
+        set_attention(transformer, options)
+        if options.compile:
+            compile_blocks(transformer)
+    _offload(pipe, options)
     return pipe
+
+
+def vae_dtype_name(checkpoint: Checkpoint, options: LoadOptions) -> str:
+    """The VAE's dtype: the one asked for, else what the model's authors decode in where the run is not in float32."""
+    if options.vae_dtype != "auto":
+        return options.vae_dtype
+    if options.dtype_name == "float32" or options.device != "cuda":
+        return "float32" if checkpoint.adapter.vae_dtype == "float32" else options.dtype_name
+    return checkpoint.adapter.vae_dtype
+
+
+def _offload(pipe: Any, options: LoadOptions) -> None:
+    match options.offload:
+        case "model":
+            pipe.enable_model_cpu_offload()
+        case "sequential":
+            pipe.enable_sequential_cpu_offload()
+        case "group":
+            pipe.enable_group_offload(
+                onload_device=torch.device(options.device), offload_type="leaf_level", use_stream=True
+            )
 
 
 def _without_weights(checkpoint: Checkpoint, folder: Path, name: str) -> Any:

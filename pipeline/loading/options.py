@@ -1,42 +1,146 @@
 """How weights are to be loaded: said, and checked, before torch is there."""
 
+import hashlib
+import importlib.util
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, get_args
 
 from cineray.pipeline.request import InputError
 from cineray.text import shorten
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
-Offload = Literal["none", "model", "sequential"]
+Offload = Literal["none", "model", "sequential", "group"]
+Attention = Literal["auto", "native", "flash", "flash3", "cudnn", "sage", "xfuser"]
+Quantize = Literal["none", "fp8", "int8"]
+QUANTIZED_ATTENTION = ("sage",)  # kernels that change more than the last bits
+
+# what a kernel needs beside a GPU: the module to import, and the package that brings it
+ATTENTION_PACKAGES: Mapping[str, tuple[str, str]] = {
+    "flash": ("flash_attn", "flash-attn"),
+    "flash3": ("flash_attn_interface", "flash-attn-3 (the hopper folder of the flash-attention repository)"),
+    "sage": ("sageattention", "sageattention"),
+    "xfuser": ("xfuser", "xfuser"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lora:
+    """A LoRA file that is fused into the transformer's weights.
+
+    Args:
+        path: of a safetensors file.
+        scale: that its update is multiplied by.
+        digest: of the file's bytes, 16 hex digits.
+    """
+
+    path: str
+    scale: float
+    digest: str
+
+    @property
+    def text(self) -> str:
+        """What changes pixels."""
+        return f"{self.digest}:{self.scale:g}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Lora":
+        """Reads PATH[:SCALE].
+
+        Raises:
+            InputError: no such file, another kind of file, or a bad scale.
+        """
+        path, colon, scale = text.rpartition(":")
+        if not colon or not re.fullmatch(r"[-+.0-9eE]+", scale):
+            path, scale = text, "1"
+        try:
+            number = float(scale)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number) or number == 0 or abs(number) > 10:
+            raise InputError(f"--lora {shorten(text, 200)}: its scale must be a number up to 10, and not 0, got {scale}")
+        if not Path(path).is_file():
+            raise InputError(f"--lora {shorten(path, 200)} is not a file; give PATH[:SCALE] of a .safetensors file")
+        if Path(path).suffix != ".safetensors":
+            raise InputError(f"--lora {shorten(path, 200)} must be a .safetensors file: others may hold programs")
+        try:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        except OSError as error:
+            raise InputError(f"--lora {shorten(path, 200)} cannot be read: {error.strerror}") from None
+        return cls(path=str(Path(path).resolve()), scale=number, digest=digest)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadOptions:
-    """How the weights sit on the device.
+    """How the weights sit on the device, and what runs on them.
 
     Args:
         device: "cpu" or "cuda".
-        dtype: name in `DTYPE_NAMES`, or "auto": float32 on a CPU, bfloat16 on CUDA. Wan's VAE stays in float32, as its
-            authors advise.
-        offload: "model" keeps one part of the pipeline on the GPU at a time, "sequential" one layer.
+        dtype: name in `DTYPE_NAMES`, or "auto": float32 on a CPU, bfloat16 on CUDA.
+        vae_dtype: the VAE's, or "auto": what the model's authors decode in.
+        offload: "model" keeps one part of the pipeline on the GPU at a time, "sequential" one layer, "group" a few of
+            the transformer's layers, the next ones on their way.
         vae_tiling: decode in overlapping tiles; less memory, slightly other pixels.
+        attention: its kernel; "auto" the fastest that is installed and gives exact attention.
+        quantize: the transformer's linear layers hold their weights in 8 bits.
+        compile: the transformer's repeated blocks are compiled (torch.compile); the first step takes a minute.
+        lora: fused into the transformer, in order.
     """
 
     device: str = "cpu"
     dtype: str = "auto"
+    vae_dtype: str = "auto"
     offload: Offload = "none"
     vae_tiling: bool = False
+    attention: Attention = "auto"
+    quantize: Quantize = "none"
+    compile: bool = False
+    lora: tuple[Lora, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.device not in ("cpu", "cuda"):
-            raise InputError(f"device must be cpu or cuda, got {shorten(str(self.device))}")
-        if self.dtype != "auto" and self.dtype not in DTYPE_NAMES:
-            raise InputError(f"dtype must be auto or one of {', '.join(DTYPE_NAMES)}, got {shorten(str(self.dtype))}")
-        if self.offload not in ("none", "model", "sequential"):
-            raise InputError(f"offload must be none, model or sequential, got {shorten(str(self.offload))}")
+        _one_of("device", self.device, ("cpu", "cuda"))
+        for name, value in (("dtype", self.dtype), ("vae-dtype", self.vae_dtype)):
+            if value != "auto" and value not in DTYPE_NAMES:
+                raise InputError(f"{name} must be auto or one of {', '.join(DTYPE_NAMES)}, got {shorten(str(value))}")
+        _one_of("offload", self.offload, get_args(Offload))
+        _one_of("attention", self.attention, get_args(Attention))
+        _one_of("quantize", self.quantize, get_args(Quantize))
         if self.offload != "none" and self.device != "cuda":
             raise InputError(f"offload {self.offload} moves weights between CPU and GPU; it needs --device cuda")
+        if self.attention not in ("auto", "native") and self.device != "cuda":
+            raise InputError(f"attention {self.attention} is a kernel of GPUs; it needs --device cuda")
+        if self.quantize != "none" and self.offload == "sequential":
+            raise InputError(f"quantize {self.quantize} does not go with offload sequential; use offload group or model")
 
     @property
     def dtype_name(self) -> str:
         return ("bfloat16" if self.device == "cuda" else "float32") if self.dtype == "auto" else self.dtype
+
+
+def check_installed(options: LoadOptions) -> None:
+    """Checks that the packages that the options need are there; for the machine that loads.
+
+    Raises:
+        InputError: a package is missing, and how to get it.
+    """
+    needed = [ATTENTION_PACKAGES[options.attention]] if options.attention in ATTENTION_PACKAGES else []
+    asked = [f"attention {options.attention}"] * len(needed)
+    if options.quantize != "none":
+        needed.append(("torchao", "torchao"))
+        asked.append(f"quantize {options.quantize}")
+    if options.lora:
+        needed.append(("peft", "peft"))
+        asked.append("--lora")
+    for what, (module, package) in zip(asked, needed, strict=True):
+        if importlib.util.find_spec(module) is None:
+            raise InputError(f"{what} needs {package}, which is not installed here; install it, or leave the option out")
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        said = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
+        raise InputError(f"{name} must be {said}, got {shorten(str(value))}")

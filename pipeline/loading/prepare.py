@@ -1,0 +1,91 @@
+"""What is done to a transformer once its weights are there: LoRA, quantization, attention kernel, compilation."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cineray.pipeline.loading.options import LoadOptions, Lora
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# our names of kernels -> diffusers' (models/attention_dispatch.py, AttentionBackendName)
+KERNELS = {"native": "native", "flash": "flash", "flash3": "_flash_3", "cudnn": "_native_cudnn", "sage": "sage"}
+HOPPER = (9, 0)  # compute capability: FlashAttention 3 is for it alone
+
+
+def attention_kernel(options: LoadOptions) -> str:
+    """The attention kernel by its name on the command line; "auto" is resolved for this machine's GPU.
+
+    FlashAttention 3 where it is installed on a Hopper GPU, else PyTorch's own choice: they are exact, and differ in the
+    last bits. xfuser's kernels are the gang's to use, over PyTorch's here.
+    """
+    if options.attention != "auto":
+        return options.attention
+    if options.device == "cuda" and torch.cuda.get_device_capability() == HOPPER:
+        if importlib.util.find_spec("flash_attn_interface") is not None:
+            return "flash3"
+    return "native"
+
+
+def set_attention(transformer: nn.Module, options: LoadOptions) -> None:
+    """Has a transformer's layers attend by the kernel of the options.
+
+    Raises:
+        ValueError: the kernel does not run here.
+    """
+    kernel = attention_kernel(options)
+    if kernel in ("native", "xfuser"):
+        return  # what diffusers does when nothing is said
+    try:
+        transformer.set_attention_backend(KERNELS[kernel])  # type: ignore[operator]  # of diffusers' ModelMixin
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(f"attention {kernel} does not run here: {error}") from error
+
+
+def fuse_loras(pipe: Any, loras: tuple[Lora, ...]) -> None:
+    """Adds LoRA updates to the transformer's weights, one after the other; nothing of peft stays in the model.
+
+    Raises:
+        ValueError: a file that is not a LoRA of this transformer.
+    """
+    for number, lora in enumerate(loras):
+        path, name = Path(lora.path), f"lora-{number}"
+        try:
+            pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name, use_safetensors=True)
+            if name not in pipe.get_list_adapters().get("transformer", ()):
+                raise ValueError("it has no weights for this transformer")
+            pipe.fuse_lora(components=["transformer"], lora_scale=lora.scale, adapter_names=[name])
+            pipe.unload_lora_weights()
+        except Exception as error:  # diffusers, peft and safetensors each raise their own
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"--lora {path} does not fit: {said}") from error
+
+
+def quantize(transformer: nn.Module, options: LoadOptions) -> None:
+    """Holds the weights of the blocks' linear layers in 8 bits, by torchao; what stands outside the blocks stays.
+
+    "fp8" stores float8 e4m3, "int8" a signed byte with a scale for each row; both compute in the transformer's type.
+    """
+    if options.quantize == "none":
+        return
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+    config = Float8WeightOnlyConfig() if options.quantize == "fp8" else Int8WeightOnlyConfig()
+    blocks = [module for module in transformer.children() if isinstance(module, torch.nn.ModuleList)]
+    for block in blocks:
+        quantize_(block, config)
+
+
+def compile_blocks(transformer: nn.Module) -> None:
+    """Compiles the repeated blocks (regional compilation): one graph serves all of them, and caches run beside it."""
+    transformer.compile_repeated_blocks(fullgraph=False)  # type: ignore[operator]  # of diffusers' ModelMixin
+
+
+def expert_transformers(pipe: Any, names: tuple[str, ...]) -> list[nn.Module]:
+    """The transformers of a pipeline that are in memory."""
+    return [part for name in names if (part := getattr(pipe, name, None)) is not None]
