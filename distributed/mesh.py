@@ -82,6 +82,8 @@ def new_mesh(
     timeout: timedelta,
     init_method: str | None = None,
     store: Any = None,
+    *,
+    binds_device: bool = True,
 ) -> Mesh:
     """Makes the groups of the gang in which `rank` stands; all ranks of the world call it together.
 
@@ -90,6 +92,7 @@ def new_mesh(
 
     Args:
         init_method, store: where the ranks meet, as torch.distributed.init_process_group takes them.
+        binds_device: NCCL's world is bound to the device from the beginning, and makes its groups by splitting itself.
 
     Raises:
         ValueError: the world has another size than the layout, or this process another rank.
@@ -98,7 +101,7 @@ def new_mesh(
     backend = "nccl" if device.type == "cuda" else "gloo"
     owns_world = not dist.is_initialized()
     if owns_world:
-        device_id = device if device.type == "cuda" else None
+        device_id = device if device.type == "cuda" and binds_device else None
         dist.init_process_group(
             backend,
             init_method=init_method,

@@ -5,6 +5,7 @@ Letters: B batch, S image tokens, D channels.
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,29 @@ class ShardedBlockList(BlockListProxy):
     ) -> None:
         super().__init__(blocks, transformer, (run,))
         self.inner = inner
+
+
+@contextmanager
+def calling_without_mask(transformer: nn.Module, layout: BlockLayout) -> Iterator[None]:
+    """Within it, the transformer's blocks are called without an attention mask: for text that has no padding.
+
+    diffusers' forward makes one that is true everywhere even then, and flash kernels take none.
+    """
+    if layout.mask is None:
+        yield
+        return
+    place = layout.mask
+
+    def drop_mask(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*args[:place], None, *args[place + 1 :])
+
+    blocks = [block for name in layout.lists for block in getattr(transformer, name)._modules.values()]
+    hooks = [block.register_forward_pre_hook(drop_mask) for block in blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def is_sharded(transformer: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from cineray.distributed.exchange import gather_numbers, gather_tensors, gather_
 from cineray.distributed.layout import Layout, check_layout
 from cineray.distributed.mesh import Mesh, mesh_alone, new_mesh
 from cineray.pipeline.adapters import Branch, Denoising, by_transformer
+from cineray.pipeline.blocks import calling_without_mask
 from cineray.pipeline.caches.enable import attach_cache
 from cineray.pipeline.denoise import StepDone, denoise, run_here
 from cineray.pipeline.loading.model import LoadedModel
@@ -87,7 +88,9 @@ class Gang:
         here = torch.device(device)
         if here.type == "cuda":
             torch.cuda.set_device(here)
-        mesh = new_mesh(layout, rank, here, timedelta(seconds=timeout_s), init_method, store)
+        # xfuser's groups break where the world is bound to a device (its core/distributed/parallel_state.py, 0.7.0)
+        timeout, binds_device = timedelta(seconds=timeout_s), attention != "xfuser"
+        mesh = new_mesh(layout, rank, here, timeout, init_method, store, binds_device=binds_device)
         try:
             return cls(
                 mesh=mesh,
@@ -157,6 +160,8 @@ class Gang:
                 cache = attached.enter_context(
                     attach_cache(clip.transformers, plan, num_branches, consensus=consensus, models=models)
                 )
+            for transformer in clip.transformers if not clip.hides_text else ():
+                attached.enter_context(calling_without_mask(transformer, model.checkpoint.model.layout))
             for transformer in clip.transformers if is_sharded else ():
                 attached.enter_context(ShardedTransformer(transformer, self.mesh, self.attention, models))
             kept = TraceKeeper(keeper, cache and cache.trace, self._whole_trace) if keeper else None

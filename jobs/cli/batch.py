@@ -100,5 +100,6 @@ def _without(render: click.Command, arguments: tuple[str, ...]) -> list[str]:
         if not isinstance(parameter, click.Option) or parameter.name in _APART:
             continue
         value = values[parameter.name]
-        kept += [parameter.opts[0]] if parameter.is_flag else [parameter.opts[0], str(value)]
+        for each in value if parameter.multiple else (value,):
+            kept += [parameter.opts[0]] if parameter.is_flag else [parameter.opts[0], str(each)]
     return kept

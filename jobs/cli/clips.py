@@ -30,9 +30,13 @@ def run_defaults(asked: ClipArguments, checkpoint: "Checkpoint", cache: str, fps
 def load_options(asked: ClipArguments) -> "LoadOptions":
     """How the weights are to be loaded."""
     from cineray.pipeline.loading.device import default_device
-    from cineray.pipeline.loading.options import LoadOptions
+    from cineray.pipeline.loading.options import LoadOptions, Lora
 
-    return LoadOptions(**{**asked.loading, "device": asked.loading["device"] or default_device()})
+    chosen = {
+        "device": asked.loading["device"] or default_device(),
+        "lora": tuple(Lora.parse(text) for text in asked.loading["lora"]),
+    }
+    return LoadOptions(**{**asked.loading, **chosen})
 
 
 def takes_long_to_check(asked: ClipArguments) -> bool:

@@ -275,7 +275,6 @@ def _clips_to_calibrate(asked: ClipArguments) -> tuple["Checkpoint", list["ClipR
     metavar="LIST",
     help="As ulysses4,ring2xulysses2,cfg2xulysses2; a number means ulysses.  [default: those of 2 and 4 ranks]",
 )
-@click.option("--attention", default="native", show_default=True, metavar="native|xfuser", help="Attention backend.")
 @click.option("--consensus", default="all", show_default=True, metavar="all|rank0", help="Whose statistics decide.")
 @click.option("--parallel-decode", is_flag=True, help="Every rank decodes a band of rows, as it does on GPUs.")
 @json_option
@@ -283,7 +282,6 @@ def verify(
     asked: ClipArguments,
     cache: str,
     layouts: str | None,
-    attention: str,
     consensus: str,
     parallel_decode: bool,
     as_json: bool,
@@ -309,7 +307,8 @@ def verify(
     from cineray.pipeline.finite import NotFiniteError
     from cineray.pipeline.loading.checkpoint import open_checkpoint
 
-    gang = GangOptions(attention=attention, consensus=consensus, parallel_decode=parallel_decode or None)
+    options = load_options(asked)
+    gang = GangOptions(attention=options.gang_attention, consensus=consensus, parallel_decode=parallel_decode or None)
     checkpoint = open_checkpoint(asked.model)
     if not asked.prompts and asked.manifest is None:
         asked = replace(asked, prompts=("a red circle moving left on a navy background",))
@@ -317,9 +316,7 @@ def verify(
     clips = list(requests)
     chosen = choose_layouts(checkpoint, clips, layouts.split(",") if layouts else [])
     try:
-        rows = show_verified(
-            verify_clips(checkpoint, load_options(asked), clips, chosen, gang), len(clips) * len(chosen)
-        )
+        rows = show_verified(verify_clips(checkpoint, options, clips, chosen, gang), len(clips) * len(chosen))
     except NotFiniteError as error:
         tell(f"cineray verify: {error}")
         return EXIT_FAILED_CLIPS

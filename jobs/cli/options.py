@@ -4,12 +4,12 @@ import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from cineray.jobs.run_options import RunOptions
-from cineray.pipeline.loading.options import LoadOptions
+from cineray.pipeline.loading.options import Attention, LoadOptions, Quantize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +85,9 @@ _CLIP_OPTIONS = {  # by the names of ClipRequest
         show_default=True,
         help="For an image of another shape than the clip: stretch it, cut it, or put it on black.",
     ),
+    "flow_shift": click.option(
+        "--flow-shift", type=float, metavar="X", help="Shift of the steps towards the noise.  [default: the authors']"
+    ),
 }
 _LOAD_OPTIONS = {  # by the names of LoadOptions
     "device": click.option("--device", default="", metavar="cpu|cuda", help="[default: cuda if there is one]"),
@@ -95,11 +98,32 @@ _LOAD_OPTIONS = {  # by the names of LoadOptions
         "--offload",
         default=_LOADING.offload,
         show_default=True,
-        metavar="none|model|sequential",
+        metavar="none|model|sequential|group",
         help="Keep idle weights in CPU memory (CUDA).",
     ),
     "vae_tiling": click.option(
         "--vae-tiling", is_flag=True, help="Decode in tiles: less memory, slightly other pixels."
+    ),
+    "vae_dtype": click.option(
+        "--vae-dtype", default=_LOADING.vae_dtype, metavar="NAME", help="The VAE's type.  [default: its authors']"
+    ),
+    "attention": click.option(
+        "--attention",
+        type=click.Choice(get_args(Attention)),
+        default=_LOADING.attention,
+        show_default=True,
+        help="Attention kernel; auto is the fastest exact one that is installed (CUDA).",
+    ),
+    "quantize": click.option(
+        "--quantize",
+        type=click.Choice(get_args(Quantize)),
+        default=_LOADING.quantize,
+        show_default=True,
+        help="Hold the transformer's weights in 8 bits (torchao): half the memory, other pixels.",
+    ),
+    "compile": click.option("--compile", is_flag=True, help="Compile the transformer's blocks; a slow first step."),
+    "lora": click.option(
+        "--lora", multiple=True, metavar="PATH[:SCALE]", help="Fuse a LoRA into the transformer; may be repeated."
     ),
 }
 

@@ -84,6 +84,7 @@ class RankWork:
             device="cuda:0" if options.device == "cuda" else "cpu",
             store=self._store,
             timeout_s=self._spec.run.collective_s,
+            attention=options.gang_attention,
         )
 
     def denoise(self, task: Task) -> Denoised | Preempted | NoPrompt | ClipFault:

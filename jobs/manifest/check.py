@@ -44,6 +44,7 @@ class RunDefaults:
     cache: str
     image: str | None = None
     image_fit: str = "stretch"
+    flow_shift: float | None = None
 
 
 def to_request(row: Row, defaults: RunDefaults, folder: Path) -> ClipRequest:

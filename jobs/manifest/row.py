@@ -26,6 +26,7 @@ class Row(NamedTuple):
     cache: str | None = None
     image: str | None = None
     image_fit: str | None = None
+    flow_shift: float | None = None
 
     @property
     def clip_id(self) -> str:
@@ -123,11 +124,12 @@ def _shown(value: Any) -> str:
 
 
 _WHOLE = ("seed", "width", "height", "frames", "steps", "fps")
+_NUMBERS = ("guidance", "flow_shift")
 _READERS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("prompt", "negative_prompt", "cache", "image", "image_fit"), _text),
     **dict.fromkeys(_WHOLE, _whole),
     "id": _id,
-    "guidance": _number,
+    **dict.fromkeys(_NUMBERS, _number),
 }
 _WHOLE_CELL = re.compile(r"([+-]?[0-9]{1,40})(?:\.0*)?")
 _NUMBER_CELL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
@@ -142,5 +144,8 @@ def _number_cell(cell: str) -> float | str:
     return float(cell) if _NUMBER_CELL.fullmatch(cell) else cell
 
 
-_CELLS: dict[str, Callable[[str], Any]] = {**dict.fromkeys(_WHOLE, _whole_cell), "guidance": _number_cell}
+_CELLS: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(_WHOLE, _whole_cell),
+    **dict.fromkeys(("guidance", "flow_shift"), _number_cell),
+}
 _BARE = {*_CELLS, "id", "cache", "image", "image_fit"}  # blanks around them mean nothing

@@ -141,6 +141,7 @@ def clip_record(
         resumed_at: steps at which the clip went on after a stop.
         warnings: what was asked for and the pixels do not show.
     """
+    shift = model.adapter.effective(request).flow_shift
     trace = trace_summary(request, clip) | {"forecast_bytes": cache_bytes(request, model)}
     record = {
         "version": 1,
@@ -156,6 +157,7 @@ def clip_record(
         "steps": request.num_inference_steps,
         "guidance": request.guidance_scale,
         "image": request.image,
+        **({} if shift is None else {"flow_shift": shift}),
         "model": {
             "name": model.checkpoint.name,
             "pipeline": model.checkpoint.pipeline_class,

@@ -16,6 +16,7 @@ from cineray.caching.policies.magcache import MagCacheConfig
 from cineray.caching.policies.taylorseer import TaylorSeerConfig
 from cineray.caching.policies.teacache import TeaCacheConfig
 from cineray.pipeline.adapters import hunyuan_configs
+from cineray.pipeline.adapters.hunyuan_vae import attend_by_frame
 from cineray.pipeline.adapters.model import (
     SHIPPED,
     TINY_CLIP,
@@ -100,6 +101,10 @@ class HunyuanVideo:
         text, pooled, mask = pipe.encode_prompt(prompt=request.prompt, device=pipe._execution_device)
         return {"text": text, "pooled": pooled, "mask": mask}
 
+    def loaded(self, pipe: Any, device: str) -> None:
+        if device != "cpu" and pipe.vae is not None:
+            attend_by_frame(pipe.vae)
+
     def schedule(self, pipe: Any, request: ClipRequest) -> tuple[Any, torch.Tensor]:
         sigmas = np.linspace(1.0, 0.0, request.num_inference_steps + 1)[:-1]
         return new_schedule(pipe, flow_shift=request.flow_shift, sigmas=sigmas)
@@ -112,9 +117,13 @@ class HunyuanVideo:
 
         device, dtype = pipe._execution_device, pipe.transformer.dtype
         scheduler, timesteps = self.schedule(pipe, request)
+        text, mask = encoded["text"], encoded["mask"]
+        trims = device.type != "cpu"  # on a CPU clips equal those of diffusers' pipeline bit for bit
+        if trims:
+            text, mask = without_padding(text, mask)
         kwargs = {
-            "encoder_hidden_states": encoded["text"].to(device, dtype),
-            "encoder_attention_mask": encoded["mask"].to(device, dtype),
+            "encoder_hidden_states": text.to(device, dtype),
+            "encoder_attention_mask": mask.to(device, dtype),
             "pooled_projections": encoded["pooled"].to(device, dtype),
             "guidance": torch.tensor([request.guidance_scale], dtype=dtype, device=device) * 1000.0,
         }
@@ -124,6 +133,7 @@ class HunyuanVideo:
             timesteps=timesteps,
             branches=(Branch(name="cond", transformer_kwargs=kwargs),),
             experts=(Expert(transformer=pipe.transformer),),
+            hides_text=not trims,
         )
 
     @without_gradients
@@ -134,6 +144,16 @@ class HunyuanVideo:
         return pipe.vae.decode(latents, return_dict=False)[0]
 
 
+def without_padding(text: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Text [1, T, D] and its mask [1, T] less what the mask hides, which is padding behind the text.
+
+    No attention over it then needs a mask, so that flash kernels can be used: they take none. A hidden key counts
+    nothing in a softmax; only the last bits of its sums change.
+    """
+    num_tokens = int(mask.sum())
+    return text[:, :num_tokens], mask[:, :num_tokens]
+
+
 MODEL = Model(
     transformer="HunyuanVideoTransformer3DModel",
     family="hunyuan-video",
@@ -142,6 +162,7 @@ MODEL = Model(
         counts=("num_layers", "num_single_layers"),
         output="hidden, text",
         shared=(4, 6),
+        mask=3,
         layers=("attn", "ff", "ff_context", "proj_mlp"),
     ),
     branches=("cond",),

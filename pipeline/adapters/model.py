@@ -21,6 +21,7 @@ class BlockLayout:
         lists: names of the block lists, in order; the probe lies in the first.
         counts: where the configuration says how many blocks each list has; one name for interleaved lists.
         interleaved: the lists run in turn, one block of each, and such a group counts as one block.
+        mask: place of the attention mask that hides padded text, from the hidden states; None where there is none.
         output: what a block returns: "hidden", "hidden, text" or "text, hidden".
         shared: arguments, by position (from the hidden states) or keyword, that have no batch dimension.
         layers: the layers that feed a residual add, which a SmoothCache schedule may name: attributes of a block, or
@@ -32,6 +33,7 @@ class BlockLayout:
     interleaved: bool = False
     output: str = "hidden"
     shared: tuple[int | str, ...] = ()
+    mask: int | None = None
     layers: tuple[str, ...]
 
 

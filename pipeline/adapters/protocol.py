@@ -67,6 +67,7 @@ class Denoising:
         experts: by first step, the first one from step 0; of two with the same first step the later one denoises.
         channel_condition: [B, C', F, H, W] concatenated to the latents along channels at each step, or None.
         combine: makes one output of those of the branches.
+        hides_text: some text tokens are padding, which the blocks' attention must not see; else they get no mask.
     """
 
     latents: torch.Tensor
@@ -76,6 +77,7 @@ class Denoising:
     experts: tuple[Expert, ...]
     channel_condition: torch.Tensor | None = None
     combine: Combine = classifier_free
+    hides_text: bool = True
 
     def __post_init__(self) -> None:
         steps = [expert.first_step for expert in self.experts]
@@ -159,6 +161,10 @@ class Adapter(Protocol):
 
         Needs no transformer; it may run in another process than `start`. In float32 or the encoders' own type.
         """
+        ...
+
+    def loaded(self, pipe: DiffusionPipeline, device: str) -> None:
+        """Called once the weights are in memory: changes of this pipeline's own modules that spare a GPU memory."""
         ...
 
     def schedule(self, pipe: DiffusionPipeline, request: ClipRequest) -> tuple[Any, torch.Tensor]:

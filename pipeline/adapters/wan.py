@@ -77,12 +77,16 @@ def _unsupported(configs: ModelConfigs) -> str | None:
     return None
 
 
+def _loaded(pipe: Any, device: str) -> None:
+    """Nothing: its VAE decodes frame by frame as it is."""
+
+
 # Wan 2.1's authors' choice by size, as diffusers' example says it (pipeline_wan.py: "5.0 for 720P, 3.0 for 480P")
 _SHIFT_BY_PIXELS = ((1280 * 720, 5.0), (832 * 480, 3.0))
 
 
 def _flow_shift(request: ClipRequest) -> float | None:
-    """The shift that was asked for, else the authors' for clips of 480p and of 720p and above; None: the scheduler's."""
+    """The shift that was asked for, else the authors' for 480p and for 720p and above; None: the scheduler's."""
     if request.flow_shift is not None:
         return request.flow_shift
     pixels = request.width * request.height
@@ -196,6 +200,7 @@ class WanTextToVideo:
     cut_prompts = staticmethod(_cut_prompts)
     encode_inputs = staticmethod(_prompt_inputs)
     encode = staticmethod(_encode_prompts)
+    loaded = staticmethod(_loaded)
     schedule = staticmethod(_schedule)
     decode = staticmethod(_decode)
 
@@ -221,6 +226,7 @@ class WanImageToVideo:
     effective = staticmethod(_effective)
     unused = staticmethod(_unused)
     cut_prompts = staticmethod(_cut_prompts)
+    loaded = staticmethod(_loaded)
     schedule = staticmethod(_schedule)
     decode = staticmethod(_decode)
 

@@ -112,6 +112,7 @@ def _load(checkpoint: Checkpoint, folder: Path, options: LoadOptions, skip_compo
         set_attention(transformer, options)
         if options.compile:
             compile_blocks(transformer)
+    checkpoint.adapter.loaded(pipe, options.device)
     _offload(pipe, options)
     return pipe
 

@@ -61,7 +61,7 @@ class Lora:
         except ValueError:
             number = math.nan
         if not math.isfinite(number) or number == 0 or abs(number) > 10:
-            raise InputError(f"--lora {shorten(text, 200)}: its scale must be a number up to 10, and not 0, got {scale}")
+            raise InputError(f"--lora {shorten(text, 200)}: the scale must be a number up to 10, not 0, got {scale}")
         if not Path(path).is_file():
             raise InputError(f"--lora {shorten(path, 200)} is not a file; give PATH[:SCALE] of a .safetensors file")
         if Path(path).suffix != ".safetensors":
@@ -114,7 +114,12 @@ class LoadOptions:
         if self.attention not in ("auto", "native") and self.device != "cuda":
             raise InputError(f"attention {self.attention} is a kernel of GPUs; it needs --device cuda")
         if self.quantize != "none" and self.offload == "sequential":
-            raise InputError(f"quantize {self.quantize} does not go with offload sequential; use offload group or model")
+            raise InputError(f"quantize {self.quantize} does not go with offload sequential; use group or model")
+
+    @property
+    def gang_attention(self) -> Literal["native", "xfuser"]:
+        """Who attends across ranks: xfuser, or our own exchange around the kernel."""
+        return "xfuser" if self.attention == "xfuser" else "native"
 
     @property
     def dtype_name(self) -> str:
@@ -137,7 +142,7 @@ def check_installed(options: LoadOptions) -> None:
         asked.append("--lora")
     for what, (module, package) in zip(asked, needed, strict=True):
         if importlib.util.find_spec(module) is None:
-            raise InputError(f"{what} needs {package}, which is not installed here; install it, or leave the option out")
+            raise InputError(f"{what} needs {package}, which is not installed; install it, or leave the option out")
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

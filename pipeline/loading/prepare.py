@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cineray.pipeline.loading.options import LoadOptions, Lora
+from cineray.pipeline.loading.options import ATTENTION_PACKAGES, LoadOptions, Lora
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,10 +26,9 @@ def attention_kernel(options: LoadOptions) -> str:
     """
     if options.attention != "auto":
         return options.attention
-    if options.device == "cuda" and torch.cuda.get_device_capability() == HOPPER:
-        if importlib.util.find_spec("flash_attn_interface") is not None:
-            return "flash3"
-    return "native"
+    has_flash3 = importlib.util.find_spec(ATTENTION_PACKAGES["flash3"][0]) is not None
+    is_hopper = options.device == "cuda" and torch.cuda.get_device_capability() == HOPPER
+    return "flash3" if has_flash3 and is_hopper else "native"
 
 
 def set_attention(transformer: nn.Module, options: LoadOptions) -> None:

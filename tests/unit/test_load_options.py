@@ -1,0 +1,230 @@
+"""How weights are loaded and what runs on them: LoRA, 8-bit weights, kernels, the VAE's type, the flow shift."""
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cineray.jobs.cli.main import _run
+from cineray.jobs.output.record import fingerprint_of, render_options
+from cineray.pipeline.adapters.hunyuan_vae import attend_by_frame
+from cineray.pipeline.adapters.hunyuan_video import without_padding
+from cineray.pipeline.blocks import calling_without_mask
+from cineray.pipeline.loading.checkpoint import open_checkpoint
+from cineray.pipeline.loading.model import load_model, vae_dtype_name
+from cineray.pipeline.loading.options import LoadOptions, Lora
+from cineray.pipeline.loading.weights import identify
+from cineray.pipeline.request import InputError
+
+needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+
+
+@pytest.fixture
+def lora_file(tmp_path):
+    """A LoRA of rank 2 for the toy Wan's first query projection, in the peft format of diffusers."""
+    torch.manual_seed(0)
+    size = load_model(open_checkpoint("tiny-wan"), LoadOptions()).pipe.transformer.blocks[0].attn1.to_q.weight.shape[0]
+    prefix = "transformer.blocks.0.attn1.to_q"
+    tensors = {f"{prefix}.lora_A.weight": torch.randn(2, size), f"{prefix}.lora_B.weight": torch.randn(size, 2)}
+    save_file(tensors, tmp_path / "style.safetensors")
+    return tmp_path / "style.safetensors", tensors[f"{prefix}.lora_B.weight"] @ tensors[f"{prefix}.lora_A.weight"]
+
+
+@needs_peft
+def test_a_lora_is_fused_into_the_weights_and_nothing_of_it_stays(lora_file):
+    path, update = lora_file
+    plain = load_model(open_checkpoint("tiny-wan"), LoadOptions()).pipe.transformer
+    options = LoadOptions(lora=(Lora.parse(f"{path}:0.5"),))
+    fused = load_model(open_checkpoint("tiny-wan"), options).pipe.transformer
+    change = fused.blocks[0].attn1.to_q.weight - plain.blocks[0].attn1.to_q.weight
+    torch.testing.assert_close(change, 0.5 * update, rtol=1e-4, atol=1e-5)
+    assert [name for name, _ in fused.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    others = [n for n, p in fused.named_parameters() if not torch.equal(p, plain.get_parameter(n))]
+    assert others == ["blocks.0.attn1.to_q.weight"]
+
+
+@needs_peft
+def test_a_lora_that_does_not_fit_is_one_line(tmp_path):
+    save_file({"transformer.nowhere.lora_A.weight": torch.zeros(2, 4)}, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match=r"--lora .*other\.safetensors does not fit: "):
+        load_model(open_checkpoint("tiny-wan"), LoadOptions(lora=(Lora.parse(str(tmp_path / "other.safetensors")),)))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("none.safetensors", "is not a file; give PATH[:SCALE]"),
+        ("{dir}/a.bin", "must be a .safetensors file: others may hold programs"),
+        ("{dir}/a.safetensors:0", "the scale must be a number up to 10, not 0, got 0"),
+        ("{dir}/a.safetensors:1e9", "the scale must be a number up to 10"),
+        ("{dir}/a.safetensors:1e", "the scale must be a number up to 10"),
+    ],
+)
+def test_bad_loras_are_refused_before_loading(tmp_path, text, reason):
+    for name in ("a.bin", "a.safetensors"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(InputError) as caught:
+        Lora.parse(text.replace("{dir}", str(tmp_path)))
+    assert reason in str(caught.value)
+
+
+def test_what_changes_pixels_is_in_the_fingerprint_and_what_does_not_is_not(new_request, tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"x")
+    checkpoint = open_checkpoint("tiny-wan")
+    request, digest = new_request(), identify(checkpoint).digest
+
+    def named(options: LoadOptions) -> str:
+        return fingerprint_of(request, checkpoint, digest, render_options(options, lossless=False))
+
+    plain = LoadOptions()
+    same = [replace(plain, compile=True), replace(plain, attention="native")]
+    lora = Lora.parse(str(tmp_path / "a.safetensors"))
+    others = [
+        replace(plain, lora=(lora,)),
+        replace(plain, lora=(replace(lora, scale=0.5),)),
+        replace(plain, quantize="int8"),
+        replace(plain, quantize="fp8"),
+        replace(plain, vae_dtype="bfloat16"),
+        LoadOptions(device="cuda", dtype="float32", attention="sage"),
+    ]
+    assert {named(options) for options in same} == {named(plain)}
+    assert len({named(options) for options in (plain, *others)}) == 1 + len(others)
+    assert named(LoadOptions(device="cuda", dtype="float32", attention="flash3")) == named(plain)
+
+
+def test_the_flow_shift_moves_the_timesteps_and_is_part_of_the_fingerprint(new_request):
+    checkpoint = open_checkpoint("tiny-wan")
+    pipe, adapter = load_model(checkpoint, LoadOptions()).pipe, checkpoint.adapter
+    request = new_request(num_inference_steps=8)
+    _, own = adapter.schedule(pipe, request)
+    _, shifted = adapter.schedule(pipe, replace(request, flow_shift=9.0))
+    assert (shifted[1:] > own[1:]).all()  # longer in the noise
+    _, again = adapter.schedule(pipe, request)
+    assert torch.equal(own, again)  # the pipeline's own scheduler is as it was
+    digest, options = identify(checkpoint).digest, render_options(LoadOptions(), lossless=False)
+    names = {fingerprint_of(replace(request, flow_shift=x), checkpoint, digest, options) for x in (None, 3.0, 9.0)}
+    assert len(names) == 3
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "shift"), [(64, 64, None), (832, 480, 3.0), (480, 832, 3.0), (1280, 720, 5.0)]
+)
+def test_wan_s_authors_shift_by_size(new_request, width, height, shift):
+    adapter = open_checkpoint("tiny-wan").adapter
+    assert adapter.effective(new_request(width=width, height=height)).flow_shift == shift
+    assert adapter.effective(new_request(width=width, height=height, flow_shift=2.0)).flow_shift == 2.0
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "name"),
+    [
+        ("tiny-wan", LoadOptions(), "float32"),
+        ("tiny-wan", LoadOptions(device="cuda"), "float32"),
+        ("tiny-wan", LoadOptions(vae_dtype="bfloat16"), "bfloat16"),
+        ("tiny-hunyuan", LoadOptions(), "float32"),
+        ("tiny-hunyuan", LoadOptions(dtype="bfloat16"), "bfloat16"),
+        ("tiny-hunyuan", LoadOptions(device="cuda"), "float16"),
+        ("tiny-hunyuan", LoadOptions(device="cuda", dtype="float32"), "float32"),
+    ],
+)
+def test_the_vae_s_type_is_its_authors(model, options, name):
+    assert vae_dtype_name(open_checkpoint(model), options) == name
+
+
+@needs_torchao
+def test_blocks_hold_their_weights_in_eight_bits_and_render_nearly_the_same():
+    plain = load_model(open_checkpoint("tiny-wan"), LoadOptions()).pipe.transformer
+    small = load_model(open_checkpoint("tiny-wan"), LoadOptions(quantize="int8")).pipe.transformer
+    torch.manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(1, plain.config.in_channels, 2, 8, 8),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(1, 16, plain.config.text_dim),
+        "return_dict": False,
+    }
+    with torch.no_grad():
+        expected, found = plain(**inputs)[0], small(**inputs)[0]
+    assert not torch.equal(expected, found)
+    assert (expected - found).norm() / expected.norm() < 0.05  # 8 bits a row
+    assert type(small.blocks[0].ffn.net[2].weight).__name__ != "Parameter"
+    assert type(small.proj_out.weight).__name__ == "Parameter"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--attention", "flash3"), "attention flash3 is a kernel of GPUs; it needs --device cuda"),
+        (("--attention", "quick"), "'quick' is not one of 'auto'"),
+        (("--quantize", "int4"), "'int4' is not one of 'none'"),
+        (("--vae-dtype", "float8"), "vae-dtype must be auto or one of float32, bfloat16, float16, got 'float8'"),
+        (("--offload", "group"), "offload group moves weights between CPU and GPU; it needs --device cuda"),
+        (("--lora", "none.safetensors"), "is not a file"),
+        (("--flow-shift", "-1"), "flow_shift must be 0.01 to 100, got -1"),
+        (("--flow-shift", "nan"), "flow_shift must be 0.01 to 100, got nan"),
+    ],
+)
+def test_bad_options_are_one_line_and_nothing_is_made(tmp_path, capsys, arguments, reason):
+    out = tmp_path / "out"
+    assert _run(["render", "a red circle", "--out", str(out), "--device", "cpu", *arguments]) == 2
+    assert reason in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("module", ["torchao", "peft"])
+def test_a_package_that_is_missing_is_named(monkeypatch, tmp_path, module):
+    (tmp_path / "a.safetensors").write_bytes(b"x")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    lora = (Lora.parse(str(tmp_path / "a.safetensors")),)
+    options = LoadOptions(quantize="int8") if module == "torchao" else LoadOptions(lora=lora)
+    with pytest.raises(InputError, match=rf"needs {module}, which is not installed"):
+        load_model(open_checkpoint("tiny-wan"), options)
+
+
+def test_text_without_its_padding_and_without_a_mask_gives_the_same_velocity():
+    """Both are right: a hidden key counts nothing. The sums have other lengths, so the last bits differ."""
+    checkpoint = open_checkpoint("tiny-hunyuan")
+    transformer = load_model(checkpoint, LoadOptions()).pipe.transformer.double()
+    torch.manual_seed(0)
+    text = torch.randn(1, 24, transformer.config.text_embed_dim, dtype=torch.float64)
+    mask = (torch.arange(24) < 7)[None]
+    inputs = {
+        "hidden_states": torch.randn(1, transformer.config.in_channels, 2, 8, 8, dtype=torch.float64),
+        "timestep": torch.tensor([500.0], dtype=torch.float64),
+        "pooled_projections": torch.randn(1, transformer.config.pooled_projection_dim, dtype=torch.float64),
+        "guidance": torch.tensor([3000.0], dtype=torch.float64),
+        "return_dict": False,
+    }
+    masks = []
+    transformer.transformer_blocks[0].attn.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True
+    )
+    with torch.no_grad():
+        padded = transformer(encoder_hidden_states=text, encoder_attention_mask=mask.double(), **inputs)[0]
+        short, valid = without_padding(text, mask)
+        with calling_without_mask(transformer, checkpoint.model.layout):
+            trimmed = transformer(encoder_hidden_states=short, encoder_attention_mask=valid.double(), **inputs)[0]
+    assert short.shape[1] == 7
+    assert masks[0] is not None
+    assert masks[1] is None
+    # the refiner's timestep embedding is float32 in diffusers, so more than float64's own rounding
+    torch.testing.assert_close(trimmed, padded, rtol=1e-5, atol=1e-6)
+    assert not any(block._forward_pre_hooks for block in transformer.single_transformer_blocks)
+
+
+def test_hunyuan_s_vae_attends_by_frame_without_a_mask_as_it_did_with_one():
+    vae = load_model(open_checkpoint("tiny-hunyuan"), LoadOptions()).pipe.vae.double()
+    torch.manual_seed(0)
+    latents = torch.randn(1, vae.config.latent_channels, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        expected = vae.decode(latents, return_dict=False)[0]
+        before = sorted(vae.state_dict())
+        attend_by_frame(vae)
+        found = vae.decode(latents, return_dict=False)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert sorted(vae.state_dict()) == before
+    video = torch.randn(1, 3, 5, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.isfinite(vae.encode(video, return_dict=False)[0].mean).all()
