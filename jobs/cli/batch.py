@@ -101,5 +101,6 @@ def _without(render: click.Command, arguments: tuple[str, ...]) -> list[str]:
             continue
         value = values[parameter.name]
         for each in value if parameter.multiple else (value,):
-            kept += [parameter.opts[0]] if parameter.is_flag else [parameter.opts[0], str(each)]
+            name = parameter.opts[0] if each is not False else parameter.secondary_opts[0]
+            kept += [name] if parameter.is_flag else [name, str(each)]
     return kept

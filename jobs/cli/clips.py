@@ -27,13 +27,15 @@ def run_defaults(asked: ClipArguments, checkpoint: "Checkpoint", cache: str, fps
     return RunDefaults(**{**asdict(checkpoint.defaults), **typed, "cache": cache})
 
 
-def load_options(asked: ClipArguments) -> "LoadOptions":
-    """How the weights are to be loaded."""
+def load_options(asked: ClipArguments, checkpoint: "Checkpoint") -> "LoadOptions":
+    """How the weights of a checkpoint are to be loaded."""
     from cineray.pipeline.loading.device import default_device
     from cineray.pipeline.loading.options import LoadOptions, Lora
 
+    device, tiles = asked.loading["device"] or default_device(), asked.loading["vae_tiling"]
     chosen = {
-        "device": asked.loading["device"] or default_device(),
+        "device": device,
+        "vae_tiling": device == "cuda" and checkpoint.adapter.tiles_on_gpus if tiles is None else tiles,
         "lora": tuple(Lora.parse(text) for text in asked.loading["lora"]),
     }
     return LoadOptions(**{**asked.loading, **chosen})

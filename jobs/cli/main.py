@@ -82,7 +82,9 @@ def render(
 
     checkpoint = open_checkpoint(asked.model)
     defaults = run_defaults(asked, checkpoint, cache, fps)
-    plan = RunPlan(checkpoint=checkpoint, load_options=load_options(asked), options=run, out=out, lossless=lossless)
+    plan = RunPlan(
+        checkpoint=checkpoint, load_options=load_options(asked, checkpoint), options=run, out=out, lossless=lossless
+    )
     if dry_run:
         return print_survey(asked, plan, defaults, price, as_json)
     about = {"defaults": asdict(defaults)}

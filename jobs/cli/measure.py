@@ -47,7 +47,7 @@ def smoothcache(asked: ClipArguments, alpha: float, max_lag: int, out: Path, as_
     from cineray.jobs.measure.calibration import calibrate_smoothcache
 
     checkpoint, requests = _clips_to_calibrate(asked)
-    schedule = calibrate_smoothcache(checkpoint, load_options(asked), requests, alpha, max_lag, out)
+    schedule = calibrate_smoothcache(checkpoint, load_options(asked, checkpoint), requests, alpha, max_lag, out)
     computed = {layer: sum(row) for layer, row in schedule.rows.items()}
     said = ", ".join(f"{layer} {number} of {schedule.num_steps}" for layer, number in computed.items())
     tell(f"{out}: computed steps: {said}")
@@ -87,7 +87,7 @@ def teacache(asked: ClipArguments, threshold: float, out: Path, as_json: bool) -
     from cineray.jobs.measure.calibration import calibrate_teacache
 
     checkpoint, requests = _clips_to_calibrate(asked)
-    profile, explained = calibrate_teacache(checkpoint, load_options(asked), requests, threshold, out)
+    profile, explained = calibrate_teacache(checkpoint, load_options(asked, checkpoint), requests, threshold, out)
     said = ", ".join(f"{signal}: {share:.0%} of the variance explained" for signal, share in explained.items())
     tell(f"{out}: {said}")
     if as_json:
@@ -134,7 +134,7 @@ def magcache(asked: ClipArguments, threshold: float, max_skips: int, out: Path, 
     from cineray.jobs.measure.calibration import calibrate_magcache
 
     checkpoint, requests = _clips_to_calibrate(asked)
-    profile = calibrate_magcache(checkpoint, load_options(asked), requests, threshold, max_skips, out)
+    profile = calibrate_magcache(checkpoint, load_options(asked, checkpoint), requests, threshold, max_skips, out)
     low, high = (bound(r for ratios in profile.ratios.values() for r in ratios) for bound in (min, max))
     tell(f"{out}: ratios {low:.3f} to {high:.3f}")
     if as_json:
@@ -168,7 +168,7 @@ def dicache_skip_costs(asked: ClipArguments, trials: int, floor: float | None, o
     from cineray.jobs.measure.calibration import calibrate_dicache
 
     checkpoint, requests = _clips_to_calibrate(asked)
-    profile, points = calibrate_dicache(checkpoint, load_options(asked), requests, trials, floor, out)
+    profile, points = calibrate_dicache(checkpoint, load_options(asked, checkpoint), requests, trials, floor, out)
     for point in points:
         tell(
             f"threshold {point.threshold:.4g}: {point.speedup:.2f}x by blocks, PSNR {point.psnr_db:.1f} dB, "
@@ -231,8 +231,8 @@ def quality(
         check_out(out, "bench quality")
     checkpoint = open_checkpoint(asked.model)
     _, requests = read_requests(asked, run_defaults(asked, checkpoint, "none", None), checkpoint)
-    use_threads(checkpoint, load_options(asked))
-    model = load_model(checkpoint, load_options(asked))
+    use_threads(checkpoint, load_options(asked, checkpoint))
+    model = load_model(checkpoint, load_options(asked, checkpoint))
     rows = bench_quality(model, list(requests), list(policies), list(targets), out)
     _print_quality(rows)
     if as_json:
@@ -263,7 +263,7 @@ def _clips_to_calibrate(asked: ClipArguments) -> tuple["Checkpoint", list["ClipR
 
     checkpoint = open_checkpoint(asked.model)
     _, requests = read_requests(asked, run_defaults(asked, checkpoint, "none", None), checkpoint)
-    use_threads(checkpoint, load_options(asked))
+    use_threads(checkpoint, load_options(asked, checkpoint))
     return checkpoint, list(requests)
 
 
@@ -307,9 +307,9 @@ def verify(
     from cineray.pipeline.finite import NotFiniteError
     from cineray.pipeline.loading.checkpoint import open_checkpoint
 
-    options = load_options(asked)
-    gang = GangOptions(attention=options.gang_attention, consensus=consensus, parallel_decode=parallel_decode or None)
     checkpoint = open_checkpoint(asked.model)
+    options = load_options(asked, checkpoint)
+    gang = GangOptions(attention=options.gang_attention, consensus=consensus, parallel_decode=parallel_decode or None)
     if not asked.prompts and asked.manifest is None:
         asked = replace(asked, prompts=("a red circle moving left on a navy background",))
     _, requests = read_requests(asked, run_defaults(asked, checkpoint, cache, None), checkpoint)

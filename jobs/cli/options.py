@@ -102,7 +102,9 @@ _LOAD_OPTIONS = {  # by the names of LoadOptions
         help="Keep idle weights in CPU memory (CUDA).",
     ),
     "vae_tiling": click.option(
-        "--vae-tiling", is_flag=True, help="Decode in tiles: less memory, slightly other pixels."
+        "--vae-tiling/--no-vae-tiling",
+        default=None,
+        help="Decode in tiles: less memory, slightly other pixels.  [default: HunyuanVideo on GPUs]",
     ),
     "vae_dtype": click.option(
         "--vae-dtype", default=_LOADING.vae_dtype, metavar="NAME", help="The VAE's type.  [default: its authors']"

@@ -51,6 +51,7 @@ class HunyuanVideo:
     # HunyuanVideoPipeline.__call__'s defaults; 24 frames per second as in Tencent's sample_video.py
     defaults = Defaults(width=1280, height=720, num_frames=129, fps=24, guidance_scale=6.0)
     vae_dtype = "float16"  # Tencent's sample_video.py, --vae-precision; diffusers' example too
+    tiles_on_gpus = True  # 37 GB at 720p, 2.7 GB a tile (docs/real_size.md); diffusers' example
     components = hunyuan_configs.COMPONENTS
 
     misfit = staticmethod(hunyuan_configs.misfit)

@@ -123,6 +123,7 @@ class Adapter(Protocol):
     """One per model family; holds no state."""
 
     defaults: Defaults
+    tiles_on_gpus: bool  # its VAE decodes in tiles on a GPU unless told not to: whole clips do not fit beside the rest
     vae_dtype: str  # in which its authors decode: "float32" or "float16"
     components: tuple[Component, ...]  # of its pipeline
 

@@ -190,6 +190,7 @@ class WanTextToVideo:
     # generate.py of Wan 2.1: 480p for the 1.3B model, 81 frames at 16 per second, 50 steps, guidance 5
     defaults = Defaults(width=832, height=480, num_frames=81, fps=16, guidance_scale=5.0)
     vae_dtype = "float32"  # diffusers 0.42, pipeline_wan.py, the example
+    tiles_on_gpus = False
     components = wan_configs.TEXT_TO_VIDEO
 
     misfit = staticmethod(partial(wan_configs.misfit, takes_image=False))
@@ -218,6 +219,7 @@ class WanTextToVideo:
 class WanImageToVideo:
     defaults = Defaults(width=832, height=480, num_frames=81, fps=16, guidance_scale=5.0)
     vae_dtype = "float32"  # diffusers 0.42, pipeline_wan.py, the example
+    tiles_on_gpus = False
     components = wan_configs.IMAGE_TO_VIDEO
 
     misfit = staticmethod(partial(wan_configs.misfit, takes_image=True))

@@ -90,8 +90,11 @@ def _load(checkpoint: Checkpoint, folder: Path, options: LoadOptions, skip_compo
 
     dtype = DTYPES[options.dtype_name]
     skipped = [name for name in skip_components if name in checkpoint.parts]
+    # tensor by tensor onto the GPU, else a copy of all weights stands in host memory first, for each rank
+    is_straight = options.device == "cuda" and options.offload == "none" and not options.lora
     pipe = getattr(diffusers, checkpoint.pipeline_class).from_pretrained(
         folder,
+        device_map=options.device if is_straight else None,
         dtype={"default": dtype, "vae": DTYPES[vae_dtype_name(checkpoint, options)]},
         use_safetensors=True,
         local_files_only=True,
@@ -104,7 +107,7 @@ def _load(checkpoint: Checkpoint, folder: Path, options: LoadOptions, skip_compo
     transformers = expert_transformers(pipe, checkpoint.model.denoiser_parts)
     if transformers:
         fuse_loras(pipe, options.lora)
-    if options.offload == "none":
+    if options.offload == "none" and not is_straight:
         pipe.to(options.device)
     check_finite(pipe.components)  # on the device, where it is fastest, and before parts of it are offloaded
     for transformer in transformers:

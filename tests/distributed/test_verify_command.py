@@ -72,7 +72,7 @@ def test_layouts_that_cannot_be(model, capsys, layouts, said):
     ("words", "said"),
     [
         (["--consensus", "some"], "--consensus must be one of all, rank0, got 'some'"),
-        (["--attention", "flash"], "--attention must be one of native, xfuser, got 'flash'"),
+        (["--attention", "flash"], "attention flash is a kernel of GPUs; it needs --device cuda"),
     ],
 )
 def test_gangs_that_cannot_be(model, capsys, words, said):

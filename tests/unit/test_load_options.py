@@ -3,15 +3,20 @@
 import importlib.util
 from dataclasses import replace
 
+import click
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from cineray.distributed.layout import parse_layout
+from cineray.jobs.cli.clips import load_options
 from cineray.jobs.cli.main import _run
+from cineray.jobs.cli.options import clip_options
 from cineray.jobs.output.record import fingerprint_of, render_options
 from cineray.pipeline.adapters.hunyuan_vae import attend_by_frame
 from cineray.pipeline.adapters.hunyuan_video import without_padding
 from cineray.pipeline.blocks import calling_without_mask
+from cineray.pipeline.gang import Gang
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.model import load_model, vae_dtype_name
 from cineray.pipeline.loading.options import LoadOptions, Lora
@@ -228,3 +233,44 @@ def test_hunyuan_s_vae_attends_by_frame_without_a_mask_as_it_did_with_one():
     video = torch.randn(1, 3, 5, 32, 32, dtype=torch.float64)
     with torch.no_grad():
         assert torch.isfinite(vae.encode(video, return_dict=False)[0].mean).all()
+
+
+@pytest.mark.parametrize(
+    ("model", "typed", "tiles"),
+    [
+        ("tiny-hunyuan", ["--device", "cuda"], True),
+        ("tiny-hunyuan", ["--device", "cuda", "--no-vae-tiling"], False),
+        ("tiny-hunyuan", ["--device", "cpu"], False),
+        ("tiny-wan", ["--device", "cuda"], False),
+        ("tiny-wan", ["--device", "cpu", "--vae-tiling"], True),
+    ],
+)
+def test_the_vae_decodes_in_tiles_where_its_model_needs_it(model, typed, tiles):
+    found = []
+
+    @click.command()
+    @clip_options
+    def command(asked):
+        found.append(load_options(asked, open_checkpoint(model)).vae_tiling)
+
+    command(["--model", model, *typed], standalone_mode=False)
+    assert found == [tiles]
+
+
+def test_xfuser_s_groups_are_made_in_a_world_that_is_bound_to_no_device(monkeypatch):
+    """What its documentation asks for; recorded, since nothing of it runs without GPUs."""
+    calls = []
+
+    class Recorded(Exception):
+        """The call was seen."""
+
+    def record(backend, **how):
+        calls.append((backend, how["device_id"]))
+        raise Recorded
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", record)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for attention in ("native", "xfuser"):
+        with pytest.raises(Recorded):
+            Gang.join(parse_layout("ulysses2"), 0, 2, device="cuda:0", init_method="tcp://x", attention=attention)
+    assert calls == [("nccl", torch.device("cuda:0")), ("nccl", None)]
