@@ -170,8 +170,12 @@ def _denoising(
 
 @without_gradients
 def encode_picture(pipe: Any, request: ClipRequest) -> dict[str, torch.Tensor]:
-    """ "condition" [1, C', F, H, W]: the first frame in latents, behind its mask; "image" [1, S, D] of the image encoder,
-    where there is one."""
+    """Encodes the first frame.
+
+    Returns:
+        "condition" [1, C', F, H, W], its latents behind a mask of frames; "image" [1, S, D] of the image encoder, where
+        there is one.
+    """
     import torch
 
     device = pipe._execution_device
