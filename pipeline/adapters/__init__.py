@@ -20,6 +20,11 @@ def adapters_of(models: Models) -> dict[str, Adapter]:
     return {pipeline: adapter for pipeline, adapter in every if adapter is not None}
 
 
+def model_of(pipeline: str, models: Models) -> Model:
+    """The model that a diffusers pipeline class renders with, one of `adapters_of`."""
+    return next(model for model in models.values() if model.pipelines.get(pipeline) is not None)
+
+
 def checkpoints_of(models: Models) -> dict[str, KnownCheckpoint]:
     """Name on the command line -> checkpoint."""
     return {name: checkpoint for model in models.values() for name, checkpoint in model.checkpoints.items()}
@@ -51,4 +56,5 @@ __all__ = [
     "adapters_of",
     "by_transformer",
     "checkpoints_of",
+    "model_of",
 ]

@@ -98,7 +98,7 @@ class HunyuanVideo:
 
     @without_gradients
     def encode(self, pipe: Any, request: ClipRequest) -> dict[str, torch.Tensor]:
-        """ "text" [1, T, D] of the language model and its "mask" [1, T]; "pooled" [1, D] of CLIP."""
+        """Encodes the prompt: "text" [1, T, D] of the language model and its "mask" [1, T]; "pooled" [1, D] of CLIP."""
         text, pooled, mask = pipe.encode_prompt(prompt=request.prompt, device=pipe._execution_device)
         return {"text": text, "pooled": pooled, "mask": mask}
 

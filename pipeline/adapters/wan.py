@@ -186,6 +186,36 @@ def _denoising(
     )
 
 
+@without_gradients
+def encode_picture(pipe: Any, request: ClipRequest) -> dict[str, torch.Tensor]:
+    """Encodes the first frame.
+
+    Returns:
+        "condition" [1, C', F, H, W], its latents behind a mask of frames; "image" [1, S, D] of the image encoder, where
+        there is one.
+    """
+    import torch
+
+    device = pipe._execution_device
+    image = first_frame(request)
+    encoded = {}
+    if pipe.image_encoder is not None and pipe.image_processor is not None:
+        encoded["image"] = pipe.encode_image(image, device)
+    pixels = pipe.video_processor.preprocess(image, height=request.height, width=request.width)
+    _, encoded["condition"] = pipe.prepare_latents(
+        pixels.to(device, dtype=torch.float32),
+        1,
+        pipe.vae.config.z_dim,
+        request.height,
+        request.width,
+        request.num_frames,
+        torch.float32,
+        device,
+        latents=torch.zeros(()),  # else it would draw the noise
+    )
+    return encoded
+
+
 class WanTextToVideo:
     # generate.py of Wan 2.1: 480p for the 1.3B model, 81 frames at 16 per second, 50 steps, guidance 5
     defaults = Defaults(width=832, height=480, num_frames=81, fps=16, guidance_scale=5.0)
@@ -245,30 +275,9 @@ class WanImageToVideo:
             "size": [request.width, request.height, request.num_frames],
         }
 
-    @without_gradients
     def encode(self, pipe: Any, request: ClipRequest) -> dict[str, torch.Tensor]:
-        """Text embeddings by branch; "condition" [1, C', F, H, W]: the first frame in latents, behind its mask; "image"
-        [1, S, D] of the image encoder, where the transformer reads that."""
-        import torch
-
-        device = pipe._execution_device
-        image = first_frame(request)
-        encoded = _encode_prompts(pipe, request)
-        if pipe.image_encoder is not None and pipe.image_processor is not None:
-            encoded["image"] = pipe.encode_image(image, device)
-        pixels = pipe.video_processor.preprocess(image, height=request.height, width=request.width)
-        _, encoded["condition"] = pipe.prepare_latents(
-            pixels.to(device, dtype=torch.float32),
-            1,
-            pipe.vae.config.z_dim,
-            request.height,
-            request.width,
-            request.num_frames,
-            torch.float32,
-            device,
-            latents=torch.zeros(()),  # else it would draw the noise
-        )
-        return encoded
+        """Text embeddings by branch, and the picture."""
+        return _encode_prompts(pipe, request) | encode_picture(pipe, request)
 
     @without_gradients
     def start(

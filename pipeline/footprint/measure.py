@@ -15,14 +15,15 @@ import torch
 from torch import nn
 
 from cineray.distributed.layout import Layout
-from cineray.pipeline.adapters import MODELS
+from cineray.pipeline.adapters import MODELS, wan
 from cineray.pipeline.footprint.exchange_log import Exchange
 from cineray.pipeline.footprint.fake_gpu import GPU, FakeGPU, join_fake_world
 from cineray.pipeline.footprint.ledger import Ledger
 from cineray.pipeline.footprint.operations import HUNYUAN_TEXT_TOKENS, WAN_TEXT_TOKENS
 from cineray.pipeline.footprint.subject import DTYPE
-from cineray.pipeline.gang import Gang
+from cineray.pipeline.gang import SOLO, Gang
 from cineray.pipeline.loading.model import LoadedModel
+from cineray.pipeline.media.picture import first_frame
 from cineray.pipeline.render import PreparedClip, denoise_prepared, prepare_clip, to_frames
 from cineray.pipeline.request import ClipRequest
 
@@ -137,7 +138,7 @@ def denoise_on(
     ledger = gpu.ledger
     weights = ledger.live_bytes
     ledger.begin()
-    prepared = prepare_clip(model, request, _Encoded(model.pipe, model.adapter.family, encodes_image))
+    prepared = prepare_clip(model, request, _encoded(model, request, encodes_image))
     prepare_bytes, prepare_flop = ledger.peak_bytes - weights, ledger.flop
     taken: list[tuple[int, int, tuple[Exchange, ...]]] = []
     ledger.begin()
@@ -207,10 +208,10 @@ def decode_on(gpu: FakeGPU, model: LoadedModel, request: ClipRequest, num_ranks:
     middle = model.pipe.vae.decoder.mid_block
     with _Phases(gpu.ledger, [(middle, True, "middle"), (middle, False, "rows")], "rows") as phases:
         if num_ranks == 1:
-            video = model.adapter.decode(model.pipe, latents)
+            video = SOLO.decode(model, request, latents)
         else:
             with joined(Layout(ulysses=num_ranks), rank, parallel_decode=True) as gang:
-                video = gang.decode(model, latents)
+                video = gang.decode(model, request, latents)
         phases.enter("frames")
         if video is not None:
             to_frames(video)
@@ -228,7 +229,7 @@ def encode_text_on(gpu: FakeGPU, model: LoadedModel) -> Taken:
 
 
 def _encode_text(model: LoadedModel) -> None:
-    if model.adapter.family == "hunyuan-video":
+    if model.checkpoint.model.family == "hunyuan-video":
         from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 
         num_tokens = HUNYUAN_TEXT_TOKENS + DEFAULT_PROMPT_TEMPLATE["crop_start"]
@@ -253,39 +254,27 @@ def _taken(ledger: Ledger, weights: int, phases: _Phases) -> Taken:
     )
 
 
-class _Encoded:
-    """A pipeline whose prompts (and first frame) are encoded already; it is the pipeline in all else."""
+def _encoded(model: LoadedModel, request: ClipRequest, encodes_image: bool) -> dict[str, torch.Tensor]:
+    """The table of the adapter's `encode`: texts that are encoded already, and the first frame, encoded or not."""
+    pipe, config = model.pipe, model.pipe.transformer.config
+    dim = config.get("text_dim") or config["text_embed_dim"]
 
-    def __init__(self, pipe: Any, family: str, encodes_image: bool) -> None:
-        self._pipe = pipe
-        self._has_image = not encodes_image and family == "wan-i2v"
-        dim = pipe.transformer.config.get("text_dim") or pipe.transformer.config["text_embed_dim"]
+    def text(num_tokens: int) -> torch.Tensor:
+        return torch.empty(1, num_tokens, dim, dtype=DTYPE, device=GPU)
 
-        def text(num_tokens: int) -> torch.Tensor:
-            return torch.empty(1, num_tokens, dim, dtype=DTYPE, device=GPU)
-
-        if family == "hunyuan-video":
-            pooled = torch.empty(1, pipe.transformer.config.pooled_projection_dim, dtype=DTYPE, device=GPU)
-            mask = torch.ones(1, HUNYUAN_TEXT_TOKENS, dtype=DTYPE, device=GPU)  # the longest prompt: no padding
-            self._outputs: tuple[torch.Tensor, ...] = (text(HUNYUAN_TEXT_TOKENS), pooled, mask)
-        else:
-            self._outputs = (text(WAN_TEXT_TOKENS), text(WAN_TEXT_TOKENS))
-
-    def encode_prompt(self, **_: Any) -> tuple[torch.Tensor, ...]:
-        return self._outputs
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "prepare_latents" and self._has_image:
-            return self._latents_and_condition
-        return getattr(self._pipe, name)
-
-    def _latents_and_condition(
-        self, image: Any, batch: int, channels: int, height: int, width: int, frames: int, *_: Any
-    ):
-        """As WanImageToVideoPipeline.prepare_latents: noise, and the frame's latents behind a mask of frames."""
-        scale, step = self._pipe.vae_scale_factor_spatial, self._pipe.vae_scale_factor_temporal
-        size = ((frames - 1) // step + 1, height // scale, width // scale)
-        return (torch.empty(batch, channels, *size, device=GPU), torch.empty(batch, step + channels, *size, device=GPU))
+    if model.checkpoint.model.family == "hunyuan-video":
+        pooled = torch.empty(1, config.pooled_projection_dim, dtype=DTYPE, device=GPU)
+        mask = torch.ones(1, HUNYUAN_TEXT_TOKENS, dtype=DTYPE, device=GPU)  # the longest prompt: no padding
+        return {"text": text(HUNYUAN_TEXT_TOKENS), "pooled": pooled, "mask": mask}
+    encoded = {"cond": text(WAN_TEXT_TOKENS), "uncond": text(WAN_TEXT_TOKENS)}
+    if request.image is None:
+        return encoded
+    if encodes_image:
+        return encoded | wan.encode_picture(pipe, request)
+    step, scale = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
+    size = ((request.num_frames - 1) // step + 1, request.height // scale, request.width // scale)
+    condition = torch.empty(1, config.in_channels - config.out_channels, *size, device=GPU)
+    return encoded | {"image": pipe.encode_image(first_frame(request), GPU), "condition": condition}
 
 
 class _Phases:

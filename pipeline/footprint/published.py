@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cineray.pipeline.adapters import ADAPTERS, KNOWN_MODELS, MODELS
+from cineray.pipeline.adapters import ADAPTERS, KNOWN_MODELS, MODELS, model_of
 from cineray.pipeline.adapters.protocol import ModelConfigs
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.parts import check_configs
@@ -76,7 +76,7 @@ def published_checkpoint(model: str) -> Checkpoint:
         source=found.repository,
         is_local=False,
         pipeline_class=index["_class_name"],
-        model=next(m for m in MODELS.values() if m.pipelines.get(index["_class_name"]) is adapter),
+        model=model_of(index["_class_name"], MODELS),
         adapter=adapter,
         configs=ModelConfigs(index=index, transformer=found.config("transformer"), vae=found.config("vae")),
         parts=check_configs(adapter, index, lambda file: dict(found.files[file])),

@@ -20,6 +20,7 @@ from cineray.pipeline.adapters import (
     adapters_of,
     by_transformer,
     checkpoints_of,
+    model_of,
 )
 from cineray.pipeline.adapters.cache_plan import plan_cache
 from cineray.pipeline.adapters.protocol import Defaults, ModelConfigs
@@ -118,7 +119,7 @@ def open_checkpoint(model: str, models: Models = MODELS) -> Checkpoint:
         source=source,
         is_local=is_local,
         pipeline_class=str(pipeline_class),
-        model=next(m for m in models.values() if m.pipelines.get(str(pipeline_class)) is adapter),
+        model=model_of(str(pipeline_class), models),
         adapter=adapter,
         configs=configs,
         parts=parts,

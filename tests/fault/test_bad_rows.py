@@ -209,10 +209,11 @@ def test_a_rank_that_cannot_prepare_a_clip_says_it_is_the_input(work, new_reques
     queue, _, _ = queued(new_request(num_frames=1))
     (task,) = queue.tasks.values()
     finisher.encode(task)
-    prepare = rank._model.pipe.prepare_latents
-    rank._model.pipe.prepare_latents = None
-    assert rank.denoise(task) == ClipFault(reason="TypeError: 'NoneType' object is not callable", fault="input")
-    rank._model.pipe.prepare_latents = prepare
+    factor = rank._model.pipe.vae_scale_factor_temporal
+    rank._model.pipe.vae_scale_factor_temporal = 0
+    reason = "ZeroDivisionError: integer division or modulo by zero"
+    assert rank.denoise(task) == ClipFault(reason=reason, fault="input")
+    rank._model.pipe.vae_scale_factor_temporal = factor
     assert isinstance(rank.denoise(task), Denoised)
 
 
