@@ -19,13 +19,16 @@ LOCK_S = 60.0  # it is held while a file of some kilobytes is read and written
 _SIGTERM_CODE = 128 + signal.SIGTERM
 
 
-def check_out(out: Path, command: str) -> None:
+def check_out(out: Path, command: str, option: str = "--out") -> None:
     """Nothing if a file can be written there, in the place of one that may be there.
+
+    Args:
+        option: that names it, for messages.
 
     Raises:
         InputError: a folder, a link, or what is no regular file; in a folder that is not there or not writable.
     """
-    said = f"{command}: --out {out}"
+    said = f"{command}: {option} {out}"
     if not out.name or out.name == "..":
         raise InputError(f"{said} names a folder; give a file, as {out / 'FILE.json'}")
     try:
