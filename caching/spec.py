@@ -64,6 +64,11 @@ def fits(name: str, presets: Mapping[str, PolicyConfig], policies: Policies = PO
     return name in presets or not isinstance(policies.get(name), type)
 
 
+def options_class(policy: PolicyConfig | type[PolicyConfig]) -> type[PolicyConfig]:
+    """The class of a policy's options, whether it is registered by that or by a value of it."""
+    return policy if isinstance(policy, type) else type(policy)
+
+
 def parse_spec(text: str, policies: Policies = POLICIES) -> CacheSpec:
     """Reads a policy as it is written for --cache.
 

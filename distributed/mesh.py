@@ -72,7 +72,17 @@ def _axis_alone(rank: int) -> Axis:
 
 def mesh_alone() -> Mesh:
     """The mesh of one rank, without torch.distributed: nothing is exchanged along its axes."""
-    return Mesh(layout=Layout(), rank=0, coordinates=Layout().coordinates(0), **dict.fromkeys(_AXES, _axis_alone(0)))
+    axis, layout = _axis_alone(0), Layout()
+    return Mesh(
+        layout=layout,
+        rank=0,
+        coordinates=layout.coordinates(0),
+        gang=axis,
+        sequence=axis,
+        ring=axis,
+        ulysses=axis,
+        cfg=axis,
+    )
 
 
 def new_mesh(

@@ -120,7 +120,7 @@ def compare_pair(pair: Pair) -> tuple[Scores, np.ndarray, np.ndarray]:
 
 def row(clip_id: str, scores: Scores) -> dict[str, object]:
     """A clip in `--json`; JSON has no infinity, so that equal clips have EQUAL_CLIPS_DB, as in `bench quality`."""
-    return {"id": clip_id} | finite(scores) | ({"equal": True} if scores.is_equal else {})
+    return {"id": clip_id, **finite(scores), **({"equal": True} if scores.is_equal else {})}
 
 
 def finite(scores: Scores) -> dict[str, float]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args, get_type_hints
 
-from cineray.caching.spec import POLICIES, parse_spec
+from cineray.caching.spec import POLICIES, options_class, parse_spec
 from cineray.pipeline.request import InputError
 
 _FEWER = "fewer-steps(?)"
@@ -56,7 +56,7 @@ def parse_sweep(text: str) -> Sweep | None:
         raise InputError(str(error)) from None
     if spec.name not in POLICIES:
         raise InputError(f"policy {text!r}: {spec.name} has no option to leave open")
-    kind = get_type_hints(POLICIES[spec.name].options)[match["option"]]
+    kind = get_type_hints(options_class(POLICIES[spec.name]))[match["option"]]
     kinds = set(get_args(kind)) - {type(None)} or {kind}
     if not kinds <= {int, float}:
         raise InputError(f"policy {text!r}: {match['option']} is not a number")

@@ -163,7 +163,7 @@ class LawOf:
 
 def decode_s(work_of: WorkOf, shape: Shape, gpu: Gpu) -> float:
     """Of one clip on one card, at DECODE_UTILISATION."""
-    is_float32 = published_checkpoint(shape.model).adapter.vae_in_float32
+    is_float32 = published_checkpoint(shape.model).adapter.vae_dtype == "float32"
     utilisation = DECODE_UTILISATION * (1 if is_float32 else 2)
     return work_of(shape, Layout())[1].decode_flop / (gpu.bf16_flop_s * utilisation)
 

@@ -134,7 +134,7 @@ def attach_cache(
         ValueError: a cache is enabled already, a transformer is sharded already (the cache must see shards), experts
             of different depths, or layers are to be cached within compiled blocks.
     """
-    depths = {tuple(t.config[count] for count in models[type(t).__name__].layout.counts) for t in transformers}
+    depths = {tuple(getattr(t.config, count) for count in models[type(t).__name__].layout.counts) for t in transformers}
     if len(depths) > 1:
         raise ValueError(
             "cache: the model's experts have different numbers of blocks, and one plan cannot hold for both"

@@ -64,7 +64,7 @@ def _part(found: Published, name: str, kind: str, num_layers: int | None) -> Any
 
 
 def is_vae_in_float32(found: Published) -> bool:
-    return published_checkpoint(found.name).adapter.vae_in_float32
+    return published_checkpoint(found.name).adapter.vae_dtype == "float32"
 
 
 def _fewer(config: Mapping[str, Any], num_layers: int) -> dict[str, int]:

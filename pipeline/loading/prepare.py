@@ -72,7 +72,11 @@ def quantize(transformer: nn.Module, options: LoadOptions) -> None:
     """
     if options.quantize == "none":
         return
-    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    from torchao.quantization import (  # type: ignore[import-not-found]  # an extra
+        Float8WeightOnlyConfig,
+        Int8WeightOnlyConfig,
+        quantize_,
+    )
 
     config = Float8WeightOnlyConfig() if options.quantize == "fp8" else Int8WeightOnlyConfig()
     blocks = [module for module in transformer.children() if isinstance(module, torch.nn.ModuleList)]
