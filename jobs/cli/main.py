@@ -170,7 +170,7 @@ def run(arguments: list[str] | None = None) -> None:
     begin_printing()
     try:
         with ending_on_signals():
-            code = _run(sys.argv[1:] if arguments is None else arguments)
+            code = main(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt as again:  # while the first one was being told
         code = _interrupted(again)
     except Exception as error:
@@ -183,7 +183,11 @@ def run(arguments: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _run(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> int:
+    """Runs one command in this process and returns its exit code; what a person is told goes to stdout and stderr.
+
+    Signals stay as they are, and an error that no part of cineray has a sentence for is raised: `run` sees to both.
+    """
     try:
         code = cineray.main(arguments, prog_name="cineray", standalone_mode=False)
         return code if isinstance(code, int) else EXIT_DONE

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from cineray.caching.trace import TraceEntry
 from cineray.distributed.layout import Layout
-from cineray.jobs.cli.main import _run
+from cineray.jobs.cli.main import main
 from cineray.jobs.measure import verify
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.model import LoadOptions, load_model
@@ -30,7 +30,7 @@ def model(tmp_path_factory):
 
 
 def test_equal_on_every_layout(model, capsys):
-    code = _run(["verify", "--model", model, *SMALL, "--layouts", "2,cfg2,ring2", "--json"])
+    code = main(["verify", "--model", model, *SMALL, "--layouts", "2,cfg2,ring2", "--json"])
     output = capsys.readouterr()
     summary = json.loads(output.out.splitlines()[-1])
     assert code == 0, output.err
@@ -51,7 +51,7 @@ def test_equal_on_every_layout(model, capsys):
 def test_another_clip_is_told_and_exits_with_1(model, capsys, monkeypatch):
     monkeypatch.setattr(verify, "MIN_PSNR_DB", math.inf)  # a ring changes the last bits of latents
     monkeypatch.setattr(verify, "psnr_db", lambda frames, reference: 49.0)
-    assert _run(["verify", "--model", model, *SMALL, "--layouts", "ring2"]) == 1
+    assert main(["verify", "--model", model, *SMALL, "--layouts", "ring2"]) == 1
     assert "NOT THE SAME" in capsys.readouterr().err
 
 
@@ -64,7 +64,7 @@ def test_another_clip_is_told_and_exits_with_1(model, capsys, monkeypatch):
     ],
 )
 def test_layouts_that_cannot_be(model, capsys, layouts, said):
-    assert _run(["verify", "--model", model, *SMALL, "--layouts", layouts]) == 2
+    assert main(["verify", "--model", model, *SMALL, "--layouts", layouts]) == 2
     assert said in capsys.readouterr().err
 
 
@@ -76,7 +76,7 @@ def test_layouts_that_cannot_be(model, capsys, layouts, said):
     ],
 )
 def test_gangs_that_cannot_be(model, capsys, words, said):
-    assert _run(["verify", "--model", model, *SMALL, *words]) == 2
+    assert main(["verify", "--model", model, *SMALL, *words]) == 2
     assert said in capsys.readouterr().err
 
 
@@ -100,7 +100,7 @@ def test_clips_that_are_not_finite_are_told_in_one_line(tmp_path, capsys):
     pipe = build_wan()
     pipe.vae.decoder.conv_out.bias.data[0] = float("nan")
     pipe.save_pretrained(tmp_path / "wan")
-    assert _run(["verify", "--model", str(tmp_path / "wan"), *SMALL, "--layouts", "2"]) != 0
+    assert main(["verify", "--model", str(tmp_path / "wan"), *SMALL, "--layouts", "2"]) != 0
     *_, line = capsys.readouterr().err.strip().splitlines()
     assert "finite" in line
 

@@ -12,7 +12,7 @@ import time
 import psutil
 import pytest
 
-from cineray.jobs.cli.main import _run
+from cineray.jobs.cli.main import main
 from cineray.jobs.output import lease as lease_module
 from cineray.jobs.output.folder import OutputError
 from cineray.jobs.output.lease import Lease, LeasedError, _boot_id, current_lease, is_stale, read_holder
@@ -333,7 +333,7 @@ def test_a_full_disk_leaves_no_lease(tmp_path, monkeypatch):
 @pytest.mark.parametrize("seconds", ["0.5", "4.9", "0", "-1", "nan"])
 def test_a_patience_of_fewer_than_five_beats_is_refused(tmp_path, capsys, seconds):
     """It would take a living driver's folder."""
-    assert _run(["render", "a", "--out", str(tmp_path / "out"), "--lease-timeout", seconds]) == 2
+    assert main(["render", "a", "--out", str(tmp_path / "out"), "--lease-timeout", seconds]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("cineray: --lease-timeout must be 5 or more, got ")
     assert not (tmp_path / "out").exists()

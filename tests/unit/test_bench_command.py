@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cineray.jobs.cli.main import _run
+from cineray.jobs.cli.main import main
 from cineray.jobs.measure import bench as quality_bench
 from cineray.pipeline.calibrate.teacache_magcache import StepChanges, fit_polynomial
 
@@ -25,7 +25,7 @@ def run(checkpoint_folder, clips, capsys):
     def command(*words, model="wan", steps=8):
         size = ["--width", "32", "--height", "32", "--frames", "5", "--steps", str(steps)]
         where = ["--model", str(checkpoint_folder(model)), "--manifest", str(clips), *size]
-        code = _run([*words, *where])
+        code = main([*words, *where])
         said = capsys.readouterr()
         last = said.out.strip().rsplit("\n", 1)[-1]
         return code, json.loads(last) if last.startswith("{") else None, said.err
@@ -128,7 +128,7 @@ def test_a_file_of_another_bench_is_refused(run, tmp_path):
     code, _, err = run("bench", "quality", "fewer-steps(4)", "--out", str(out))
     assert code == 2
     assert "is not a file of this command" in err
-    assert _run(["bench", "quality", "none"]) == 2
+    assert main(["bench", "quality", "none"]) == 2
 
 
 @pytest.mark.parametrize("model", ["wan", "hunyuan"])

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from cineray.jobs.cli import main as command_line
-from cineray.jobs.cli.main import _run
+from cineray.jobs.cli.main import main
 from cineray.jobs.cli.measure import _print_quality
 from cineray.jobs.console import terminal
 from cineray.jobs.console.bars import ClipBars
@@ -70,7 +70,7 @@ FORBIDDEN = {chr(n) for n in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, 
 def test_what_was_typed_is_escaped_and_shortened(arguments, tmp_path, capsys):
     filled = [a.replace("{out}", str(tmp_path / "o")) for a in arguments]
     for text in ("".join(SHORT), "x" * 100_000, "9" * 40):
-        code = _run([a.replace("{}", text) for a in filled])
+        code = main([a.replace("{}", text) for a in filled])
         shown = capsys.readouterr()
         if arguments[0] != "submit":  # which prints a command to be pasted
             assert code == 2
