@@ -48,11 +48,38 @@ def test_equal_on_every_layout(model, capsys):
     assert "NOT THE SAME" not in output.err
 
 
-def test_another_clip_is_told_and_exits_with_1(model, capsys, monkeypatch):
-    monkeypatch.setattr(verify, "MIN_PSNR_DB", math.inf)  # a ring changes the last bits of latents
-    monkeypatch.setattr(verify, "psnr_db", lambda frames, reference: 49.0)
-    assert main(["verify", "--model", model, *SMALL, "--layouts", "ring2"]) == 1
-    assert "NOT THE SAME" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("layout", "factor"),
+    [
+        ("2", 1 + 1e-6),  # the last bits of the latents: too much where every bit must agree
+        ("ring2", 2.0),  # another clip to look at
+    ],
+)
+def test_another_clip_is_told_and_exits_with_1(model, tmp_path, capsys, monkeypatch, layout, factor):
+    """The weights change between the clip on one rank and the clip on two."""
+    folder, render = tmp_path / "wan", verify._render
+    shutil.copytree(model, folder)
+
+    def render_and_change(*arguments):
+        clips = render(*arguments)
+        weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(weights)
+        tensors["proj_out.weight"] *= factor
+        save_file(tensors, weights, {"format": "pt"})
+        return clips
+
+    monkeypatch.setattr(verify, "_render", render_and_change)
+    assert main(["verify", "--model", str(folder), *SMALL, "--layouts", layout, "--json"]) == 1
+    output = capsys.readouterr()
+    assert "NOT THE SAME" in output.err
+    summary = json.loads(output.out.splitlines()[-1])
+    assert not summary["ok"]
+    (clip,) = summary["clips"]
+    assert not clip["ok"]
+    assert clip["max_error"] > 0
+    assert clip["first_difference"] is None  # threshold 1: the clips are told apart by what they are
+    if layout == "ring2":
+        assert clip["psnr_db"] < verify.MIN_PSNR_DB
 
 
 @pytest.mark.parametrize(

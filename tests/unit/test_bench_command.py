@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from measure_runs import MeasureRuns
 
 from cineray.jobs.cli.main import main
 from cineray.jobs.measure import bench as quality_bench
@@ -12,25 +13,8 @@ from cineray.pipeline.calibrate.teacache_magcache import StepChanges, fit_polyno
 
 
 @pytest.fixture
-def clips(tmp_path):
-    path = tmp_path / "clips.jsonl"
-    path.write_text("".join(json.dumps({"prompt": "a red circle", "seed": s}) + "\n" for s in (1, 2)))
-    return path
-
-
-@pytest.fixture
-def run(checkpoint_folder, clips, capsys):
-    """Factory: runs `cineray WORDS ...` on the tiny random Wan; (exit code, the JSON object or None, stderr)."""
-
-    def command(*words, model="wan", steps=8):
-        size = ["--width", "32", "--height", "32", "--frames", "5", "--steps", str(steps)]
-        where = ["--model", str(checkpoint_folder(model)), "--manifest", str(clips), *size]
-        code = main([*words, *where])
-        said = capsys.readouterr()
-        last = said.out.strip().rsplit("\n", 1)[-1]
-        return code, json.loads(last) if last.startswith("{") else None, said.err
-
-    return command
+def run(checkpoint_folder, tmp_path, capsys):
+    return MeasureRuns(checkpoint_folder, tmp_path / "clips.jsonl", capsys)
 
 
 def test_rows_come_in_the_order_asked_and_are_kept(run, tmp_path, monkeypatch):
@@ -49,7 +33,7 @@ def test_rows_come_in_the_order_asked_and_are_kept(run, tmp_path, monkeypatch):
     assert first["rows"][2]["row"]["psnr_db"] == 100
     assert json.loads(out.read_text())["rows"] == first["rows"]
 
-    def no_rendering(*arguments):
+    def no_rendering(*_):
         raise AssertionError("rendered again")
 
     with monkeypatch.context() as patch:
