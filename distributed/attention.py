@@ -47,6 +47,7 @@ class SequenceAttention(Protocol):
         mask: torch.Tensor | None,
         sequence: JointSequence,
         kernel: Kernel,
+        /,
     ) -> torch.Tensor:
         """Attends over the whole joint sequence.
 

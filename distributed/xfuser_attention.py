@@ -28,7 +28,8 @@ class XfuserAttention:
         value: torch.Tensor,
         mask: torch.Tensor | None,
         sequence: JointSequence,
-        kernel: Kernel,
+        _kernel: Kernel,
+        /,
     ) -> torch.Tensor:
         """Raises ValueError for uneven shards, and for masks that differ between the samples of a batch."""
         sizes = sequence.shards.sizes

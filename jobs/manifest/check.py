@@ -216,7 +216,7 @@ def check_manifest(
     path: Path,
     defaults: RunDefaults,
     checkpoint: Checkpoint,
-    on_row: Callable[[int], None] = lambda number: None,
+    on_row: Callable[[int], None] = lambda _: None,
     num_ranks: int = 1,
 ) -> CheckedManifest:
     """Reads the whole manifest, once; `-` is standard input.

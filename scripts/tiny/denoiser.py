@@ -67,7 +67,7 @@ class _WeightedNullToken(WanAttnProcessor):
         super().__init__()
         self.log_count: torch.Tensor | None = None  # [1, 1, 1, L]
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):  # noqa: ARG002
         return super().__call__(attn, hidden_states, encoder_hidden_states, self.log_count, rotary_emb)
 
 
@@ -91,9 +91,9 @@ class WanDenoiser(nn.Module):
         return {"text_encoder": self.text_encoder, "transformer": self.transformer}
 
     def forward(
-        self, latents: torch.Tensor, timestep: torch.Tensor, captions: list[str], guidance: torch.Tensor
+        self, latents: torch.Tensor, timestep: torch.Tensor, captions: list[str], _guidance: torch.Tensor
     ) -> torch.Tensor:
-        """Velocity [B, 16, F, H, W]; `timestep` [B] in 0..1000; `guidance` is not used (Wan has branches)."""
+        """Velocity [B, 16, F, H, W]; `timestep` [B] in 0..1000; guidance is not used (Wan has branches)."""
         unique = sorted(set(captions))
         tokens = self.tokenizer(unique, padding="longest", return_tensors="pt")
         text = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state

@@ -53,7 +53,7 @@ def test_a_clip_that_is_known_is_neither_read_nor_decoded(committed, monkeypatch
     assert found == record
 
 
-def test_a_copied_folder_is_read_once(committed, tmp_path, monkeypatch):
+def test_a_copied_folder_is_read_once(committed, monkeypatch):
     folder, request, video, _ = committed()
     os.utime(video, (1, 1))
     before = find_clip(folder, request, MARK)
@@ -139,7 +139,7 @@ def test_without_a_sidecar_a_video_is_decoded(committed, damage):
     assert isinstance(find_clip(folder, request, MARK), Doubt)
 
 
-def test_without_a_sidecar_a_video_of_another_clip_is_not_this_one(committed, tmp_path):
+def test_without_a_sidecar_a_video_of_another_clip_is_not_this_one(committed):
     folder, request, video, _ = committed()
     for other, mark in ((request, "ba9876543210"), (replace(request, num_frames=9), MARK)):
         if mark != MARK:

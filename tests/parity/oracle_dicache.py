@@ -80,7 +80,7 @@ class OfficialDiCache:
 
 def attach_to_wan(transformer, oracle):
     def forward(self, hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image=None,
-                return_dict=True, attention_kwargs=None):  # fmt: skip
+                return_dict=True, attention_kwargs=None):  # fmt: skip  # noqa: ARG001  # as the pipeline calls it
         b, _, frames, height, width = hidden_states.shape
         pt, ph, pw = self.config.patch_size
         rotary = self.rope(hidden_states)

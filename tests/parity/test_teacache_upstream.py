@@ -28,7 +28,7 @@ class OfficialTeaCache:
         self.accumulated, self.previous, self.residual = [0.0, 0.0], [None, None], [None, None]
         self.log = []
 
-    def run(self, x, probe, rest, everything):
+    def run(self, x, _probe, _rest, everything):
         which = self.cnt % self.num_branches
         modulated = self.signal(x)
         if self.cnt < self.ret_calls or self.cnt >= self.cutoff_calls:

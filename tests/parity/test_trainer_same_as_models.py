@@ -42,7 +42,7 @@ def test_recalling_the_past_keeps_single_frames_and_normalizing_keeps_the_video(
 
 
 @torch.no_grad()
-def test_wan_denoiser_sees_what_the_pipeline_shows(loaded, new_request):
+def test_wan_denoiser_sees_what_the_pipeline_shows(loaded):
     """Text padded to 512 zeros by the pipeline; one weighted zero token in the trainer."""
     torch.manual_seed(1)
     denoiser = WanDenoiser().eval()
