@@ -27,8 +27,8 @@ class ModelFacts:
     num_blocks: int
     num_probeable: int
     layers: tuple[str, ...]
-    transformer: Mapping[str, Any] = field(default_factory=dict)
-    presets: Mapping[str, PolicyConfig] = field(default_factory=dict)
+    transformer: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    presets: Mapping[str, PolicyConfig] = field(default_factory=dict[str, "PolicyConfig"])
     signals: tuple[Signal, ...] = ()
 
 
@@ -100,10 +100,13 @@ def plan_blocks(
 
 def text_of(name: str, config: Any) -> str:
     """The policy's whole text: its name and every option."""
-    options = ",".join(
-        f"{k}={':'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in asdict(config).items() if v != ""
-    )
+    values: dict[str, Any] = asdict(config)
+    options = ",".join(f"{k}={_joined(v) if isinstance(v, tuple) else v}" for k, v in values.items() if v != "")
     return f"{name}({options})"
+
+
+def _joined(values: tuple[Any, ...]) -> str:
+    return ":".join(map(str, values))
 
 
 def check_depth(probe_depth: int, model: ModelFacts) -> None:

@@ -1,5 +1,7 @@
 """The process groups of one gang. A layout says which ranks; this makes the groups, and takes them down again."""
 
+# pyright: reportUnknownMemberType=false
+
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -41,7 +43,7 @@ class Mesh:
     ring: Axis
     ulysses: Axis
     cfg: Axis
-    _groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
+    _groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict[tuple[int, ...], dist.ProcessGroup])
     _owns_world: bool = False
 
     @property
@@ -165,7 +167,7 @@ def _new_groups(
     """
     every_rank = [layout.coordinates(r) for r in range(layout.world_size)]
     wanted = dict.fromkeys(_ranks_along(layout, its, degrees) for degrees in _AXES.values() for its in every_rank)
-    made = {}
+    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
     for ranks in wanted:
         if len(ranks) > 1:
             group = dist.new_group(list(ranks), timeout=timeout, backend=backend)

@@ -3,6 +3,8 @@
 Letters: B batch, C channels, T frames, H rows here, W columns.
 """
 
+# pyright: reportUnknownMemberType=false
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -22,7 +24,7 @@ def with_neighbour_rows(values: torch.Tensor, axis: Axis) -> tuple[torch.Tensor,
     above, below = int(axis.index > 0), int(axis.index < axis.size - 1)
     top, bottom = values[..., :1, :].contiguous(), values[..., -1:, :].contiguous()
     from_above, from_below = torch.empty_like(top), torch.empty_like(bottom)
-    exchanges = []
+    exchanges: list[dist.P2POp] = []
     if above:
         neighbour = axis.ranks[axis.index - 1]
         exchanges += [
@@ -49,7 +51,9 @@ def group_norm_over_rows(norm: nn.GroupNorm, values: torch.Tensor, axis: Axis) -
     Args:
         values: [B, C, T, H, W].
     """
-    grouped = values.float().flatten(2).unflatten(1, (norm.num_groups, -1)).flatten(2)  # [B, groups, elements]
+    grouped: torch.Tensor = (
+        values.float().flatten(2).unflatten(1, (norm.num_groups, -1)).flatten(2)
+    )  # [B, groups, elements]
     variance, mean = (v.double() for v in torch.var_mean(grouped, dim=2, correction=0))
     count = torch.full_like(mean, grouped.shape[2])
     sums = torch.stack([count, count * mean, count * (variance + mean * mean)])

@@ -97,7 +97,7 @@ class NoOpRank(GangRank):
     def join(self, rank: int, host: str, port: int) -> None:
         pass
 
-    def denoise(self, _task: Task) -> Denoised | Preempted | ClipFault:
+    def denoise(self, task: Task) -> Denoised | Preempted | ClipFault:  # noqa: ARG002
         return Denoised(busy_s=0.0)
 
 
@@ -110,10 +110,10 @@ class NoOpFinisher(Finisher):
     def load(self) -> None:
         pass
 
-    def encode(self, _task: Task) -> tuple[str, ...] | ClipFault:
+    def encode(self, task: Task) -> tuple[str, ...] | ClipFault:  # noqa: ARG002
         return ()
 
-    def finish(self, _task: Task) -> dict[str, Any] | ClipFault | None:
+    def finish(self, task: Task) -> dict[str, Any] | ClipFault | None:  # noqa: ARG002
         return {}
 
 

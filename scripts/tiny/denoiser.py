@@ -11,6 +11,7 @@ import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
@@ -103,7 +104,8 @@ class WanDenoiser(nn.Module):
         log_count = text.new_zeros(1, 1, 1, text.shape[1])
         log_count[..., -1] = math.log(WAN_TEXT_LENGTH - (text.shape[1] - 1))
         self._processor.log_count = log_count
-        for block in self.transformer.blocks:
+        blocks: Any = self.transformer.blocks
+        for block in blocks:
             block.attn2.set_processor(self._processor)
         return self.transformer(latents, timestep, text, return_dict=False)[0]
 
@@ -168,7 +170,7 @@ def encode_clips(vae: nn.Module, num_per_caption: int, seed: int) -> tuple[torch
     return torch.cat(latents), captions
 
 
-def split_by_optimizer(denoiser: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def split_by_optimizer(denoiser: Any) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(matrices inside the transformer's blocks, for Muon; everything else, for AdamW)."""
     matrices = [
         p

@@ -17,7 +17,7 @@ from cineray.jobs.cli.main import main
 from cineray.jobs.measure import verify
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.model import LoadOptions, load_model
-from cineray.pipeline.render import render_clip
+from cineray.pipeline.render import RenderedClip, render_clip
 
 SMALL = ["--width", "32", "--height", "48", "--frames", "5", "--steps", "4", "--cache", "dicache(threshold=1)"]
 
@@ -119,6 +119,7 @@ def test_ranks_do_without_text_encoders(model, tmp_path, new_request):
     weights = folder / "text_encoder" / "model.safetensors"
     save_file({name: torch.zeros_like(value) for name, value in load_file(weights).items()}, weights, {"format": "pt"})
     (clip,) = verify._render_on_rank(0, 1, (tmp_path / "rendezvous").as_uri(), Layout(), *arguments)
+    assert isinstance(clip, RenderedClip)
     assert torch.equal(clip.latents, alone.latents)
     assert np.array_equal(clip.frames, alone.frames)
 

@@ -19,6 +19,8 @@ class _Finder(importlib.abc.MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.loader is not None
         execute = spec.loader.exec_module
 
         def exec_module(module):
@@ -40,7 +42,7 @@ def install():
     if importlib.util.find_spec("triton") is None:
         for name in ("triton", "triton.language"):
             module = types.ModuleType(name)
-            module.__getattr__ = lambda attribute: mock.MagicMock(name=attribute)
+            vars(module)["__getattr__"] = lambda attribute: mock.MagicMock(name=attribute)
             module.__path__ = []
             module.__spec__ = importlib.util.spec_from_loader(name, loader=None)
             sys.modules[name] = module

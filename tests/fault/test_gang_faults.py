@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import threading
+from typing import Any
 
 import pytest
 import ray
@@ -23,7 +24,7 @@ OFTEN = ("--checkpoint-every", 0)
 @pytest.fixture(scope="module")
 def cluster():
     """The address of a Ray with room for two gangs of two ranks and a finisher."""
-    context = ray.init(
+    context: Any = ray.init(
         address="local",
         num_cpus=5,
         include_dashboard=False,

@@ -5,6 +5,9 @@ From github.com/Bujiazi/DiCache at dd7f0de, with names kept: one counter over al
 rules is diffusers' (its forward is the specification of what runs before and after the blocks).
 """
 
+# The control flow is the official one: names that are bound on every path that is taken, calls by unpacked state.
+# pyright: reportPossiblyUnboundVariable=false, reportCallIssue=false, reportAttributeAccessIssue=false
+
 from types import MethodType
 
 import torch
