@@ -1,6 +1,6 @@
 """What a clip's controllers on several ranks tell each other: sums, plans, decisions, and what they have done."""
 
-# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import logging
 from collections.abc import Sequence
@@ -39,8 +39,7 @@ class Exchange:
             return True
         planned = torch.tensor([[float(row.is_planned) for row in rows]], dtype=torch.float64, device=device)
         _, added = self.consensus.sum_over_ranks(planned.new_zeros(2, len(rows)), planned)
-        numbers: list[float] = added[0].tolist()
-        return all(number in (0, num_ranks) for number in numbers)
+        return all(number in (0, num_ranks) for number in added[0].tolist())
 
     def planned_by_first_branch(self, rows: Sequence[RowState]) -> list[bool]:
         """The rows that are planned to be skipped; where branches decide jointly, by the first one."""
@@ -68,8 +67,7 @@ class Exchange:
 
         known = torch.tensor([has_probe, change is not None, align is not None], device=device)
         rest = torch.cat([or_zeros(align, 4), known.to(torch.float64).unsqueeze(1).expand(3, num_rows)])
-        sums = rounded(torch.cat(self.consensus.sum_over_ranks(or_zeros(change, 2), rest)))
-        rows: list[list[float]] = sums.T.tolist()
+        rows = rounded(torch.cat(self.consensus.sum_over_ranks(or_zeros(change, 2), rest))).T.tolist()
         if any(number not in (0, self.consensus.num_ranks) for number in rows[0][6:]):
             return None
         return [

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from cineray.caching.forecast import Forecasting
 from cineray.caching.policy import Policy, Signal
@@ -101,12 +101,12 @@ def plan_blocks(
 def text_of(name: str, config: Any) -> str:
     """The policy's whole text: its name and every option."""
     values: dict[str, Any] = asdict(config)
-    options = ",".join(f"{k}={_joined(v) if isinstance(v, tuple) else v}" for k, v in values.items() if v != "")
+    options = ",".join(f"{name}={_text(value)}" for name, value in values.items() if value != "")
     return f"{name}({options})"
 
 
-def _joined(values: tuple[Any, ...]) -> str:
-    return ":".join(map(str, values))
+def _text(value: object) -> str:
+    return ":".join(map(str, cast("tuple[object, ...]", value))) if isinstance(value, tuple) else str(value)
 
 
 def check_depth(probe_depth: int, model: ModelFacts) -> None:

@@ -121,7 +121,7 @@ def resolve(spec: CacheSpec | PolicyConfig, model: ModelFacts, policies: Policie
     if not fits(spec.name, model.presets, policies):
         raise ValueError(f"cache: {spec.name} has no preset for {model.family}")
     config: Any = model.presets.get(spec.name, policies[spec.name])
-    kind: type = type(config)
+    kind: type[Any] = type(config)
     values = {name: _value(spec.name, kind, name, text) for name, text in spec.options.items()}
     return replace(config, **values).plan(spec.name, model)
 

@@ -7,7 +7,7 @@ Letters: B batch, S image tokens here, T text tokens, N all tokens of the joint 
 D channels of a head.
 """
 
-# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -125,8 +125,6 @@ def split_at(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(image, text) where `num_image` tokens are image; views."""
     num_text = values.shape[dim] - num_image
-    image: torch.Tensor
-    text: torch.Tensor
     if sequence.text_first:
         text, image = values.split([num_text, num_image], dim=dim)
     else:

@@ -3,9 +3,7 @@
 Where the axis has one rank nothing is sent.
 """
 
-# pyright: reportUnknownMemberType=false
-
-from typing import cast
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import torch
 import torch.distributed as dist
@@ -19,8 +17,7 @@ def broadcast_numbers(numbers: list[float], axis: Axis, device: torch.device) ->
         return numbers
     sent = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.broadcast(sent, axis.ranks[0], group=axis.group)
-    received: list[float] = sent.tolist()
-    return received
+    return sent.tolist()
 
 
 def gather_tensors(values: torch.Tensor, axis: Axis) -> list[torch.Tensor]:
@@ -48,4 +45,4 @@ def gather_text(text: str, axis: Axis, device: torch.device) -> list[str]:
     sizes = [int(size) for (size,) in gather_numbers([len(raw)], axis, device)]
     padded = torch.tensor(list(raw.ljust(max(sizes), b" ")), dtype=torch.uint8, device=device)
     parts = gather_tensors(padded, axis)
-    return [bytes(cast("list[int]", part[:size].tolist())).decode() for part, size in zip(parts, sizes, strict=True)]
+    return [bytes(part[:size].tolist()).decode() for part, size in zip(parts, sizes, strict=True)]

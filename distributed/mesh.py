@@ -1,6 +1,6 @@
 """The process groups of one gang. A layout says which ranks; this makes the groups, and takes them down again."""
 
-# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -74,7 +74,17 @@ def _axis_alone(rank: int) -> Axis:
 
 def mesh_alone() -> Mesh:
     """The mesh of one rank, without torch.distributed: nothing is exchanged along its axes."""
-    return Mesh(layout=Layout(), rank=0, coordinates=Layout().coordinates(0), **dict.fromkeys(_AXES, _axis_alone(0)))
+    alone, layout = _axis_alone(0), Layout()
+    return Mesh(
+        layout=layout,
+        rank=0,
+        coordinates=layout.coordinates(0),
+        gang=alone,
+        sequence=alone,
+        ring=alone,
+        ulysses=alone,
+        cfg=alone,
+    )
 
 
 def new_mesh(
@@ -172,5 +182,6 @@ def _new_groups(
         if len(ranks) > 1:
             group = dist.new_group(list(ranks), timeout=timeout, backend=backend)
             if rank in ranks:
+                assert isinstance(group, dist.ProcessGroup)  # else it is of other ranks
                 made[ranks] = group
     return made

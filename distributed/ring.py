@@ -7,7 +7,7 @@ Letters: B batch, S image tokens of a ring rank's ulysses group, T text tokens, 
 N all tokens of the joint sequence.
 """
 
-# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import torch
 import torch.distributed as dist
@@ -64,8 +64,6 @@ def ring_attention(
             travelling = arriving()
     assert merged is not None
     out = merged[0].to(image.dtype)
-    own_image: torch.Tensor
-    own_text: torch.Tensor
     own_image, own_text = out.split([image.shape[2], text_shards.size], dim=1)
     all_text = gather_tokens(own_text, text_shards, ring.group, dim=1) if num_text else own_text
     return own_image, all_text

@@ -3,7 +3,7 @@
 Letters: B batch, C channels, T frames, H rows here, W columns.
 """
 
-# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ def with_neighbour_rows(values: torch.Tensor, axis: Axis) -> tuple[torch.Tensor,
     above, below = int(axis.index > 0), int(axis.index < axis.size - 1)
     top, bottom = values[..., :1, :].contiguous(), values[..., -1:, :].contiguous()
     from_above, from_below = torch.empty_like(top), torch.empty_like(bottom)
-    exchanges: list[dist.P2POp] = []
+    exchanges = []
     if above:
         neighbour = axis.ranks[axis.index - 1]
         exchanges += [
@@ -51,9 +51,7 @@ def group_norm_over_rows(norm: nn.GroupNorm, values: torch.Tensor, axis: Axis) -
     Args:
         values: [B, C, T, H, W].
     """
-    grouped: torch.Tensor = (
-        values.float().flatten(2).unflatten(1, (norm.num_groups, -1)).flatten(2)
-    )  # [B, groups, elements]
+    grouped = values.float().flatten(2).unflatten(1, (norm.num_groups, -1)).flatten(2)  # [B, groups, elements]
     variance, mean = (v.double() for v in torch.var_mean(grouped, dim=2, correction=0))
     count = torch.full_like(mean, grouped.shape[2])
     sums = torch.stack([count, count * mean, count * (variance + mean * mean)])

@@ -6,9 +6,7 @@ Letters: B batch, S image tokens here, S' image tokens of the whole group, T tex
 D channels of a head.
 """
 
-# pyright: reportUnknownMemberType=false
-
-from collections.abc import Sequence
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import torch
 import torch.distributed as dist
@@ -26,7 +24,7 @@ def tokens_to_heads(values: torch.Tensor, sizes: tuple[int, ...], axis: Axis) ->
         return values
     n, b, _, h_all, d = values.shape
     heads = h_all // axis.size
-    sent: torch.Tensor = values.unflatten(3, (axis.size, heads)).permute(3, 2, 0, 1, 4, 5)  # [ranks, S, N, B, h, D]
+    sent = values.unflatten(3, (axis.size, heads)).permute(3, 2, 0, 1, 4, 5)  # [ranks, S, N, B, h, D]
     received = values.new_empty((sum(sizes), n, b, heads, d))
     dist.all_to_all_single(
         received,
@@ -46,8 +44,7 @@ def heads_to_tokens(image: torch.Tensor, text: torch.Tensor, sizes: tuple[int, .
     if axis.group is None:
         return torch.cat([image, text], dim=1)
     b, num_text, heads, d = text.shape
-    own_parts: Sequence[torch.Tensor] = image.split(list(sizes), dim=1)
-    parts = [part for own in own_parts for part in (own, text)]
+    parts = [part for own in image.split(list(sizes), dim=1) for part in (own, text)]
     sent = torch.cat(parts, dim=1).transpose(0, 1).contiguous()  # [S' + ranks x T, B, h, D]
     here = sizes[axis.index] + num_text
     received = image.new_empty((axis.size * here, b, heads, d))
@@ -58,8 +55,7 @@ def heads_to_tokens(image: torch.Tensor, text: torch.Tensor, sizes: tuple[int, .
         input_split_sizes=[size + num_text for size in sizes],
         group=axis.group,
     )
-    joint: torch.Tensor = received.unflatten(0, (axis.size, here)).permute(2, 1, 0, 3, 4).flatten(2, 3)
-    return joint  # [B, S + T, H, D]
+    return received.unflatten(0, (axis.size, here)).permute(2, 1, 0, 3, 4).flatten(2, 3)  # [B, S + T, H, D]
 
 
 def own_heads(text: torch.Tensor, axis: Axis) -> torch.Tensor:

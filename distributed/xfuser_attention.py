@@ -5,7 +5,7 @@ world, splits tokens evenly and knows no masks. So it is imported only when it i
 and what it cannot do is refused instead of rendered wrong.
 """
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportMissingTypeStubs=false, reportPrivateUsage=false
 
 from dataclasses import dataclass
@@ -70,8 +70,7 @@ def _num_valid_text(mask: torch.Tensor | None, num_text: int, sequence: JointSeq
         return num_text
     if sequence.text_first:
         raise ValueError("attention xfuser: a mask over text that stands first is not supported; use attention native")
-    counts: list[float] = mask[..., sum(sequence.shards.sizes) :].sum(dim=-1).flatten().tolist()
-    per_sample = set(counts)
+    per_sample = set(mask[..., sum(sequence.shards.sizes) :].sum(dim=-1).flatten().tolist())
     if len(per_sample) > 1:
         raise ValueError("attention xfuser: samples with masks of their own are not supported; use attention native")
     return int(per_sample.pop())

@@ -71,8 +71,10 @@ def test_decisions_and_gammas_are_those_of_the_trace(batch, report):
     place = data["clips"]["id"].index("clip-9")
     (trace,) = batch.glob("clip-9.*.trace.json")
     entries = json.loads(trace.read_text())["entries"]
-    for branch, steps in data["decisions"][data["clips"]["decisions"][place]]:
+    decisions = data["decisions"][data["clips"]["decisions"][place]]
+    for branch, steps in decisions:
         assert [step == "C" for step in steps] == [e["compute"] for e in entries if e["branch"] == branch]
+    *_, (_, steps) = decisions
     assert "s" in steps
     gammas = {e["step"]: round(e["gamma"], 3) for e in reversed(entries) if e["gamma"] is not None}
     assert dict(map(tuple, data["clips"]["gammas"][place])) == gammas != {}
