@@ -22,7 +22,7 @@ class Consensus(Protocol):
         """Other ranks run the clip's other guidance branch at the same time."""
         ...
 
-    def count_tokens_before(self, num_tokens: int) -> int:
+    def count_tokens_before(self, num_tokens: int, /) -> int:
         """Tokens of the whole sequence before the `num_tokens` that are here; every rank tells how many it has."""
         ...
 
@@ -55,7 +55,7 @@ class SingleProcess:
     num_ranks: int = 1
     branches_are_split: bool = False
 
-    def count_tokens_before(self, num_tokens: int) -> int:
+    def count_tokens_before(self, _num_tokens: int, /) -> int:
         return 0
 
     def sum_over_ranks(self, change: torch.Tensor, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

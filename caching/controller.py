@@ -38,7 +38,7 @@ class CacheController:
     trace: Trace
     consensus: Consensus = field(default_factory=SingleProcess)
     _exchange: Exchange = field(init=False)
-    _histories: dict[str, BranchHistory] = field(init=False, default_factory=dict)
+    _histories: dict[str, BranchHistory] = field(init=False, default_factory=dict[str, BranchHistory])
     _joint: tuple[int | None, list[Decision]] = field(init=False, default=_NONE_YET)  # (step, by the first branch)
 
     def __post_init__(self) -> None:

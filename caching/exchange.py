@@ -1,6 +1,8 @@
 """What a clip's controllers on several ranks tell each other: sums, plans, decisions, and what they have done."""
 
-import warnings
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +17,7 @@ from cineray.caching.token_sums import rounded
 from cineray.caching.trace import TraceEntry
 from cineray.caching.wire import NUMBERS_PER_ROW, digest, pack, unpack
 
+_log = logging.getLogger(__name__)
 GUARD_INTERVAL = 8  # steps between two comparisons of what the ranks did
 
 
@@ -94,7 +97,7 @@ class Exchange:
         return unpack(self.consensus.leader_value(numbers))
 
     def have_diverged(self, context: StepContext, entries: Sequence[TraceEntry], rows: Sequence[RowState]) -> bool:
-        """Compares what the ranks did, now and then; warns if they differ."""
+        """Compares what the ranks did, now and then; logs a warning if they differ."""
         if self.consensus.num_ranks == 1 or context.step_index % GUARD_INTERVAL or context.step_index == 0:
             return False
         done = [entry for entry in entries if entry.branch == context.branch]
@@ -106,11 +109,12 @@ class Exchange:
             f"rank {rank}: step {step:.0f}, {computed:.0f} of {calls:.0f} computed, digest {int(digest_):08x}"
             for rank, (digest_, calls, computed, step) in enumerate(every)
         )
-        warnings.warn(
-            f"cache: ranks differ in what they did before step {context.step_index} of branch {context.branch} "
-            f"({ranks}); all forget what they cached and compute this step",
-            RuntimeWarning,
-            stacklevel=2,
+        _log.warning(
+            "cache: ranks differ in what they did before step %d of branch %s (%s); all forget what they cached and "
+            "compute this step",
+            context.step_index,
+            context.branch,
+            ranks,
         )
         return True
 

@@ -34,7 +34,7 @@ class BranchHistory:
 
     forecasting: Forecasting
     signal: Signal
-    rows: list[RowState] = field(default_factory=list)
+    rows: list[RowState] = field(default_factory=list[RowState])
     probe: torch.Tensor | None = None  # probe output of the last step that was probed [B, S / keep_every, D]
     kept_from: int = 0  # the first of the tokens whose probe is kept
     kind: tuple[torch.Size, torch.dtype, torch.device] | None = None  # of the hidden states

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from cineray.caching.forecast import Forecasting
 from cineray.caching.policy import Policy, Signal
@@ -27,8 +27,8 @@ class ModelFacts:
     num_blocks: int
     num_probeable: int
     layers: tuple[str, ...]
-    transformer: Mapping[str, Any] = field(default_factory=dict)
-    presets: Mapping[str, PolicyConfig] = field(default_factory=dict)
+    transformer: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    presets: Mapping[str, PolicyConfig] = field(default_factory=dict[str, "PolicyConfig"])
     signals: tuple[Signal, ...] = ()
 
 
@@ -100,10 +100,13 @@ def plan_blocks(
 
 def text_of(name: str, config: Any) -> str:
     """The policy's whole text: its name and every option."""
-    options = ",".join(
-        f"{k}={':'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in asdict(config).items() if v != ""
-    )
+    values: dict[str, Any] = asdict(config)
+    options = ",".join(f"{name}={_text(value)}" for name, value in values.items() if value != "")
     return f"{name}({options})"
+
+
+def _text(value: object) -> str:
+    return ":".join(map(str, cast("tuple[object, ...]", value))) if isinstance(value, tuple) else str(value)
 
 
 def check_depth(probe_depth: int, model: ModelFacts) -> None:

@@ -55,7 +55,7 @@ class CacheSpec:
     """A policy by name, with the options that were given; not yet tied to a model."""
 
     name: str
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=dict[str, str])
     file: str | None = None
 
 
@@ -91,7 +91,7 @@ def parse_spec(text: str, policies: Policies = POLICIES) -> CacheSpec:
         wants = f"a file, as {name}:{_WITH_FILE[name]}" if name in _WITH_FILE else "no file"
         raise ValueError(f"cache: {name} takes {wants}")
     allowed = [f.name for f in fields(policies[name])] if name in policies else []  # type: ignore[arg-type]
-    options = {}
+    options: dict[str, str] = {}
     for option in filter(None, (o.strip() for o in (match["options"] or "").split(","))):
         key, equals, value = (part.strip() for part in option.partition("="))
         if key not in allowed or not equals:
@@ -126,7 +126,7 @@ def resolve(spec: CacheSpec | PolicyConfig, model: ModelFacts, policies: Policie
     if not fits(spec.name, model.presets, policies):
         raise ValueError(f"cache: {spec.name} has no preset for {model.family}")
     config: Any = model.presets.get(spec.name, policies[spec.name])
-    values = {name: _value(spec.name, type(config), name, text) for name, text in spec.options.items()}
+    values = {name: _value(spec.name, options_class(config), name, text) for name, text in spec.options.items()}
     return replace(config, **values).plan(spec.name, model)
 
 

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from pydantic import TypeAdapter
 
@@ -33,6 +33,24 @@ class TraceEntry:
     gamma: float | None
 
 
+class StepCounts(TypedDict):
+    """What a clip's steps came to; `cost` is the share of the uncached block evaluations that ran."""
+
+    policy: str
+    steps: int
+    computed_steps: int
+    skipped_steps: int
+    cost: float
+
+
+class TraceSummary(StepCounts):
+    """The same of a clip with a cache: the range of its gammas, the most bytes held, decisions by their reason."""
+
+    gamma: list[float] | None
+    held_bytes: int
+    reasons: dict[str, int]
+
+
 @dataclass(slots=True)
 class Trace:
     """All entries of a clip, in order.
@@ -49,7 +67,7 @@ class Trace:
     forecasting: Forecasting
     num_blocks: int
     probe_depth: int
-    entries: list[TraceEntry] = field(default_factory=list)
+    entries: list[TraceEntry] = field(default_factory=list[TraceEntry])
     held_bytes: int = 0
     by_layer: bool = False
 
@@ -57,7 +75,7 @@ class Trace:
         self.entries.clear()
         self.held_bytes = 0
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> TraceSummary:
         """Steps, skips, cost (block evaluations as a share of the uncached ones, mean over branches), gammas, bytes.
 
         A step counts as skipped if any branch of any sample skipped it.

@@ -7,6 +7,8 @@ Letters: B batch, S image tokens here, T text tokens, N all tokens of the joint 
 D channels of a head.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -47,6 +49,7 @@ class SequenceAttention(Protocol):
         mask: torch.Tensor | None,
         sequence: JointSequence,
         kernel: Kernel,
+        /,
     ) -> torch.Tensor:
         """Attends over the whole joint sequence.
 

@@ -1,5 +1,7 @@
 """How the ranks of a gang agree on a number that each of them sees only a part of."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from dataclasses import dataclass
 from typing import Literal, get_args
 

@@ -3,6 +3,8 @@
 Where the axis has one rank nothing is sent.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 import torch
 import torch.distributed as dist
 

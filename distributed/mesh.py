@@ -1,5 +1,7 @@
 """The process groups of one gang. A layout says which ranks; this makes the groups, and takes them down again."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -41,7 +43,7 @@ class Mesh:
     ring: Axis
     ulysses: Axis
     cfg: Axis
-    _groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
+    _groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict[tuple[int, ...], dist.ProcessGroup])
     _owns_world: bool = False
 
     @property
@@ -72,16 +74,16 @@ def _axis_alone(rank: int) -> Axis:
 
 def mesh_alone() -> Mesh:
     """The mesh of one rank, without torch.distributed: nothing is exchanged along its axes."""
-    axis, layout = _axis_alone(0), Layout()
+    alone, layout = _axis_alone(0), Layout()
     return Mesh(
         layout=layout,
         rank=0,
         coordinates=layout.coordinates(0),
-        gang=axis,
-        sequence=axis,
-        ring=axis,
-        ulysses=axis,
-        cfg=axis,
+        gang=alone,
+        sequence=alone,
+        ring=alone,
+        ulysses=alone,
+        cfg=alone,
     )
 
 
@@ -175,10 +177,11 @@ def _new_groups(
     """
     every_rank = [layout.coordinates(r) for r in range(layout.world_size)]
     wanted = dict.fromkeys(_ranks_along(layout, its, degrees) for degrees in _AXES.values() for its in every_rank)
-    made = {}
+    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
     for ranks in wanted:
         if len(ranks) > 1:
             group = dist.new_group(list(ranks), timeout=timeout, backend=backend)
             if rank in ranks:
+                assert isinstance(group, dist.ProcessGroup)  # else it is of other ranks
                 made[ranks] = group
     return made

@@ -7,6 +7,8 @@ Letters: B batch, S image tokens of a ring rank's ulysses group, T text tokens, 
 N all tokens of the joint sequence.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 import torch
 import torch.distributed as dist
 from torch.nn import functional

@@ -3,6 +3,8 @@
 Letters: B batch, C channels, T frames, H rows here, W columns.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 import torch
 import torch.distributed as dist
 from torch import nn

@@ -1,5 +1,7 @@
 """Who holds which tokens: contiguous shards of any length, in the order of the ranks."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from dataclasses import dataclass
 
 import torch

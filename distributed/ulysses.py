@@ -6,6 +6,8 @@ Letters: B batch, S image tokens here, S' image tokens of the whole group, T tex
 D channels of a head.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 import torch
 import torch.distributed as dist
 

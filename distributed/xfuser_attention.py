@@ -5,6 +5,9 @@ world, splits tokens evenly and knows no masks. So it is imported only when it i
 and what it cannot do is refused instead of rendered wrong.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportMissingTypeStubs=false, reportPrivateUsage=false
+
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +31,8 @@ class XfuserAttention:
         value: torch.Tensor,
         mask: torch.Tensor | None,
         sequence: JointSequence,
-        kernel: Kernel,
+        _kernel: Kernel,
+        /,
     ) -> torch.Tensor:
         """Raises ValueError for uneven shards, and for masks that differ between the samples of a batch."""
         sizes = sequence.shards.sizes

@@ -74,7 +74,7 @@ def _render_or_find(batch: Batch, request: ClipRequest, options: dict[str, objec
             record, status = _render(batch, request, fingerprint, options), "done"
     except (OutputError, LeasedError, ClipPreempted):
         raise
-    except Exception as reason:  # out of memory, a bad image, ffmpeg; and whatever a tokenizer or a model may raise
+    except Exception as reason:  # noqa: BLE001  # out of memory, a bad image, ffmpeg; whatever a model may raise
         error, status = explain(reason), "failed"
     wall_s = time.monotonic() - began
     batch.folder.log_event(

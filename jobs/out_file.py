@@ -139,7 +139,7 @@ def ended_by_sigterm() -> Iterator[None]:
         yield
         return
 
-    def on_signal(number: int, _: FrameType | None) -> None:
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
         raise SystemExit(_SIGTERM_CODE)
 
     before = signal.signal(signal.SIGTERM, on_signal)

@@ -155,7 +155,7 @@ def _in_thread(call: Callable[[], T]) -> "Future[T]":
     def run() -> None:
         try:
             future.set_result(call())
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # whoever waits for the result raises it
             future.set_exception(error)
 
     threading.Thread(target=run, name="cineray-check", daemon=True).start()

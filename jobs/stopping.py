@@ -40,7 +40,7 @@ class StopRequest:
         self.number: int | None = None
         self._on_stop = on_stop
 
-    def __call__(self, number: int, frame: FrameType | None) -> None:
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
         if self.number is not None:
             raise Stopped(number)
         self.number = number
@@ -74,7 +74,7 @@ def kept_handlers() -> Iterator[None]:
 def ending_on_signals() -> Iterator[None]:
     """Around all that a process does: a signal raises `Stopped`, and ends the process if that does not."""
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    def interrupt(number: int, _frame: FrameType | None) -> None:
         raise Stopped(number)
 
     read, write = os.pipe()

@@ -70,7 +70,7 @@ def calling_without_mask(transformer: nn.Module, layout: BlockLayout) -> Iterato
         return
     place = layout.mask
 
-    def drop_mask(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def drop_mask(_block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (*args[:place], None, *args[place + 1 :])
 
     blocks = [block for name in layout.lists for block in getattr(transformer, name)._modules.values()]

@@ -41,7 +41,7 @@ def explain(error: BaseException, limit: int = 300) -> str:
     """An exception of whatever type in one line: what it says, after its type where the message is not one of ours."""
     try:
         said = " ".join(str(error).split())[:limit]
-    except Exception as worse:  # its own __str__ fails
+    except Exception as worse:  # noqa: BLE001  # its own __str__ fails
         said = f"(it cannot be shown: {type(worse).__name__})"
     if said and isinstance(error, InputError):
         return said

@@ -46,7 +46,7 @@ def compare(model_name: str, cache: str, num_pairs: int, num_steps: int) -> dict
 
     def render(policy: str) -> tuple[float, float, np.ndarray]:
         began = time.process_time()
-        clip = render_clip(model, replace(request, cache=policy), lambda done, total: None)
+        clip = render_clip(model, replace(request, cache=policy), lambda *_: None)
         if clip.trace is not None and clip.trace.summary()["skipped_steps"]:
             raise SystemExit(f"{policy} skipped; give one that never does")
         return clip.denoise_s, time.process_time() - began, clip.frames

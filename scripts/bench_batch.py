@@ -88,7 +88,7 @@ def million(lines: int, steps: int, model: str) -> None:
 class NoOpRank(GangRank):
     """Answers as a rank does and renders nothing."""
 
-    def __init__(self, name: str, spec: RunSpec) -> None:
+    def __init__(self, name: str, _spec: RunSpec) -> None:
         self._name = name
 
     def open_rendezvous(self) -> tuple[str, int]:
@@ -97,23 +97,23 @@ class NoOpRank(GangRank):
     def join(self, rank: int, host: str, port: int) -> None:
         pass
 
-    def denoise(self, task: Task) -> Denoised | Preempted | ClipFault:
+    def denoise(self, task: Task) -> Denoised | Preempted | ClipFault:  # noqa: ARG002
         return Denoised(busy_s=0.0)
 
 
 class NoOpFinisher(Finisher):
     """Answers as a finisher does; no video is written."""
 
-    def __init__(self, name: str, spec: RunSpec) -> None:
+    def __init__(self, name: str, _spec: RunSpec) -> None:
         self._name = name
 
     def load(self) -> None:
         pass
 
-    def encode(self, task: Task) -> tuple[str, ...] | ClipFault:
+    def encode(self, task: Task) -> tuple[str, ...] | ClipFault:  # type: ignore[override]  # noqa: ARG002  # undecorated
         return ()
 
-    def finish(self, task: Task) -> dict[str, Any] | ClipFault | None:
+    def finish(self, task: Task) -> dict[str, Any] | ClipFault | None:  # noqa: ARG002
         return {}
 
 

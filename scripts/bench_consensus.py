@@ -77,7 +77,7 @@ def render_timed(rank: int, num_ranks: int, init_method: str, model_name: str, r
     consensus = TimedConsensus(gang.consensus)
     model = load_model(open_checkpoint(model_name), LoadOptions())
     with replace(gang, consensus=consensus) as timed:  # type: ignore[arg-type]  # it has the protocol's methods
-        clip = render_clip_on_gang(timed, model, request, lambda done, total: None)
+        clip = render_clip_on_gang(timed, model, request, lambda *_: None)
     if clip is None or clip.trace is None:
         return {}
     spent = {name: sum(seconds) for name, seconds in consensus.seconds.items()}
@@ -97,7 +97,7 @@ def render_all(
 ) -> list[RenderedClip | None]:
     with Gang.join(parse_layout(str(num_ranks)), rank, num_ranks, init_method=init_method, consensus=mode) as gang:
         model = load_model(open_checkpoint(model_name), LoadOptions())
-        return [render_clip_on_gang(gang, model, request, lambda done, total: None) for request in requests]
+        return [render_clip_on_gang(gang, model, request, lambda *_: None) for request in requests]
 
 
 def quality(num_ranks: int, mode: Mode, model: str, requests: list[ClipRequest], uncached: list[Any]) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def main(clips: int, steps: int, checkpoint_s: float, model: str) -> None:
         ("undisturbed", []),
     ):
         rows = (Row(number, PROMPT) for number in range(clips))
-        found[name] = SimulatedBatch(assumed, planned_rows(rows, lambda row: seconds), deaths).run()
+        found[name] = SimulatedBatch(assumed, planned_rows(rows, lambda _: seconds), deaths).run()
     simulated_s = measured.before_s + found["killed"].makespan_s
     report = {
         "measured_makespan_s": round(measured.makespan_s, 2),

@@ -147,7 +147,7 @@ def kills(times: int, seed: int) -> None:
             run.send_signal(signal.SIGKILL)
             run.wait()
             killed = time.monotonic()
-            left = list(marked(mark))
+            left, names = list(marked(mark)), []
             while left and time.monotonic() - killed < LONGEST_END_S:
                 time.sleep(0.5)
                 names = [process.name() for process in left if process.is_running()]

@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, UniPCMultistepScheduler, WanPipeline
@@ -98,30 +99,25 @@ def encoded(vae: nn.Module, work: Path, seed: int) -> tuple[torch.Tensor, list[s
     return load_file(path)["latents"], [str(c) for c in all_captions() for _ in range(CLIPS_PER_CAPTION)]
 
 
-def wan_pipeline(vae: nn.Module, denoiser: WanDenoiser) -> WanPipeline:
+def wan_pipeline(vae: Any, denoiser: WanDenoiser) -> WanPipeline:
     vae.register_to_config(latents_mean=[0.0] * 16, latents_std=[1.0] * 16)  # see vae.normalize_latents
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT, num_train_timesteps=1000
     )  # as in Wan-AI/Wan2.1-T2V-1.3B-Diffusers
-    return WanPipeline(
-        tokenizer=denoiser.tokenizer,
-        text_encoder=denoiser.text_encoder,
-        transformer=denoiser.transformer,
-        vae=vae,
-        scheduler=scheduler,
-    )
+    parts: dict[str, Any] = {"tokenizer": denoiser.tokenizer, "scheduler": scheduler}
+    return WanPipeline(**parts, text_encoder=denoiser.text_encoder, transformer=denoiser.transformer, vae=vae)
 
 
-def hunyuan_pipeline(vae: nn.Module, denoiser: HunyuanDenoiser) -> HunyuanVideoPipeline:
+def hunyuan_pipeline(vae: Any, denoiser: HunyuanDenoiser) -> HunyuanVideoPipeline:
     vae.register_to_config(scaling_factor=1.0)
+    tokenizers: dict[str, Any] = {"tokenizer": denoiser.tokenizer, "tokenizer_2": denoiser.tokenizer_2}
     return HunyuanVideoPipeline(
+        **tokenizers,
         text_encoder=denoiser.text_encoder,
-        tokenizer=denoiser.tokenizer,
+        text_encoder_2=denoiser.text_encoder_2,
         transformer=denoiser.transformer,
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
-        text_encoder_2=denoiser.text_encoder_2,
-        tokenizer_2=denoiser.tokenizer_2,
     )
 
 

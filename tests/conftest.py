@@ -193,7 +193,7 @@ def loaded(checkpoint_folder):
 
 
 @pytest.fixture
-def new_request(tmp_path):
+def new_request():
     """Factory of a small valid ClipRequest; keyword arguments override."""
     from cineray.pipeline.request import ClipRequest
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from cineray.files import parse_json, read_regular
 from cineray.text import printable, shorten
@@ -112,8 +113,8 @@ def parse_schedule(content: bytes, path: Path, layers: Sequence[str], num_blocks
         raise ValueError(f"{name} is not JSON: {printable(error, 200)}") from None
     if not isinstance(found, dict) or not found:
         raise ValueError(f'{name} must be an object such as {{"attn1": [1, 0, 1]}}')
-    rows = {}
-    for key, row in found.items():
+    rows: dict[str, tuple[bool, ...]] = {}
+    for key, row in cast("dict[str, object]", found).items():
         match = _KEY.fullmatch(key)
         known = match is not None and match["layer"] in layers and int(match["block"] or 0) < num_blocks
         if not known:
@@ -121,11 +122,12 @@ def parse_schedule(content: bytes, path: Path, layers: Sequence[str], num_blocks
                 f"{name}: layer {shorten(key)} is not in this model; it has {', '.join(layers)} in {num_blocks} "
                 "blocks, numbered from 0"
             )
-        if not isinstance(row, list) or not row or any(v not in (0, 1) for v in row):
+        values = cast("list[object]", row) if isinstance(row, list) else []
+        if not values or any(v not in (0, 1) for v in values):
             raise ValueError(f"{name}: row {key!r} must be a list of 0 and 1")
-        if row[0] != 1:
+        if values[0] != 1:
             raise ValueError(f"{name}: row {key!r} must begin with 1: there is nothing to reuse yet")
-        rows[key] = tuple(bool(v) for v in row)
+        rows[key] = tuple(bool(v) for v in values)
     lengths = sorted({len(row) for row in rows.values()})
     if len(lengths) != 1:
         raise ValueError(f"{name}: rows must have one length, got {shorten(str(lengths))[1:-1]} steps")

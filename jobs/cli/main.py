@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from cineray import __version__
 from cineray.jobs.cli.batch import status, submit
 from cineray.jobs.cli.clips import load_options, read_requests, run_defaults, takes_long_to_check
 from cineray.jobs.cli.compare import compare
@@ -36,7 +37,7 @@ TRACEBACK = "CINERAY_TRACEBACK"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="cineray", message="%(prog)s %(version)s")
+@click.version_option(__version__, message="%(prog)s %(version)s")
 def cineray() -> None:
     """Renders batches of video clips with WAN 2.1 and HunyuanVideo."""
 
@@ -170,10 +171,10 @@ def run(arguments: list[str] | None = None) -> None:
     begin_printing()
     try:
         with ending_on_signals():
-            code = _run(sys.argv[1:] if arguments is None else arguments)
+            code = main(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt as again:  # while the first one was being told
         code = _interrupted(again)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # the top of the process
         code = _unexpected(error)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
@@ -183,7 +184,11 @@ def run(arguments: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _run(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> int:
+    """Runs one command in this process and returns its exit code; what a person is told goes to stdout and stderr.
+
+    Signals stay as they are, and an error that no part of cineray has a sentence for is raised: `run` sees to both.
+    """
     try:
         code = cineray.main(arguments, prog_name="cineray", standalone_mode=False)
         return code if isinstance(code, int) else EXIT_DONE

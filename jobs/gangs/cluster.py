@@ -103,7 +103,7 @@ def _start(folder: Path, fleet: Fleet) -> None:
                 _temp_dir=str(folder / "r"),
                 _plasma_directory=None if _has_shared_memory() else str(folder),
             )
-    except Exception as error:  # Ray raises that very class where a machine is too busy to start it within 30 s
+    except Exception as error:  # noqa: BLE001  # Ray raises that very class where a machine is too busy to start it within 30 s
         raise InputError(f"Ray does not start on this machine: {_reason(error)}") from None
 
 
@@ -194,7 +194,7 @@ def draining_nodes() -> frozenset[str]:
     """Ids of the nodes that will be taken away soon; empty where this Ray cannot say."""
     try:
         return frozenset(state.get_draining_nodes())
-    except Exception:  # private: Ray Train's PreemptionWatcher reads it, there is no public way
+    except Exception:  # noqa: BLE001  # private: Ray Train's PreemptionWatcher reads it, there is no public way
         return frozenset()
 
 

@@ -53,7 +53,7 @@ def _where_auto_points() -> str | None:
         from ray._private.services import canonicalize_bootstrap_address
 
         return canonicalize_bootstrap_address("auto")
-    except Exception:  # private; and what it finds wrong, ray.init says too
+    except Exception:  # noqa: BLE001  # private; and what it finds wrong, ray.init says too
         return None
 
 

@@ -48,7 +48,7 @@ class FinisherWork:
                     encode_prompt(self._model, task.request, path)
         except OutputError:
             raise
-        except Exception as reason:
+        except Exception as reason:  # noqa: BLE001  # whatever it is, the other clips go on
             folder.check(f"the prompt of clip {task.request.id} was encoded")  # a fault of the folder is not the clip's
             return ClipFault(reason=explain(reason))
         return tuple(cut)
@@ -88,7 +88,7 @@ class FinisherWork:
             commit_clip(folder, request, task.fingerprint, rendered, record, self._spec.lossless)
         except OutputError:
             raise
-        except Exception as reason:
+        except Exception as reason:  # noqa: BLE001  # whatever it is, the other clips go on
             folder.check(f"clip {request.id} was written")
             return ClipFault(reason=explain(reason))
         with suppress(OSError):  # the clip is committed, whatever lies there

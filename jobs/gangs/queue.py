@@ -73,7 +73,7 @@ class ClipQueue:
                 found = self._look_up(request)
             except OutputError:
                 raise
-            except Exception as reason:  # its image is gone, its video cannot be read
+            except Exception as reason:  # noqa: BLE001  # its image is gone, its video cannot be read
                 found = ClipResult.of(request, "failed", 0.0, error=explain(reason))
             if isinstance(found, NewClip):
                 new.append(found)

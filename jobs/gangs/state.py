@@ -249,14 +249,14 @@ class BatchState:
 
     # ---- events
 
-    def _on_clips_read(self, event: ClipsRead, now_s: float) -> None:
+    def _on_clips_read(self, event: ClipsRead, _now_s: float) -> None:
         for new in event.clips:
             self.clips[new.name] = ClipState(new.name, new.id, new.prompt_key, list(new.strikes))
             self._prompts.need(new.prompt_key)
             self.waiting.append(new.name, new.prompt_key)
         self.is_exhausted = self.is_exhausted or event.is_last
 
-    def _on_start_requested(self, event: StartRequested, now_s: float) -> None:
+    def _on_start_requested(self, _event: StartRequested, now_s: float) -> None:
         self._build(now_s)
 
     def _on_gang_placed(self, event: GangPlaced, now_s: float) -> None:
@@ -313,10 +313,10 @@ class BatchState:
         self.waiting.prompt_lost(clip.prompt_key)
         self._strike(clip, f"{gang.name}: {event.reason}", now_s)
 
-    def _on_finisher_ready(self, event: FinisherReady, now_s: float) -> None:
+    def _on_finisher_ready(self, event: FinisherReady, _now_s: float) -> None:
         self.finishers[event.finisher].stage = "ready"
 
-    def _on_prompt_encoded(self, event: PromptEncoded, now_s: float) -> None:
+    def _on_prompt_encoded(self, event: PromptEncoded, _now_s: float) -> None:
         self.finishers[event.finisher].encoding.discard(event.key)
         for old in self._prompts.add(event.key, event.warnings):
             self._do(ForgetPrompt(old))
@@ -343,7 +343,7 @@ class BatchState:
     def _on_finisher_lost(self, event: FinisherLost, now_s: float) -> None:
         self._lose_finisher(self.finishers[event.finisher], event.reason, now_s)
 
-    def _on_nodes_draining(self, event: NodesDraining, now_s: float) -> None:
+    def _on_nodes_draining(self, event: NodesDraining, _now_s: float) -> None:
         self._draining = event.nodes
         self._gangs_on_draining = {gang.number for gang in self.gangs if gang.nodes & self._draining}
         for gang in self.gangs:
@@ -363,11 +363,11 @@ class BatchState:
             elif gang.stage is not GangStage.GONE:
                 self._kill(gang, now_s)
 
-    def _on_drain_ended(self, event: DrainEnded, now_s: float) -> None:
+    def _on_drain_ended(self, _event: DrainEnded, _now_s: float) -> None:
         """A clip that has not ended by now is resumed by the next run, from its last step state."""
         self._has_drained = True
 
-    def _on_tick(self, event: Tick, now_s: float) -> None:
+    def _on_tick(self, _event: Tick, now_s: float) -> None:
         for gang in self.gangs:
             limit_s = self._hang_s if gang.stage is GangStage.BUSY else START_S
             watched = gang.stage in (GangStage.STARTING, GangStage.BUSY)

@@ -109,7 +109,7 @@ def write_manifest(submission: Submission, folder: Path) -> None:
             notes: list[str] = []
             unit, numbered = read_rows(source, notes.append)
             bad = BadRows(source.name, unit)
-            spooled, _ = spool(numbered, _image_problem, bad, lambda number: None)
+            spooled, _ = spool(numbered, _image_problem, bad, lambda _: None)
             bad.raise_any()
             tell(*(f"cineray: {note}" for note in notes))
         rows = (Row(*values) for _, *values in spooled)

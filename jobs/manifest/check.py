@@ -216,7 +216,7 @@ def check_manifest(
     path: Path,
     defaults: RunDefaults,
     checkpoint: Checkpoint,
-    on_row: Callable[[int], None] = lambda number: None,
+    on_row: Callable[[int], None] = lambda _: None,
     num_ranks: int = 1,
 ) -> CheckedManifest:
     """Reads the whole manifest, once; `-` is standard input.
@@ -238,7 +238,7 @@ def survey_manifest(
     path: Path,
     defaults: RunDefaults,
     checkpoint: Checkpoint,
-    on_row: Callable[[int], None] = lambda number: None,
+    on_row: Callable[[int], None] = lambda _: None,
     num_ranks: int = 1,
 ) -> tuple[CheckedManifest, BadRows]:
     """Reads the whole manifest as `check_manifest` does, and gives what is wrong with it beside what is good.

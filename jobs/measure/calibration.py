@@ -46,9 +46,9 @@ def calibrate_smoothcache(
         raise InputError(f"calibrate: max-lag must be 1 to {num_steps - 1} for {num_steps} steps, got {max_lag}")
     with _measuring(out), progress_bar("clips", len(requests)) as on_done:
         model = load_model(checkpoint, options)
-        clips = [partial(render_clip, model, request, lambda done, total: None) for request in requests]
+        clips = [partial(render_clip, model, request, lambda *_: None) for request in requests]
         models = by_transformer(checkpoint.model)
-        errors = measure_layer_errors(model.pipe, clips, num_steps, max_lag, lambda done, total: on_done(done), models)
+        errors = measure_layer_errors(model.pipe, clips, num_steps, max_lag, lambda done, _: on_done(done), models)
         schedule = smooth_schedule(errors, alpha)
         replace_text(out, dump_schedule(schedule), "calibrate")
     return schedule

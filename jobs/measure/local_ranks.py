@@ -119,7 +119,7 @@ def _run(
     torch.set_num_threads(rank_threads())
     try:
         answer = (True, function(rank, num_ranks, init_method, *arguments))
-    except BaseException:
+    except BaseException:  # noqa: BLE001  # the parent raises it
         answer = (False, traceback.format_exc())
     # not pipe.send: torch would send a handle of shared memory, which ends with this process
     pipe.send_bytes(pickle.dumps(answer))

@@ -113,7 +113,7 @@ class QualityMeter:
         for number, request in enumerate(requests, 1):
             steps = int(fewer["steps"]) if fewer else request.num_inference_steps
             changed = replace(request, cache="none" if fewer else policy, num_inference_steps=steps)
-            clip = render_clip(self.model, changed, lambda done, total: None)
+            clip = render_clip(self.model, changed, lambda *_: None)
             cost = clip.trace.summary()["cost"] if clip.trace else 1.0
             self.on_clip(policy, number, len(requests))
             yield _Clip(clip.frames, cost * steps / request.num_inference_steps, clip.denoise_s)

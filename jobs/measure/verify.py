@@ -176,13 +176,13 @@ def _render(
 
 
 def _encode_on_rank(
-    rank: int,
-    num_ranks: int,
-    init_method: str,
+    _rank: int,
+    _num_ranks: int,
+    _init_method: str,
     model_name: str,
     options: LoadOptions,
     requests: list[ClipRequest],
-    gang_options: GangOptions,
+    _gang_options: GangOptions,
     prompts: str,
 ) -> None:
     """Encodes every clip's prompts, in a process that takes the text encoders with it."""
@@ -220,7 +220,7 @@ def _render_on_rank(
         for number, request in enumerate(requests):
             encoded = read_encoded(_prompt_path(prompts, number)).tensors
             try:
-                denoised = denoise_clip(model, request, lambda done, total: None, gang=gang, encoded=encoded)
+                denoised = denoise_clip(model, request, lambda *_: None, gang=gang, encoded=encoded)
                 clips.append(decode_clip_on_gang(gang, model, denoised, request))
             except NotFiniteError as error:  # the ranks go on together: frames are judged by the first alone
                 clips.append(error)

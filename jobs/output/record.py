@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 import cineray
+from cineray.caching.trace import StepCounts
 from cineray.distributed.layout import Layout
 from cineray.files import read_json, shaped
 from cineray.pipeline.caches.memory import forecast_cache_bytes
@@ -142,8 +143,8 @@ def clip_record(
         warnings: what was asked for and the pixels do not show.
     """
     shift = model.adapter.effective(request).flow_shift
-    trace = trace_summary(request, clip) | {"forecast_bytes": cache_bytes(request, model)}
-    record = {
+    counts = step_counts(request, clip)
+    record: dict[str, Any] = {
         "version": 1,
         "id": request.id,
         "fingerprint": fingerprint,
@@ -164,8 +165,8 @@ def clip_record(
             "digest": model.digest,
             "revision": model.revision,
         },
-        "cache": trace["policy"],
-        "trace": trace,
+        "cache": counts["policy"],
+        "trace": {**counts, "forecast_bytes": cache_bytes(request, model)},
         "layout": asdict(layout or Layout()),
         "options": options,
         "device": model.options.device,
@@ -177,7 +178,7 @@ def clip_record(
         record["image_fit"] = request.image_fit
     if warnings:
         record["warnings"] = list(warnings)
-    warning = cache_warning(trace)
+    warning = cache_warning(counts)
     return record | ({"warning": warning} if warning else {})
 
 
@@ -197,14 +198,15 @@ def cache_bytes(request: ClipRequest, model: "LoadedModel") -> int | None:
     return forecast_cache_bytes(model.checkpoint, request, element_bytes)
 
 
-def trace_summary(request: ClipRequest, clip: "RenderedClip") -> dict[str, Any]:
+def step_counts(request: ClipRequest, clip: "RenderedClip") -> StepCounts:
+    """The summary of the clip's trace, or what stands for it where the clip has no cache."""
     steps = request.num_inference_steps
     if clip.trace is None:
         return {"policy": "none", "steps": steps, "computed_steps": steps, "skipped_steps": 0, "cost": 1.0}
     return clip.trace.summary()
 
 
-def cache_warning(trace: dict[str, Any]) -> str | None:
+def cache_warning(trace: StepCounts) -> str | None:
     """A cache that never skipped cost something and saved nothing: worth saying."""
     if trace["policy"] == "none" or trace["skipped_steps"]:
         return None

@@ -155,7 +155,7 @@ def make_plan(
     batch: Batch,
     layouts: Iterable[Layout],
     evidence: Evidence,
-    is_runnable: Callable[[Layout, str], bool] = lambda layout, decode: True,
+    is_runnable: Callable[[Layout, str], bool] = lambda *_: True,
     deadline_s: float | None = None,
 ) -> Plan:
     """Compares layouts.

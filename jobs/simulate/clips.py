@@ -46,7 +46,7 @@ def read_manifest(path: Path, say: Callable[[str], None]) -> tuple[int, Iterator
     with opened(path) as source:
         unit, numbered = read_rows(source, say)
         bad = BadRows(source.name, unit)
-        rows, _ = spool(numbered, _problems, bad, lambda number: None)
+        rows, _ = spool(numbered, _problems, bad, lambda _: None)
         bad.raise_any()
         if not rows:
             raise InputError(f"{source.name} has no clips; write one JSON object per line, such as {EXAMPLE}")

@@ -36,7 +36,7 @@ class SimulatedBatch:
         assumed: Assumptions,
         clips: Iterable[PlannedClip],
         deaths: Iterable[RankDeath] = (),
-        on_end: Callable[[int], None] = lambda number: None,
+        on_end: Callable[[int], None] = lambda _: None,
     ) -> None:
         num_finishers = assumed.num_finishers or finishers_for(assumed.gangs)
         self.state = BatchState(assumed.gangs, num_finishers, assumed.hang_s, clips_ahead(assumed.gangs))

@@ -56,7 +56,7 @@ class HunyuanVideo:
 
     misfit = staticmethod(hunyuan_configs.misfit)
 
-    def unsupported(self, configs: ModelConfigs) -> str | None:
+    def unsupported(self, _configs: ModelConfigs, /) -> str | None:
         return None
 
     def size_rule(self, configs: ModelConfigs) -> SizeRule:
@@ -76,7 +76,7 @@ class HunyuanVideo:
     def effective(self, request: ClipRequest) -> ClipRequest:
         return request
 
-    def unused(self, request: ClipRequest) -> list[str]:
+    def unused(self, _request: ClipRequest, /) -> list[str]:
         return []
 
     def cut_prompts(self, pipe: Any, request: ClipRequest) -> list[str]:
@@ -139,7 +139,7 @@ class HunyuanVideo:
 
     @without_gradients
     def decode(
-        self, pipe: Any, request: ClipRequest, latents: torch.Tensor, generator: torch.Generator
+        self, pipe: Any, _request: ClipRequest, latents: torch.Tensor, _generator: torch.Generator, /
     ) -> torch.Tensor:
         latents = latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
         return pipe.vae.decode(latents, return_dict=False)[0]

@@ -54,7 +54,7 @@ class STDiT3(ModelMixin, ConfigMixin, CacheMixin):
         mlp_ratio: float = 4.0,
         caption_channels: int = 4096,
         model_max_length: int = 300,
-        input_sq_size: int = 512,
+        input_sq_size: int = 512,  # noqa: ARG002  # of published configurations
         pred_sigma: bool = True,
         qk_norm: bool = True,
     ) -> None:

@@ -131,7 +131,7 @@ class Adapter(Protocol):
         """Where the configurations of two components (name -> configuration) do not fit together, or None."""
         ...
 
-    def unsupported(self, configs: ModelConfigs) -> str | None:
+    def unsupported(self, configs: ModelConfigs, /) -> str | None:
         """Why this checkpoint of the family cannot be rendered, or None."""
         ...
 
@@ -145,7 +145,7 @@ class Adapter(Protocol):
         """The request less what has no effect on its pixels: equal for requests that differ in nothing else."""
         ...
 
-    def unused(self, request: ClipRequest) -> list[str]:
+    def unused(self, request: ClipRequest, /) -> list[str]:
         """What the request says and the pixels do not show, a sentence for each."""
         ...
 
@@ -188,7 +188,7 @@ class Adapter(Protocol):
         ...
 
     def decode(
-        self, pipe: DiffusionPipeline, request: ClipRequest, latents: torch.Tensor, generator: torch.Generator
+        self, pipe: DiffusionPipeline, request: ClipRequest, latents: torch.Tensor, generator: torch.Generator, /
     ) -> torch.Tensor:
         """Latents [B, C, F, H, W] -> video [B, 3, num_frames, height, width] in [-1, 1]. Needs no transformer.
 

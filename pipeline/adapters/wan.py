@@ -98,7 +98,7 @@ def _schedule(pipe: Any, request: ClipRequest) -> tuple[Any, torch.Tensor]:
 
 
 @without_gradients
-def _decode(pipe: Any, request: ClipRequest, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _decode(pipe: Any, _request: ClipRequest, latents: torch.Tensor, _generator: torch.Generator, /) -> torch.Tensor:
     import torch
 
     vae = pipe.vae

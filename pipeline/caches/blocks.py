@@ -50,7 +50,7 @@ class Controller(Protocol):
 
     def free(self) -> None: ...
 
-    def begin_call(self, context: StepContext, blocks_input: torch.Tensor) -> list[int]: ...
+    def begin_call(self, context: StepContext, blocks_input: torch.Tensor, /) -> list[int]: ...
 
     def decide(
         self,
@@ -58,9 +58,10 @@ class Controller(Protocol):
         blocks_input: torch.Tensor,
         probe: torch.Tensor,
         signal_values: SignalValues | None = None,
+        /,
     ) -> CallPlan: ...
 
-    def forecast(self, plan: CallPlan, blocks_input: torch.Tensor) -> torch.Tensor: ...
+    def forecast(self, plan: CallPlan, blocks_input: torch.Tensor, /) -> torch.Tensor: ...
 
     def remember(self, plan: CallPlan, blocks_input: torch.Tensor, blocks_output: torch.Tensor) -> None: ...
 
@@ -110,7 +111,7 @@ class BlockRunner:
             self._replaced.append((holder, name, blocks))
             holder[name] = BlockListProxy(blocks, self._transformer, gates)
 
-    def end_forward(self, context: StepContext) -> None:
+    def end_forward(self, _context: StepContext, /) -> None:
         """
         Raises:
             ValueError: the blocks did not run through the gates.

@@ -81,7 +81,7 @@ class LayerHook:
         raise NotImplementedError
 
     @staticmethod
-    def _no_hook(*args: Any, **kwargs: Any) -> Any:
+    def _no_hook(*_args: Any, **_kwargs: Any) -> Any:
         raise AssertionError("a hook runs only where it hangs")
 
     def consume_has_run(self) -> bool:

@@ -21,7 +21,7 @@ class SignalReader(Protocol):
 
     def attach(self) -> None: ...
 
-    def read(self, block: nn.Module, hidden_states: torch.Tensor, temb: torch.Tensor) -> SignalValues:
+    def read(self, block: nn.Module, hidden_states: torch.Tensor, temb: torch.Tensor, /) -> SignalValues:
         """The signal of the forward in flight.
 
         Args:
@@ -40,7 +40,7 @@ class _TimestepReader:
     def __init__(self, num_token_dims: int) -> None:
         self._num_token_dims = num_token_dims
 
-    def read(self, block: nn.Module, hidden_states: torch.Tensor, temb: torch.Tensor) -> SignalValues:
+    def read(self, _block: nn.Module, _hidden_states: torch.Tensor, temb: torch.Tensor, /) -> SignalValues:
         return SignalValues(temb, is_sharded=temb.ndim == self._num_token_dims)
 
     def attach(self) -> None:
@@ -62,10 +62,10 @@ class _OutputReader:
     def attach(self) -> None:
         self._hook = self._transformer.get_submodule(self._module).register_forward_hook(self._see)
 
-    def _see(self, module: nn.Module, arguments: Any, output: torch.Tensor) -> None:
+    def _see(self, _module: nn.Module, _arguments: Any, output: torch.Tensor) -> None:
         self._output = output
 
-    def read(self, block: nn.Module, hidden_states: torch.Tensor, temb: torch.Tensor) -> SignalValues:
+    def read(self, _block: nn.Module, _hidden_states: torch.Tensor, _temb: torch.Tensor, /) -> SignalValues:
         assert self._output is not None  # the module runs before the blocks
         return SignalValues(self._output, is_sharded=False)
 

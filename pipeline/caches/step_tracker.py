@@ -28,7 +28,7 @@ class Listener(Protocol):
         """The transformer's own forward is about to run."""
         ...
 
-    def end_forward(self, context: StepContext) -> None: ...
+    def end_forward(self, context: StepContext, /) -> None: ...
 
     def cancel_forward(self) -> None:
         """Ends a forward that was broken off: nothing of it may be used."""
@@ -187,7 +187,7 @@ class StepTracker(ModelHook):
         self._thread = 0
         self._running.release()
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _leave(self, module: nn.Module, _args: Any, output: Any) -> None:
         if module is not self._transformer or self._thread != threading.get_ident():
             return  # of a copy, or a call that was refused
         try:

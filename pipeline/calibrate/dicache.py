@@ -94,19 +94,7 @@ class StepCostSearch:
         self, profile: DiCacheProfile, speedups: Sequence[float], num_trials: int, on_trial: OnTrial
     ) -> DiCacheProfile:
         """The best skip costs that were found, from those of `profile` on; the same ones each time."""
-        random = np.random.default_rng(0)
-        knots = np.interp(KNOTS, np.linspace(0, 1, self._num_steps), np.log(profile.skip_costs))
-        best = self._score(with_step_costs(profile, knots), speedups)
-        on_trial(0, best)
-        for trial in range(1, num_trials + 1):
-            place, width = random.integers(len(KNOTS)), random.choice(_WIDTHS)
-            bump = np.exp(-0.5 * ((np.arange(len(KNOTS)) - place) / width) ** 2)
-            changed = knots + bump * random.choice(_HEIGHTS) * random.choice((-1, 1))
-            score = self._score(with_step_costs(profile, changed), speedups)
-            if score > best:
-                best, knots = score, changed
-            on_trial(trial, best)
-        return with_step_costs(profile, knots)
+        return search_step_costs(profile, lambda tried: self._score(tried, speedups), num_trials, on_trial)
 
     def threshold_for(self, profile: DiCacheProfile, speedup: float) -> float:
         """The threshold at which clips that change as expected are so much faster."""
@@ -153,7 +141,34 @@ class StepCostSearch:
         return 1 / expected_cost(plan.policy, self._num_steps, plan.probe_depth / plan.num_blocks)
 
     def _render(self, request: ClipRequest, cache: str) -> RenderedClip:
-        return render_clip(self._model, replace(request, cache=cache), lambda done, total: None)
+        return render_clip(self._model, replace(request, cache=cache), lambda *_: None)
+
+
+def search_step_costs(
+    profile: DiCacheProfile, score: Callable[[DiCacheProfile], float], num_trials: int, on_trial: OnTrial
+) -> DiCacheProfile:
+    """The profile with the skip costs of the highest score that a random coordinate search found.
+
+    Each trial adds a bump to the logarithm of the best skip costs so far, and is kept if that raises the score.
+
+    Args:
+        profile: where the search begins.
+        num_trials: bumps to try; the same ones each time.
+        on_trial: called for the start, as trial 0, and after each trial.
+    """
+    random = np.random.default_rng(0)
+    knots = np.interp(KNOTS, np.linspace(0, 1, len(profile.skip_costs)), np.log(profile.skip_costs))
+    best = score(with_step_costs(profile, knots))
+    on_trial(0, best)
+    for trial in range(1, num_trials + 1):
+        place, width = random.integers(len(KNOTS)), random.choice(_WIDTHS)
+        bump = np.exp(-0.5 * ((np.arange(len(KNOTS)) - place) / width) ** 2)
+        changed = knots + bump * random.choice(_HEIGHTS) * random.choice((-1, 1))
+        changed_score = score(with_step_costs(profile, changed))
+        if changed_score > best:
+            best, knots = changed_score, changed
+        on_trial(trial, best)
+    return with_step_costs(profile, knots)
 
 
 def with_step_costs(profile: DiCacheProfile, knots: np.ndarray) -> DiCacheProfile:

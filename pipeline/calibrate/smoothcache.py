@@ -22,7 +22,7 @@ def measure_layer_errors(
     clips: Sequence[Callable[[], object]],
     num_steps: int,
     max_lag: int,
-    on_clip: Callable[[int, int], None] = lambda done, total: None,
+    on_clip: Callable[[int, int], None] = lambda *_: None,
     models: Models = MODELS,
 ) -> Errors:
     """Renders the clips uncached and compares each layer's outputs.

@@ -90,15 +90,16 @@ class StepRecorder:
     def free(self) -> None:
         """What is measured outlives the clip."""
 
-    def begin_call(self, context: StepContext, blocks_input: torch.Tensor) -> list[int]:
+    def begin_call(self, _context: StepContext, _blocks_input: torch.Tensor, /) -> list[int]:
         return []
 
     def decide(
         self,
         context: StepContext,
         blocks_input: torch.Tensor,
-        probe: torch.Tensor,
-        signal_values: SignalValues | None = None,
+        _probe: torch.Tensor,
+        _signal_values: SignalValues | None = None,
+        /,
     ) -> CallPlan:
         return CallPlan(context=context, compute_rows=list(range(blocks_input.shape[0])), skip_rows=[], gammas=[])
 
@@ -117,7 +118,7 @@ class StepRecorder:
                 changes.signals[signal][branch][-1].append(_relative(values, signals_before[signal]))
         self._past[branch] = (residual, signals)
 
-    def forecast(self, plan: CallPlan, blocks_input: torch.Tensor) -> torch.Tensor:
+    def forecast(self, _plan: CallPlan, _blocks_input: torch.Tensor, /) -> torch.Tensor:
         raise AssertionError("the recorder skips nothing")
 
 
@@ -144,7 +145,7 @@ def measure_steps(
     tracker.attach(BlockRunner(transformer, known.layout, StepRecorder(changes, reader), 0, reader, tracker.where))
     try:
         for number, request in enumerate(requests, 1):
-            render_clip(model, request, lambda done, total: None)
+            render_clip(model, request, lambda *_: None)
             on_clip(number)
     finally:
         tracker.detach()

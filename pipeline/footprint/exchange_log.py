@@ -40,7 +40,7 @@ _SHARE = {
     "allreduce_": lambda n: 2 * (n - 1) / n,
     "allgather_": lambda n: n - 1,
     "broadcast_": lambda n: 1 / n,  # the first rank sends it once, on average
-    "send": lambda n: 1,
+    "send": lambda _: 1,
 }
 
 

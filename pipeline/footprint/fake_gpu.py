@@ -90,7 +90,7 @@ def _no_pixels(tensor: FakeTensor) -> np.ndarray:
 
 
 def _new_fake_group(real: Any) -> Any:
-    def new_group(ranks: Any = None, timeout: Any = None, backend: Any = None, **more: Any) -> Any:
+    def new_group(ranks: Any = None, timeout: Any = None, backend: Any = None, **more: Any) -> Any:  # noqa: ARG001
         return real(ranks, timeout=timeout, backend="fake", **more)
 
     return new_group

@@ -143,7 +143,7 @@ def denoise_on(
     taken: list[tuple[int, int, tuple[Exchange, ...]]] = []
     ledger.begin()
 
-    def on_step(step: int, num_steps: int) -> None:
+    def on_step(_step: int, _num_steps: int) -> None:
         taken.append((ledger.flop, ledger.num_host_reads, tuple(ledger.exchanges)))
         ledger.flop, ledger.num_host_reads, ledger.exchanges = 0, 0, []
 

@@ -36,7 +36,7 @@ def file_url(path: Path | str) -> str:
 
 def run_ffmpeg(
     arguments: Iterable[str],
-    take: Callable[[bytes], object] = lambda output: None,
+    take: Callable[[bytes], object] = lambda _: None,
     *,
     stdin: Iterable[bytes | memoryview] = (),
     extra: bytes = b"",

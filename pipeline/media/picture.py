@@ -170,7 +170,7 @@ def _decode(path: str) -> tuple[Image.Image, PictureFacts]:
             is_plain = _is_plain(opened, shown)
     except _Unusable as error:
         raise _refusal(path, str(error)) from None
-    except Exception as error:  # decoders raise whatever a broken file makes them stumble over
+    except Exception as error:  # noqa: BLE001  # decoders raise whatever a broken file makes them stumble over
         what = " ".join(str(error).split()) or type(error).__name__
         raise _refusal(path, f"it cannot be decoded ({shorten(what, 120)})") from None
     name = shorten(Path(path).name)
@@ -236,7 +236,7 @@ def _orientation(opened: Image.Image) -> int:
     """Pillow has turned a TIFF already, and then says 1."""
     try:
         return int(opened.getexif().get(_ORIENTATION, 1))
-    except Exception:  # a broken EXIF block: viewers show the picture as it lies
+    except Exception:  # noqa: BLE001  # a broken EXIF block: viewers show the picture as it lies
         return 1
 
 

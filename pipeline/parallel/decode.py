@@ -99,7 +99,7 @@ class _TakeRows(ModelHook):
         super().__init__()
         self.rows = rows
 
-    def post_forward(self, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
+    def post_forward(self, module: nn.Module, output: torch.Tensor) -> torch.Tensor:  # noqa: ARG002  # as the base has it
         return self.rows.take(output)
 
 
@@ -110,7 +110,7 @@ class _RowConvolution(_RowHook):
         super().__init__(rows)
         self.gathers = gathers
 
-    def new_forward(self, module: nn.Module, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
+    def new_forward(self, _module: nn.Module, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
         extra = () if cache_x is None else (cache_x,)
         if self.rows.shards is None:
             return self.original(x, *extra)

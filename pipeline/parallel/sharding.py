@@ -136,7 +136,7 @@ class ShardedTransformer:
 
         return self._attention(query, key, value, attn_mask, self._sequence, kernel)
 
-    def _gather_output(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    def _gather_output(self, _module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
         assert self._sequence is not None
         return gather_tokens(output, self._sequence.shards, self._mesh.sequence.group, dim=1)
 

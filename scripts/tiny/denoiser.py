@@ -11,6 +11,7 @@ import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
@@ -67,7 +68,7 @@ class _WeightedNullToken(WanAttnProcessor):
         super().__init__()
         self.log_count: torch.Tensor | None = None  # [1, 1, 1, L]
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):  # noqa: ARG002
         return super().__call__(attn, hidden_states, encoder_hidden_states, self.log_count, rotary_emb)
 
 
@@ -91,9 +92,9 @@ class WanDenoiser(nn.Module):
         return {"text_encoder": self.text_encoder, "transformer": self.transformer}
 
     def forward(
-        self, latents: torch.Tensor, timestep: torch.Tensor, captions: list[str], guidance: torch.Tensor
+        self, latents: torch.Tensor, timestep: torch.Tensor, captions: list[str], _guidance: torch.Tensor
     ) -> torch.Tensor:
-        """Velocity [B, 16, F, H, W]; `timestep` [B] in 0..1000; `guidance` is not used (Wan has branches)."""
+        """Velocity [B, 16, F, H, W]; `timestep` [B] in 0..1000; guidance is not used (Wan has branches)."""
         unique = sorted(set(captions))
         tokens = self.tokenizer(unique, padding="longest", return_tensors="pt")
         text = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
@@ -103,7 +104,8 @@ class WanDenoiser(nn.Module):
         log_count = text.new_zeros(1, 1, 1, text.shape[1])
         log_count[..., -1] = math.log(WAN_TEXT_LENGTH - (text.shape[1] - 1))
         self._processor.log_count = log_count
-        for block in self.transformer.blocks:
+        blocks: Any = self.transformer.blocks
+        for block in blocks:
             block.attn2.set_processor(self._processor)
         return self.transformer(latents, timestep, text, return_dict=False)[0]
 
@@ -168,7 +170,7 @@ def encode_clips(vae: nn.Module, num_per_caption: int, seed: int) -> tuple[torch
     return torch.cat(latents), captions
 
 
-def split_by_optimizer(denoiser: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def split_by_optimizer(denoiser: Any) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(matrices inside the transformer's blocks, for Muon; everything else, for AdamW)."""
     matrices = [
         p

@@ -94,7 +94,8 @@ def draw_clip(
     pixel = torch.arange(SIZE, dtype=torch.float32) + 0.5
     x = pixel.view(1, 1, -1) - (x0 + dx * speed * time)
     y = pixel.view(1, -1, 1) - (y0 + dy * speed * time)
-    cover = _coverage(caption.shape, *torch.broadcast_tensors(x, y), radius)  # [F, H, W]
+    x, y = torch.broadcast_tensors(x, y)
+    cover = _coverage(caption.shape, x, y, radius)  # [F, H, W]
     front, back = (
         torch.tensor(rgb, dtype=torch.float32).view(3, 1, 1, 1) / 127.5 - 1
         for rgb in (COLOURS[caption.colour], BACKGROUNDS[caption.background])

@@ -11,6 +11,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLWan
@@ -64,7 +65,10 @@ def new_wan_vae() -> AutoencoderKLWan:
 
 def new_hunyuan_vae() -> AutoencoderKLHunyuanVideo:
     return AutoencoderKLHunyuanVideo(
-        block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=8, latent_channels=16
+        block_out_channels=(16, 32, 64, 64),  # type: ignore[arg-type]  # diffusers annotates tuple[int]
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=16,
     )
 
 
@@ -98,6 +102,7 @@ def recall_the_past(vae: nn.Module) -> None:
     for module in vae.modules():
         if isinstance(module, WanResample) and hasattr(module, "time_conv"):
             conv, eye = module.time_conv, torch.eye(module.dim)
+            assert conv.bias is not None
             conv.weight.data.zero_()
             conv.bias.data.zero_()
             if module.mode == "downsample3d":
@@ -143,7 +148,7 @@ def wan_encode(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:
 
 def wan_decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     """AutoencoderKLWan._decode without chunks and without its last clamp, which has no gradient."""
-    decoder = vae.decoder
+    decoder: Any = vae.decoder
     x = decoder.mid_block(decoder.conv_in(vae.post_quant_conv(latents)))
     for block in decoder.up_blocks:
         for resnet in block.resnets:
@@ -153,19 +158,19 @@ def wan_decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     return decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x)))
 
 
-def encode(vae: nn.Module, clips: torch.Tensor) -> torch.Tensor:
+def encode(vae: Any, clips: torch.Tensor) -> torch.Tensor:
     """Mean latents [B, 16, F', H/8, W/8] of clips in [-1, 1]."""
     moments = wan_encode(vae, clips) if isinstance(vae, AutoencoderKLWan) else vae._encode(clips)
     return moments.chunk(2, dim=1)[0]
 
 
-def decode(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """Clips of latents, not clamped."""
     return wan_decode(vae, latents) if isinstance(vae, AutoencoderKLWan) else vae.decode(latents).sample
 
 
 @torch.no_grad()
-def reconstruction_psnr(vae: nn.Module, num_clips: int, seed: int) -> float:
+def reconstruction_psnr(vae: Any, num_clips: int, seed: int) -> float:
     """Mean PSNR in dB (peak 1.0) over fresh whole clips, through the model's own public encode and decode."""
     clips = draw_batch(num_clips, torch.Generator().manual_seed(seed))
     psnr = []
@@ -186,7 +191,8 @@ def normalize_latents(vae: nn.Module, seed: int) -> None:
     latents = torch.cat([encode(vae, c) for c in clips.split(8)])
     mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
     num = len(mean)
-    quant, post = vae.quant_conv, vae.post_quant_conv
+    quant: Any = vae.quant_conv
+    post: Any = vae.post_quant_conv
     quant.weight[:num] /= std.view(-1, 1, 1, 1, 1)
     quant.bias[:num] = (quant.bias[:num] - mean) / std
     quant.weight[num:] = 0

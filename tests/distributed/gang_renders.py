@@ -64,7 +64,7 @@ def render_on_gangs(layout: str, source: str, requests: dict[int, list], **optio
     return [outcomes for rank, outcomes in enumerate(results) if rank % degrees.ranks_per_gang == 0]
 
 
-def _render_alone(rank, num_ranks, init_method, source, requests):
+def _render_alone(_rank, _num_ranks, _init_method, source, requests):
     model = load_model(open_checkpoint(source), LoadOptions())
     return [_outcome(render_clip(model, request, lambda done, total: None)) for request in requests]
 

@@ -3,7 +3,7 @@
 At the second step only the second half of the frames changes, so the ranks' own numbers lie far apart.
 """
 
-import warnings
+import logging
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -36,7 +36,7 @@ class Seen:
     gammas: list[float | None]
     reasons: list[str]
     outputs: list[torch.Tensor]
-    warnings: list[str]
+    logged: list[str]
 
 
 def frames_that_change(step):
@@ -59,19 +59,29 @@ def call(model, step, num_steps=STEPS):
         return model(frames_that_change(step), timestep=torch.tensor([500.0]), return_dict=False, **kwargs)[0]
 
 
+class Lines(logging.Handler):
+    """What is logged, as text."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
 def run_steps(model, config, mesh, consensus, steps, before_step=None):
     plan = plan_cache(config, type(model).__name__, model.config)
-    with (
-        warnings.catch_warnings(record=True) as caught,
-        attach_cache([model], plan, num_branches=1, consensus=consensus) as cache,
-    ):
-        warnings.simplefilter("always")
+    logged = Lines()
+    logging.getLogger("cineray.caching").addHandler(logged)
+    with attach_cache([model], plan, num_branches=1, consensus=consensus) as cache:
         outputs = []
         with ShardedTransformer(model, mesh, NativeAttention(mesh)):
             for step in range(steps):
                 if before_step is not None:
                     before_step(step, cache)
                 outputs.append(call(model, step))
+    logging.getLogger("cineray.caching").removeHandler(logged)
     entries = cache.trace.entries
     return Seen(
         compute=[e.compute for e in entries],
@@ -79,7 +89,7 @@ def run_steps(model, config, mesh, consensus, steps, before_step=None):
         gammas=[e.gamma for e in entries],
         reasons=[e.reason for e in entries],
         outputs=outputs,
-        warnings=[str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)],
+        logged=logged.lines,
     )
 
 
@@ -246,7 +256,7 @@ def test_the_guard_finds_a_rank_that_differs_and_all_compute():
     for seen in run_on_local_ranks(drift_on_rank, 2, timeout_s=TIMEOUT_S):
         assert seen.compute[8]  # the first comparison after step 6
         assert seen.compute[9:] == [False] * 3
-        (said,) = seen.warnings
+        (said,) = seen.logged
         assert "before step 8 of branch cond" in said
         assert "rank 0: step 8, 1 of 8 computed" in said
         assert "rank 1: step 8, 2 of 8 computed" in said

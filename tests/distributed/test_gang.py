@@ -38,7 +38,7 @@ def test_it_leaves_the_callers_world_as_it_was():
         assert sums == [(4, 2, first), 4, (4, 4, first), 4, (2, 2, rank % 2 == 0), 4]
 
 
-def join_by_store(rank, num_ranks, init_method, folder):
+def join_by_store(rank, num_ranks, _init_method, folder):
     sums = []
     for generation in range(2):
         store = dist.PrefixStore(f"g{generation}", dist.FileStore(str(Path(folder) / f"store{generation}"), num_ranks))
@@ -80,7 +80,7 @@ def test_a_rank_that_is_missing_is_an_error_and_not_a_hang():
         run_on_local_ranks(leave_early, 2, timeout_s=TIMEOUT_S)
 
 
-def die(rank, num_ranks, init_method):
+def die(rank, _num_ranks, _init_method):
     import os
 
     if rank == 1:
@@ -93,7 +93,7 @@ def test_a_rank_that_dies_is_named():
         run_on_local_ranks(die, 2, timeout_s=TIMEOUT_S)
 
 
-def sleep_on(rank, num_ranks, init_method):
+def sleep_on(_rank, _num_ranks, _init_method):
     import time
 
     time.sleep(60)

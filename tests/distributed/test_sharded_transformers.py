@@ -44,7 +44,7 @@ def new_test_mesh(layout, rank, init_method):
     )
 
 
-def errors(rank, num_ranks, init_method, layout, builder, calls, dtype):
+def errors(rank, _num_ranks, init_method, layout, builder, calls, dtype):
     """(largest difference from one rank, largest value, largest error, that of one rank) of each call."""
     model = getattr(tiny, builder)()
     if dtype != torch.float32:

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from cineray.caching.trace import TraceEntry
 from cineray.distributed.layout import Layout
-from cineray.jobs.cli.main import _run
+from cineray.jobs.cli.main import main
 from cineray.jobs.measure import verify
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.model import LoadOptions, load_model
-from cineray.pipeline.render import render_clip
+from cineray.pipeline.render import RenderedClip, render_clip
 
 SMALL = ["--width", "32", "--height", "48", "--frames", "5", "--steps", "4", "--cache", "dicache(threshold=1)"]
 
@@ -30,7 +30,7 @@ def model(tmp_path_factory):
 
 
 def test_equal_on_every_layout(model, capsys):
-    code = _run(["verify", "--model", model, *SMALL, "--layouts", "2,cfg2,ring2", "--json"])
+    code = main(["verify", "--model", model, *SMALL, "--layouts", "2,cfg2,ring2", "--json"])
     output = capsys.readouterr()
     summary = json.loads(output.out.splitlines()[-1])
     assert code == 0, output.err
@@ -48,11 +48,38 @@ def test_equal_on_every_layout(model, capsys):
     assert "NOT THE SAME" not in output.err
 
 
-def test_another_clip_is_told_and_exits_with_1(model, capsys, monkeypatch):
-    monkeypatch.setattr(verify, "MIN_PSNR_DB", math.inf)  # a ring changes the last bits of latents
-    monkeypatch.setattr(verify, "psnr_db", lambda frames, reference: 49.0)
-    assert _run(["verify", "--model", model, *SMALL, "--layouts", "ring2"]) == 1
-    assert "NOT THE SAME" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("layout", "factor"),
+    [
+        ("2", 1 + 1e-6),  # the last bits of the latents: too much where every bit must agree
+        ("ring2", 2.0),  # another clip to look at
+    ],
+)
+def test_another_clip_is_told_and_exits_with_1(model, tmp_path, capsys, monkeypatch, layout, factor):
+    """The weights change between the clip on one rank and the clip on two."""
+    folder, render = tmp_path / "wan", verify._render
+    shutil.copytree(model, folder)
+
+    def render_and_change(*arguments):
+        clips = render(*arguments)
+        weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(weights)
+        tensors["proj_out.weight"] *= factor
+        save_file(tensors, weights, {"format": "pt"})
+        return clips
+
+    monkeypatch.setattr(verify, "_render", render_and_change)
+    assert main(["verify", "--model", str(folder), *SMALL, "--layouts", layout, "--json"]) == 1
+    output = capsys.readouterr()
+    assert "NOT THE SAME" in output.err
+    summary = json.loads(output.out.splitlines()[-1])
+    assert not summary["ok"]
+    (clip,) = summary["clips"]
+    assert not clip["ok"]
+    assert clip["max_error"] > 0
+    assert clip["first_difference"] is None  # threshold 1: the clips are told apart by what they are
+    if layout == "ring2":
+        assert clip["psnr_db"] < verify.MIN_PSNR_DB
 
 
 @pytest.mark.parametrize(
@@ -64,7 +91,7 @@ def test_another_clip_is_told_and_exits_with_1(model, capsys, monkeypatch):
     ],
 )
 def test_layouts_that_cannot_be(model, capsys, layouts, said):
-    assert _run(["verify", "--model", model, *SMALL, "--layouts", layouts]) == 2
+    assert main(["verify", "--model", model, *SMALL, "--layouts", layouts]) == 2
     assert said in capsys.readouterr().err
 
 
@@ -76,7 +103,7 @@ def test_layouts_that_cannot_be(model, capsys, layouts, said):
     ],
 )
 def test_gangs_that_cannot_be(model, capsys, words, said):
-    assert _run(["verify", "--model", model, *SMALL, *words]) == 2
+    assert main(["verify", "--model", model, *SMALL, *words]) == 2
     assert said in capsys.readouterr().err
 
 
@@ -92,6 +119,7 @@ def test_ranks_do_without_text_encoders(model, tmp_path, new_request):
     weights = folder / "text_encoder" / "model.safetensors"
     save_file({name: torch.zeros_like(value) for name, value in load_file(weights).items()}, weights, {"format": "pt"})
     (clip,) = verify._render_on_rank(0, 1, (tmp_path / "rendezvous").as_uri(), Layout(), *arguments)
+    assert isinstance(clip, RenderedClip)
     assert torch.equal(clip.latents, alone.latents)
     assert np.array_equal(clip.frames, alone.frames)
 
@@ -100,7 +128,7 @@ def test_clips_that_are_not_finite_are_told_in_one_line(tmp_path, capsys):
     pipe = build_wan()
     pipe.vae.decoder.conv_out.bias.data[0] = float("nan")
     pipe.save_pretrained(tmp_path / "wan")
-    assert _run(["verify", "--model", str(tmp_path / "wan"), *SMALL, "--layouts", "2"]) != 0
+    assert main(["verify", "--model", str(tmp_path / "wan"), *SMALL, "--layouts", "2"]) != 0
     *_, line = capsys.readouterr().err.strip().splitlines()
     assert "finite" in line
 

@@ -13,7 +13,7 @@ BOUND = 1e-6  # relative to the largest output, as for our ring
 REFUSED = {"divisible": ("wan", ODD), "masks of their own": ("hunyuan", {"valid_text": (8, 5)})}
 
 
-def errors_with_xfuser(rank, num_ranks, init_method, layout, calls):
+def errors_with_xfuser(rank, _num_ranks, init_method, layout, calls):
     import xfuser_on_cpu
 
     xfuser_on_cpu.install()

@@ -14,11 +14,13 @@ import torch
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
+    def find_spec(self, name, path, target=None):  # noqa: ARG002  # as the base has it
         if name != "xfuser.envs":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.loader is not None
         execute = spec.loader.exec_module
 
         def exec_module(module):
@@ -31,7 +33,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-def _lse_kernel(query, key, value, dropout_p, is_causal, attention_kwargs=None):
+def _lse_kernel(query, key, value, dropout_p, is_causal, attention_kwargs=None):  # noqa: ARG001  # as the registry calls it
     """The CPU kernel that also gives the log-sum-exp, which a ring needs."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout_p, is_causal)
 
@@ -40,7 +42,7 @@ def install():
     if importlib.util.find_spec("triton") is None:
         for name in ("triton", "triton.language"):
             module = types.ModuleType(name)
-            module.__getattr__ = lambda attribute: mock.MagicMock(name=attribute)
+            vars(module)["__getattr__"] = lambda attribute: mock.MagicMock(name=attribute)
             module.__path__ = []
             module.__spec__ = importlib.util.spec_from_loader(name, loader=None)
             sys.modules[name] = module

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cineray.jobs.cli.main import _run
+from cineray.jobs.cli.main import main
 from cineray.pipeline.media.video import read_video
 
 SMALL = ["--width", "32", "--height", "32", "--frames", "5", "--fps", "8", "--lossless"]
@@ -89,7 +89,7 @@ class Harm:
 def render(capsys: Any, *args: Any) -> tuple[int, dict[str, Any], str]:
     """(exit code, the JSON of stdout, stderr) of a run whose driver is this process."""
     capsys.readouterr()
-    code = _run([*arguments(*args), "--json"])
+    code = main([*arguments(*args), "--json"])
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     return code, json.loads(lines[-1]) if lines else {}, captured.err

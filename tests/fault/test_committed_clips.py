@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from cineray.jobs.cli.main import _run
+from cineray.jobs.cli.main import main
 from cineray.jobs.output import commit as commit_module
 from cineray.jobs.output.commit import Doubt, EntryError, commit_clip, find_clip
 from cineray.jobs.output.folder import OutputError, OutputFolder
@@ -53,7 +53,7 @@ def test_a_clip_that_is_known_is_neither_read_nor_decoded(committed, monkeypatch
     assert found == record
 
 
-def test_a_copied_folder_is_read_once(committed, tmp_path, monkeypatch):
+def test_a_copied_folder_is_read_once(committed, monkeypatch):
     folder, request, video, _ = committed()
     os.utime(video, (1, 1))
     before = find_clip(folder, request, MARK)
@@ -139,7 +139,7 @@ def test_without_a_sidecar_a_video_is_decoded(committed, damage):
     assert isinstance(find_clip(folder, request, MARK), Doubt)
 
 
-def test_without_a_sidecar_a_video_of_another_clip_is_not_this_one(committed, tmp_path):
+def test_without_a_sidecar_a_video_of_another_clip_is_not_this_one(committed):
     folder, request, video, _ = committed()
     for other, mark in ((request, "ba9876543210"), (replace(request, num_frames=9), MARK)):
         if mark != MARK:
@@ -262,16 +262,16 @@ def test_a_fault_of_the_folder_is_not_the_clips(rendered, tmp_path, monkeypatch,
 def test_on_the_command_line_the_other_clips_go_on(checkpoint_folder, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["render", "a", "b", "c", "d", "--out", str(out), "--model", str(checkpoint_folder("wan")), *SMALL]
-    assert _run([*command, "--json"]) == 0
+    assert main([*command, "--json"]) == 0
     whole = {path: path.read_bytes() for path in sorted(out.glob("*.mp4"))}
     capsys.readouterr()
     one, two, three, _ = whole
     one.unlink(), one.symlink_to(tmp_path / "nowhere")
     two.write_bytes(b"")
     three.unlink(), three.mkdir()
-    assert _run(["status", str(out), "--json"]) == 0
+    assert main(["status", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["done"] == 1
-    assert _run([*command, "--json"]) == 1
+    assert main([*command, "--json"]) == 1
     said = capsys.readouterr()
     clips = json.loads(said.out)["clips"]
     assert [clip["status"] for clip in clips] == ["failed", "done", "failed", "existing"]
@@ -281,5 +281,5 @@ def test_on_the_command_line_the_other_clips_go_on(checkpoint_folder, tmp_path, 
     assert said.err.count(f"{two} is rendered again: it is empty") == 1
     assert two.read_bytes() == whole[two]
     one.unlink(), three.rmdir()
-    assert _run([*command, "--json"]) == 0
+    assert main([*command, "--json"]) == 0
     assert {path: path.read_bytes() for path in sorted(out.glob("*.mp4"))} == whole

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import threading
+from typing import Any
 
 import pytest
 import ray
@@ -23,7 +24,7 @@ OFTEN = ("--checkpoint-every", 0)
 @pytest.fixture(scope="module")
 def cluster():
     """The address of a Ray with room for two gangs of two ranks and a finisher."""
-    context = ray.init(
+    context: Any = ray.init(
         address="local",
         num_cpus=5,
         include_dashboard=False,
@@ -45,7 +46,7 @@ def undisturbed(checkpoint_folder, tmp_path_factory):
 
 
 @pytest.fixture
-def batch(cluster, checkpoint_folder, tmp_path):
+def batch(cluster, checkpoint_folder, tmp_path):  # noqa: ARG001  # it must be up
     """(manifest, output folder, model): what a run is called with."""
     return write_manifest(tmp_path / "m.jsonl", GOOD, STEPS), tmp_path / "out", checkpoint_folder("wan")
 
@@ -63,7 +64,8 @@ def slow_check(monkeypatch):
     monkeypatch.setattr(command_line, "read_requests", after_gangs)
 
 
-def test_gangs_that_come_up_while_a_manifest_is_checked_go_if_it_is_bad(batch, slow_check, capsys):
+@pytest.mark.usefixtures("slow_check")
+def test_gangs_that_come_up_while_a_manifest_is_checked_go_if_it_is_bad(batch, capsys):
     manifest, out, _ = batch
     with manifest.open("a") as file:
         file.write('{"prompt": ""}\n')
@@ -74,7 +76,8 @@ def test_gangs_that_come_up_while_a_manifest_is_checked_go_if_it_is_bad(batch, s
     assert wait_for(lambda: not ray.util.list_named_actors())
 
 
-def test_two_gangs_render_the_pixels_of_one_process_and_encode_a_prompt_once(batch, slow_check, undisturbed, capsys):
+@pytest.mark.usefixtures("slow_check")
+def test_two_gangs_render_the_pixels_of_one_process_and_encode_a_prompt_once(batch, undisturbed, capsys):
     code, summary, _ = render(capsys, *batch, "--gangs", 2)
     assert code == 0
     assert {clip["status"] for clip in summary["clips"]} == {"done"}

@@ -164,7 +164,7 @@ IS_PASSED_OVER = {
 def marker(tmp_path, monkeypatch):
     """Where hostile code would leave its mark; the network is cut meanwhile."""
 
-    def refuse(*arguments, **options):
+    def refuse(*_, **__):
         raise AssertionError("a local folder was loaded, and the network was asked")
 
     monkeypatch.setenv("CINERAY_TEST_MARKER", str(tmp_path / "marker"))

@@ -12,7 +12,7 @@ import pytest
 from cineray.caching.forecast import Forecasting
 from cineray.caching.policies.smoothcache import load_schedule
 from cineray.caching.trace import Trace, TraceEntry, entries_from, load_trace
-from cineray.jobs.cli.main import _run
+from cineray.jobs.cli.main import main
 from cineray.jobs.measure.trial_log import TrialLog
 from cineray.jobs.output.failure_record import read_failure_record
 from cineray.jobs.output.lease import Lease
@@ -200,9 +200,9 @@ def test_status_never_dies_of_a_file(tmp_path, capsys, kind):
     with Lease(state, heartbeat_s=0.05):
         for place in places:
             lay(place, kind)
-        assert _run(["status", str(tmp_path), "--json"]) == 0
+        assert main(["status", str(tmp_path), "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
-        assert _run(["status", str(tmp_path)]) == 0
+        assert main(["status", str(tmp_path)]) == 0
         said = capsys.readouterr().out
     assert (found["done"], found["retrying"], found["driver"] is None) == (1, 1, False)
     num_there = 0 if kind == "dangling link" else 3

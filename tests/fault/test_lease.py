@@ -11,8 +11,9 @@ import time
 
 import psutil
 import pytest
+from gang_runs import wait_for
 
-from cineray.jobs.cli.main import _run
+from cineray.jobs.cli.main import main
 from cineray.jobs.output import lease as lease_module
 from cineray.jobs.output.folder import OutputError
 from cineray.jobs.output.lease import Lease, LeasedError, _boot_id, current_lease, is_stale, read_holder
@@ -131,7 +132,8 @@ def as_an_earlier_version_reads(path):
     return json.loads(who), heartbeat.decode()
 
 
-def test_a_clock_that_steps_kills_nobody(holder, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("holder")
+def test_a_clock_that_steps_kills_nobody(tmp_path, monkeypatch):
     """A process's start in seconds moves with the clock; in ticks it does not."""
     monkeypatch.setattr(psutil.Process, "create_time", lambda self: 0.0)
     monkeypatch.setattr(time, "time", lambda: 0.0)
@@ -163,13 +165,11 @@ def test_an_earlier_version_reads_our_lease_and_sees_it_beat(tmp_path):
         who, first = as_an_earlier_version_reads(path)
         assert who.keys() == {"token", "host", "boot", "pid", "started"}  # it takes any other for no lease
         assert who["started"] == psutil.Process().create_time()
-        deadline = time.monotonic() + 60
-        while as_an_earlier_version_reads(path)[1] == first:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        assert wait_for(lambda: as_an_earlier_version_reads(path)[1] != first)
 
 
-def test_a_process_that_has_the_number_of_a_dead_one_is_another(holder, tmp_path):
+@pytest.mark.usefixtures("holder")
+def test_a_process_that_has_the_number_of_a_dead_one_is_another(tmp_path):
     path = tmp_path / "state" / "lease.1.json"
     ticks = read_holder(path).ticks
     assert isinstance(ticks, int)
@@ -187,9 +187,7 @@ def test_a_read_that_fails_for_a_while_costs_nothing(tmp_path, monkeypatch, numb
             raise OSError(number, os.strerror(number))
 
         monkeypatch.setattr(lease_module, "_read", failing)
-        deadline = time.monotonic() + 60
-        while len(failed) < 5 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        assert wait_for(lambda: len(failed) >= 5)
         lease.check()
         assert not lease.is_ours()  # it is not seen to be: nothing is tidied up
         monkeypatch.setattr(lease_module, "_read", read)
@@ -204,10 +202,8 @@ def test_a_read_that_fails_for_longer_costs_the_folder(tmp_path, monkeypatch):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
         monkeypatch.setattr(lease_module, "_read", failing)
-        assert lease._ended.wait(0) is False
-        deadline = time.monotonic() + 60
-        while lease._lost is None and time.monotonic() < deadline:
-            time.sleep(0.05)
+        assert not lease._ended.is_set()
+        assert wait_for(lambda: lease._lost is not None)
         with pytest.raises(LeasedError, match="its lease cannot be read: Input/output error"):
             lease.check()
 
@@ -333,7 +329,7 @@ def test_a_full_disk_leaves_no_lease(tmp_path, monkeypatch):
 @pytest.mark.parametrize("seconds", ["0.5", "4.9", "0", "-1", "nan"])
 def test_a_patience_of_fewer_than_five_beats_is_refused(tmp_path, capsys, seconds):
     """It would take a living driver's folder."""
-    assert _run(["render", "a", "--out", str(tmp_path / "out"), "--lease-timeout", seconds]) == 2
+    assert main(["render", "a", "--out", str(tmp_path / "out"), "--lease-timeout", seconds]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("cineray: --lease-timeout must be 5 or more, got ")
     assert not (tmp_path / "out").exists()
@@ -350,8 +346,8 @@ def test_a_driver_that_lost_its_folder_does_not_tidy_it_up(checkpoint_folder, tm
         text=True,
         env=os.environ | {"PYTHONSAFEPATH": "1"},
     )
-    while not list((out / ".state").glob("steps/*")) and driver.poll() is None:
-        pass
+    assert wait_for(lambda: driver.poll() is not None or any(out.glob(".state/steps/*")))
+    assert driver.poll() is None, driver.communicate()[1]
     driver.send_signal(signal.SIGSTOP)
     with Lease(out / ".state", **SHORT) as lease:
         for path in (out / ".state" / "steps").iterdir():

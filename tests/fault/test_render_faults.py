@@ -6,11 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import imageio_ffmpeg
 import pytest
+from gang_runs import wait_for
 
 pytestmark = pytest.mark.cores
 
@@ -35,9 +35,7 @@ def test_ctrl_c_leaves_whole_clips_only_and_a_rerun_continues(checkpoint_folder,
         text=True,
         env=environment(),
     )
-    deadline = time.monotonic() + 120
-    while len(list(out.glob("*.mp4"))) < 2 and time.monotonic() < deadline and run.poll() is None:
-        time.sleep(0.02)
+    assert wait_for(lambda: run.poll() is not None or len(list(out.glob("*.mp4"))) >= 2)
     run.send_signal(signal.SIGINT)
     _, stderr = run.communicate(timeout=60)
     assert run.returncode == 130, stderr
@@ -72,8 +70,7 @@ def test_sigterm_in_the_middle_of_a_clip_keeps_its_steps(checkpoint_folder, tmp_
         text=True,
         env=environment(),
     )
-    while not list(out.glob(".state/steps/*")) and run.poll() is None:
-        time.sleep(0.02)
+    assert wait_for(lambda: run.poll() is not None or any(out.glob(".state/steps/*")))
     run.send_signal(signal.SIGTERM)
     stdout, stderr = run.communicate(timeout=60)
     assert run.returncode == 143, stderr

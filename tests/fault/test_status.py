@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cineray.jobs.cli.main import _run
+from cineray.jobs.cli.main import main
 from cineray.jobs.output.folder import OutputFolder
 from cineray.jobs.output.lease import Lease
 
@@ -31,7 +31,7 @@ def folder(tmp_path):
 
 
 def status_of(folder, capsys, *arguments):
-    code = _run(["status", str(folder), *arguments])
+    code = main(["status", str(folder), *arguments])
     return code, capsys.readouterr().out
 
 

@@ -258,12 +258,12 @@ def swapped_tensors(kept, place):
     place.write_bytes(with_header(header, data))
 
 
-def deep(kept, place):
+def deep(_kept, place):
     raw = b"[" * 200_000
     place.write_bytes(struct.pack("<Q", len(raw)) + raw)
 
 
-def sparse(kept, place):
+def sparse(_kept, place):
     with place.open("wb") as file:
         file.write(struct.pack("<Q", 2**40))
         file.truncate(2**40)

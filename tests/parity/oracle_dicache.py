@@ -5,6 +5,9 @@ From github.com/Bujiazi/DiCache at dd7f0de, with names kept: one counter over al
 rules is diffusers' (its forward is the specification of what runs before and after the blocks).
 """
 
+# The control flow is the official one: names that are bound on every path that is taken, calls by unpacked state.
+# pyright: reportPossiblyUnboundVariable=false, reportCallIssue=false, reportAttributeAccessIssue=false
+
 from types import MethodType
 
 import torch
@@ -80,7 +83,7 @@ class OfficialDiCache:
 
 def attach_to_wan(transformer, oracle):
     def forward(self, hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image=None,
-                return_dict=True, attention_kwargs=None):  # fmt: skip
+                return_dict=True, attention_kwargs=None):  # fmt: skip  # noqa: ARG001  # as the pipeline calls it
         b, _, frames, height, width = hidden_states.shape
         pt, ph, pw = self.config.patch_size
         rotary = self.rope(hidden_states)

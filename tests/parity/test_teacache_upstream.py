@@ -4,6 +4,8 @@ github.com/ali-vilab/TeaCache at 7c10efc: TeaCache4Wan2.1/teacache_generate.py l
 TeaCache4HunyuanVideo/teacache_sample_video.py lines 75-150, TeaCache4FLUX/teacache_flux.py lines 105-140.
 """
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -25,10 +27,12 @@ class OfficialTeaCache:
         self.poly, self.threshold, self.num_branches = np.poly1d(coefficients), threshold, num_branches
         self.ret_calls, self.cutoff_calls, self.signal = ret_calls, cutoff_calls, signal
         self.cnt = 0
-        self.accumulated, self.previous, self.residual = [0.0, 0.0], [None, None], [None, None]
+        self.accumulated = [0.0, 0.0]
+        self.previous: list[Any] = [None, None]
+        self.residual: list[Any] = [None, None]
         self.log = []
 
-    def run(self, x, probe, rest, everything):
+    def run(self, x, _probe, _rest, everything):
         which = self.cnt % self.num_branches
         modulated = self.signal(x)
         if self.cnt < self.ret_calls or self.cnt >= self.cutoff_calls:

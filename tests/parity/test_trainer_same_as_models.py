@@ -1,5 +1,7 @@
 """The trainer's shortcuts give the numbers that the published pipelines compute (float32, tolerance 1e-5)."""
 
+from typing import Any
+
 import pytest
 import torch
 from tiny import vae as tiny_vae
@@ -17,7 +19,7 @@ def clips(num_frames: int) -> torch.Tensor:
 @torch.no_grad()
 def test_wan_vae_over_all_frames_at_once_equals_its_chunks(num_frames):
     torch.manual_seed(0)
-    vae = tiny_vae.new_wan_vae()
+    vae: Any = tiny_vae.new_wan_vae()
     mean = vae.encode(clips(num_frames)).latent_dist.mode()
     torch.testing.assert_close(tiny_vae.encode(vae, clips(num_frames)), mean, atol=1e-5, rtol=1e-5)
     video = vae.decode(mean).sample
@@ -42,10 +44,10 @@ def test_recalling_the_past_keeps_single_frames_and_normalizing_keeps_the_video(
 
 
 @torch.no_grad()
-def test_wan_denoiser_sees_what_the_pipeline_shows(loaded, new_request):
+def test_wan_denoiser_sees_what_the_pipeline_shows(loaded):
     """Text padded to 512 zeros by the pipeline; one weighted zero token in the trainer."""
     torch.manual_seed(1)
-    denoiser = WanDenoiser().eval()
+    denoiser: Any = WanDenoiser().eval()
     model = loaded("wan")
     latents, timestep = torch.randn(3, 16, 2, 4, 4), torch.tensor([900.0, 500.0, 20.0])
     ours = denoiser(latents, timestep, CAPTIONS, torch.ones(3))
@@ -72,7 +74,7 @@ def test_hunyuan_denoiser_sees_what_the_pipeline_shows(loaded):
     from diffusers import HunyuanVideoPipeline
 
     torch.manual_seed(1)
-    denoiser = HunyuanDenoiser().eval()
+    denoiser: Any = HunyuanDenoiser().eval()
     latents, timestep = torch.randn(3, 16, 2, 4, 4), torch.tensor([900.0, 500.0, 20.0])
     guidance = torch.tensor([1.0, 6.0, 3.0])
     ours = denoiser(latents, timestep, CAPTIONS, guidance)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 
-from cineray.jobs.cli.main import _run
+from cineray.jobs.cli.main import main
 
 HOSTILE = (
     "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -75,9 +75,9 @@ def render_batch(model: Path, out: Path) -> None:
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     size = ["--width", "32", "--height", "32", "--frames", "5", "--steps", "8", "--fps", "8"]
     command = ["render", "--manifest", str(manifest), "--model", str(model), "--cache", "dicache(threshold=0.5)", *size]
-    assert _run([*command, "--out", str(out)]) == 0
+    assert main([*command, "--out", str(out)]) == 0
     (video,) = out.glob("blocked.*.mp4")
     for path in out.glob("blocked.*"):
         path.unlink()
     video.mkdir()  # what stands there is no clip, and cineray does not remove it
-    assert _run([*command, "--out", str(out)]) == 1
+    assert main([*command, "--out", str(out)]) == 1

@@ -54,7 +54,7 @@ def test_the_first_expert_s_tensors_are_dropped_when_the_second_takes_over():
 
 
 class OwnProcessor:
-    def __call__(self, attn, hidden_states, *_):
+    def __call__(self, _attn, hidden_states, *_):
         return hidden_states
 
 

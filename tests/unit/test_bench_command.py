@@ -5,32 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from measure_runs import MeasureRuns
 
-from cineray.jobs.cli.main import _run
+from cineray.jobs.cli.main import main
 from cineray.jobs.measure import bench as quality_bench
 from cineray.pipeline.calibrate.teacache_magcache import StepChanges, fit_polynomial
 
 
 @pytest.fixture
-def clips(tmp_path):
-    path = tmp_path / "clips.jsonl"
-    path.write_text("".join(json.dumps({"prompt": "a red circle", "seed": s}) + "\n" for s in (1, 2)))
-    return path
-
-
-@pytest.fixture
-def run(checkpoint_folder, clips, capsys):
-    """Factory: runs `cineray WORDS ...` on the tiny random Wan; (exit code, the JSON object or None, stderr)."""
-
-    def command(*words, model="wan", steps=8):
-        size = ["--width", "32", "--height", "32", "--frames", "5", "--steps", str(steps)]
-        where = ["--model", str(checkpoint_folder(model)), "--manifest", str(clips), *size]
-        code = _run([*words, *where])
-        said = capsys.readouterr()
-        last = said.out.strip().rsplit("\n", 1)[-1]
-        return code, json.loads(last) if last.startswith("{") else None, said.err
-
-    return command
+def run(checkpoint_folder, tmp_path, capsys):
+    return MeasureRuns(checkpoint_folder, tmp_path / "clips.jsonl", capsys)
 
 
 def test_rows_come_in_the_order_asked_and_are_kept(run, tmp_path, monkeypatch):
@@ -49,7 +33,7 @@ def test_rows_come_in_the_order_asked_and_are_kept(run, tmp_path, monkeypatch):
     assert first["rows"][2]["row"]["psnr_db"] == 100
     assert json.loads(out.read_text())["rows"] == first["rows"]
 
-    def no_rendering(*arguments):
+    def no_rendering(*_):
         raise AssertionError("rendered again")
 
     with monkeypatch.context() as patch:
@@ -128,7 +112,7 @@ def test_a_file_of_another_bench_is_refused(run, tmp_path):
     code, _, err = run("bench", "quality", "fewer-steps(4)", "--out", str(out))
     assert code == 2
     assert "is not a file of this command" in err
-    assert _run(["bench", "quality", "none"]) == 2
+    assert main(["bench", "quality", "none"]) == 2
 
 
 @pytest.mark.parametrize("model", ["wan", "hunyuan"])

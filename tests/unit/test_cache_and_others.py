@@ -215,7 +215,7 @@ def test_handles_take_off_what_is_theirs_and_nothing_else():
 
 
 class Doubling(DiffusersHook):
-    def new_forward(self, module, *args, **kwargs):
+    def new_forward(self, _module, *args, **kwargs):
         return (self.fn_ref.original_forward(*args, **kwargs)[0] * 2,)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -16,7 +16,7 @@ ODD = (
 )
 
 
-def plan_or_line(checkpoint, spec: str):
+def plan_or_line(checkpoint, spec: str) -> Any:
     """The plan, or the message, of which a terminal could be shown every character."""
     try:
         return checkpoint.plan_cache(spec)

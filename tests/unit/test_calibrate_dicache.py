@@ -1,21 +1,28 @@
 """`cineray calibrate dicache`, as a person runs it, and the search for skip costs."""
 
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_bench_command import clips, run  # noqa: F401  # fixtures
+from measure_runs import MeasureRuns
 from test_dicache_runs import profile
 
 from cineray.caching.profile import DiCacheProfile
-from cineray.pipeline.calibrate.dicache import KNOTS, StepCostSearch, with_step_costs
+from cineray.pipeline.calibrate.dicache import KNOTS, StepCostSearch, search_step_costs, with_step_costs
 
 
-def test_a_calibrated_profile_is_used_and_comes_out_the_same_again(run, tmp_path):  # noqa: F811
+@pytest.fixture
+def run(checkpoint_folder, tmp_path, capsys):
+    return MeasureRuns(checkpoint_folder, tmp_path / "clips.jsonl", capsys)
+
+
+def test_a_calibrated_profile_is_used_and_comes_out_the_same_again(run, tmp_path):
     out = [tmp_path / "a.json", tmp_path / "b.json"]
-    for path in out:
-        code, said, err = run("calibrate", "dicache", "--trials", "1", "--out", str(path), "--json", steps=12)
-        assert code == 0
+    words = ["calibrate", "dicache", "--trials", "1", "--json", "--out"]
+    code, said, err = run(*words, str(out[0]), steps=12)
+    assert code == 0
+    assert run(*words, str(out[1]), steps=12)[0] == 0
     assert out[0].read_text() == out[1].read_text()
     found = DiCacheProfile.model_validate_json(out[0].read_text())
     assert len(found.skip_costs) == 12
@@ -28,7 +35,7 @@ def test_a_calibrated_profile_is_used_and_comes_out_the_same_again(run, tmp_path
     assert sorted(p.name for p in tmp_path.glob("*.json")) == ["a.json", "b.json"]
 
 
-def test_a_search_that_is_stopped_goes_on_where_it_was(run, tmp_path, monkeypatch):  # noqa: F811
+def test_a_search_that_is_stopped_goes_on_where_it_was(run, tmp_path, monkeypatch):
     measure, measured = StepCostSearch._measure, []
 
     def stop_after(num_points: int):
@@ -64,7 +71,7 @@ def test_a_search_that_is_stopped_goes_on_where_it_was(run, tmp_path, monkeypatc
     assert not list(tmp_path.glob("*.trials"))
 
 
-def test_a_floor_is_kept_on_every_clip_or_refused(run, tmp_path, monkeypatch):  # noqa: F811
+def test_a_floor_is_kept_on_every_clip_or_refused(run, tmp_path, monkeypatch):
     out = tmp_path / "a.json"
     code, said, _ = run("calibrate", "dicache", "--trials", "0", "--floor", "20", "--out", str(out), "--json", steps=12)
     assert code == 0
@@ -93,7 +100,7 @@ def test_a_floor_is_kept_on_every_clip_or_refused(run, tmp_path, monkeypatch):  
         (["--out", "/nowhere/a.json"], 12, "/nowhere/a.json cannot be written"),
     ],
 )
-def test_bad_input(run, tmp_path, words, steps, message):  # noqa: F811
+def test_bad_input(run, tmp_path, words, steps, message):
     code, _, err = run("calibrate", "dicache", "--out", str(tmp_path / "a.json"), *words, steps=steps)
     assert code == 2
     assert message in err
@@ -107,18 +114,19 @@ def test_skip_costs_keep_the_expected_clip_s_total_change():
     assert with_costs.skip_costs[0] / with_costs.skip_costs[-1] == pytest.approx(np.exp(6), rel=1e-2)
 
 
-def test_the_search_keeps_only_what_raises_the_score(monkeypatch, tmp_path):
+def test_the_search_keeps_only_what_raises_the_score():
     """Against a score that wants the middle light and the ends heavy."""
-    search = StepCostSearch.__new__(StepCostSearch)
-    search._num_steps, search._trial = 50, Path(tmp_path / "trial.json")
+    tried, told = [], []
 
-    def score(self, known, speedups):
+    def score(known):
         logs = np.log(known.skip_costs)
-        return float(logs[0] + logs[-1] - 2 * logs[25])
+        tried.append((float(logs[0] + logs[-1] - 2 * logs[25]), known))
+        return tried[-1][0]
 
-    monkeypatch.setattr(StepCostSearch, "_score", score)
-    scores = []
-    found = search.run(profile(), (2.0,), 40, lambda trial, best: scores.append(best))
-    assert scores == sorted(scores)
-    assert scores[-1] == pytest.approx(score(search, found, ()))
-    assert scores[-1] > scores[0] + 1
+    found = search_step_costs(profile(), score, 40, lambda trial, best: told.append((trial, best)))
+    assert [trial for trial, _ in told] == list(range(41))
+    assert [best for _, best in told] == list(accumulate((value for value, _ in tried), max))
+    best, known = max(tried, key=lambda pair: pair[0])
+    assert found == known
+    assert best > tried[0][0] + 1
+    assert min(value for value, _ in tried[1:]) < tried[0][0]  # some trials were worse, and were not kept

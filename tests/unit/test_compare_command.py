@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from cineray.jobs.cli.main import _run
+from cineray.jobs.cli.main import main
 from cineray.pipeline.media.compare import DIFFERENCE_GAIN, psnr_db, vmaf_and_xpsnr
 from cineray.pipeline.media.ffmpeg import run_ffmpeg
 from cineray.pipeline.media.video import read_fps, read_still, read_video, write_video
@@ -41,7 +41,7 @@ def compare(capsys):
 
     def run(*words):
         capsys.readouterr()
-        code = _run(["compare", *map(str, words), "--json"])
+        code = main(["compare", *map(str, words), "--json"])
         said = capsys.readouterr()
         last = said.out.strip().rsplit("\n", 1)[-1]
         return code, json.loads(last) if last.startswith("{") else None, said.err

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -115,9 +116,12 @@ def test_profiles_of_other_models_and_broken_ones(tmp_path):
 def test_a_model_that_nobody_calibrated_gets_the_generic_skip_costs():
     plan = plan_cache("dicache", "WanTransformer3DModel", WAN)
     assert isinstance(plan, CachePlan)
+    assert isinstance(plan.policy, DiCachePolicy)
+    assert plan.policy.profile is not None
     assert plan.policy.profile.family == "any"
     tiny = {"num_layers": 16, "num_attention_heads": 4, "attention_head_dim": 32, "in_channels": 16}
-    assert plan_cache("dicache", "WanTransformer3DModel", tiny).policy.profile.family == "wan"
+    of_tiny: Any = plan_cache("dicache", "WanTransformer3DModel", tiny)
+    assert of_tiny.policy.profile.family == "wan"
     assert "profile=none" not in plan.text
 
 

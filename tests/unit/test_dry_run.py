@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from cineray.jobs.cli.main import _run
+from cineray.jobs.cli.main import main
 
 SMALL = ["--width", "32", "--height", "32", "--frames", "5", "--steps", "1", "--fps", "8"]
 
@@ -16,7 +16,7 @@ def render(checkpoint_folder, tmp_path, capsys):
 
     def run(*arguments: str):
         command = ["render", "--out", str(tmp_path / "out"), "--model", str(checkpoint_folder("wan")), *SMALL]
-        code = _run([*command, *arguments])
+        code = main([*command, *arguments])
         captured = capsys.readouterr()
         return code, (captured.out.splitlines() or [""])[-1], captured.err
 
@@ -101,8 +101,8 @@ def test_the_folder_s_own_clips_say_how_long_the_rest_takes(render, tmp_path):
         (("--manifest", "none.jsonl"), "none.jsonl"),
     ],
 )
-def test_bad_input_is_one_line(render, capsys, checkpoint_folder, tmp_path, arguments, reason):
+def test_bad_input_is_one_line(capsys, checkpoint_folder, tmp_path, arguments, reason):
     command = ["render", "--out", str(tmp_path / "o"), "--model", str(checkpoint_folder("wan")), "--dry-run"]
-    assert _run([*command, *arguments]) == 2
+    assert main([*command, *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert reason in line

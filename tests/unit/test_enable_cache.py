@@ -125,7 +125,7 @@ def test_guidance_that_switches_off_midway_and_none_at_all():
     pipe = build_wan()
     pipe.set_progress_bar_config(disable=True)
 
-    def switch_off(pipe, step, timestep, kwargs):
+    def switch_off(pipe, step, _timestep, kwargs):
         if step == 5:
             pipe._guidance_scale = 1.0
         return kwargs

@@ -88,7 +88,7 @@ def test_nan_in_a_probe_computes(name):
     calls = []
     calls_per_step = 2 if name in ("wan", "wan_i2v") else 1
 
-    def spoil(module, arguments, output):
+    def spoil(_module, _arguments, output):
         calls.append(1)
         if len(calls) != 7 * calls_per_step + calls_per_step:  # step 7; of two calls, the unconditional branch's
             return output
@@ -150,7 +150,7 @@ def test_stacked_branches_decide_jointly_or_for_themselves(name, restless):
         pipe = build(name)
         row, calls = MODELS[type(pipe.transformer).__name__].branches.index(restless), []
 
-        def stir(module, arguments, output):
+        def stir(_module, _arguments, output):
             calls.append(1)
             output = output.clone()
             output[row] *= 1 + 3 * (len(calls) % 2)  # a change of 3, then of 0.75
@@ -177,7 +177,7 @@ def test_doubt_in_one_row_computes_that_row_and_those_that_follow_it(name, spoil
     model = MODELS[type(pipe.transformer).__name__]
     row, calls = model.branches.index(spoiled), []
 
-    def spoil(module, arguments, output):
+    def spoil(_module, _arguments, output):
         calls.append(1)
         if len(calls) == 8:
             output = output.clone()
@@ -240,7 +240,7 @@ def test_rows_follow_a_conditional_row_that_cannot_be_aligned(name):
     pipe = build(name)
     row = MODELS[type(pipe.transformer).__name__].branches.index("cond")
 
-    def stand_still(module, arguments, named, output):
+    def stand_still(_module, arguments, named, output):
         output = output.clone()
         output[row] = (arguments[0] if arguments else named["hidden_states"])[row]
         return output
@@ -279,7 +279,7 @@ def test_an_argument_of_one_row_serves_every_row_of_the_batch():
     """DiT's timestep may be one for all rows, also where only some of the rows are computed."""
     pipe = in_double(build("dit"))
 
-    def restless(module, arguments, output):
+    def restless(_module, _arguments, output):
         return torch.cat([output[:1], output[1:] * torch.randn(1, generator=noise)])
 
     blocks_of(pipe.transformer)[0].register_forward_hook(restless)

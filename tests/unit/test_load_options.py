@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from cineray.distributed.layout import parse_layout
 from cineray.jobs.cli.clips import load_options
-from cineray.jobs.cli.main import _run
+from cineray.jobs.cli.main import main
 from cineray.jobs.cli.options import clip_options
 from cineray.jobs.output.record import fingerprint_of, render_options
 from cineray.pipeline.adapters.hunyuan_vae import attend_by_frame
@@ -173,7 +173,7 @@ def test_blocks_hold_their_weights_in_eight_bits_and_render_nearly_the_same():
 )
 def test_bad_options_are_one_line_and_nothing_is_made(tmp_path, capsys, arguments, reason):
     out = tmp_path / "out"
-    assert _run(["render", "a red circle", "--out", str(out), "--device", "cpu", *arguments]) == 2
+    assert main(["render", "a red circle", "--out", str(out), "--device", "cpu", *arguments]) == 2
     assert reason in capsys.readouterr().err
     assert not out.exists()
 

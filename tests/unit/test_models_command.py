@@ -8,12 +8,12 @@ from every_model import EVERY_MODEL, build, call, layout_of
 
 import cineray
 from cineray.caching.spec import NAMES
-from cineray.jobs.cli.main import _run
+from cineray.jobs.cli.main import main
 from cineray.pipeline.adapters import ADAPTERS, MODELS
 
 
 def test_it_lists_every_model_with_the_policies_that_it_can_be_cached_with(capsys):
-    assert _run(["models", "--json"]) == 0
+    assert main(["models", "--json"]) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"tiny-wan", "tiny-hunyuan", "wan2.1-t2v-1.3b", "hunyuan-video"} <= {row["name"] for row in said["models"]}
     assert said["pipelines"] == list(ADAPTERS)
@@ -29,7 +29,7 @@ def test_it_lists_every_model_with_the_policies_that_it_can_be_cached_with(capsy
 
 
 def test_the_table_names_them_too(capsys):
-    assert _run(["models"]) == 0
+    assert main(["models"]) == 0
     out = capsys.readouterr().out
     for name in ("tiny-wan", "HunyuanVideoPipeline", "FluxPipeline", "DiTPipeline", "StableAudioPipeline", "STDiT3"):
         assert name in out
@@ -37,7 +37,7 @@ def test_the_table_names_them_too(capsys):
 
 @pytest.mark.parametrize("name", EVERY_MODEL)
 def test_what_is_listed_can_be_enabled(name, capsys):
-    _run(["models", "--json"])
+    main(["models", "--json"])
     said = json.loads(capsys.readouterr().out.splitlines()[-1])["cached"]
     pipe = build(name)
     policies = next(row["policies"] for row in said if row["transformer"] == type(pipe.transformer).__name__)

@@ -53,7 +53,7 @@ class BlocksInput:
     def attach(self):
         """Nothing is attached."""
 
-    def read(self, block, hidden_states, temb):
+    def read(self, _block, hidden_states, _temb):
         return SignalValues(hidden_states, is_sharded=True)
 
     def detach(self):

@@ -6,12 +6,18 @@ import threading
 from pathlib import Path
 
 import pytest
-from test_bench_command import clips, run  # noqa: F401  # fixtures
+from measure_runs import MeasureRuns
 
 from cineray.jobs import out_file
 from cineray.jobs.measure.bench import BenchRow, _BenchFile, measured_on
 from cineray.jobs.out_file import check_out, ended_by_sigterm, locked, replace_text
 from cineray.pipeline.request import InputError
+
+
+@pytest.fixture
+def run(checkpoint_folder, tmp_path, capsys):
+    return MeasureRuns(checkpoint_folder, tmp_path / "clips.jsonl", capsys)
+
 
 BAD = {
     "folder": "is a folder",
@@ -40,8 +46,9 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("out", BAD)
-def test_what_cannot_be_written_is_told(here, out):
+def test_what_cannot_be_written_is_told(out):
     before = sorted(os.listdir("."))
     with pytest.raises(InputError) as error:
         check_out(Path(out), "calibrate")
@@ -50,7 +57,8 @@ def test_what_cannot_be_written_is_told(here, out):
 
 
 @pytest.mark.parametrize("out", ["a.json", "file", "folder/a.json", "./a.json"])
-def test_what_can_be_written_is_left_alone(here, out):
+@pytest.mark.usefixtures("here")
+def test_what_can_be_written_is_left_alone(out):
     before = sorted(os.listdir("."))
     check_out(Path(out), "calibrate")
     assert sorted(os.listdir(".")) == before
@@ -67,7 +75,8 @@ COMMANDS = [
 
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: words[1])
 @pytest.mark.parametrize("out", ["folder", "link", "fifo", "/", ""])
-def test_every_command_refuses_it_before_the_model_is_loaded(run, here, monkeypatch, words, out):  # noqa: F811
+@pytest.mark.usefixtures("here")
+def test_every_command_refuses_it_before_the_model_is_loaded(run, monkeypatch, words, out):
     for module in ("calibration", "bench"):
         monkeypatch.setattr(f"cineray.jobs.measure.{module}.load_model", None, raising=False)
     monkeypatch.setattr("cineray.pipeline.loading.model.load_model", None)
@@ -78,12 +87,7 @@ def test_every_command_refuses_it_before_the_model_is_loaded(run, here, monkeypa
 
 
 @pytest.mark.parametrize("floor", ["nan", "inf", "-inf", "0", "-3", "500"])
-def test_a_floor_that_nothing_reaches_is_refused_before_the_model_is_loaded(
-    run,  # noqa: F811
-    tmp_path,
-    monkeypatch,
-    floor,
-):
+def test_a_floor_that_nothing_reaches_is_refused_before_the_model_is_loaded(run, tmp_path, monkeypatch, floor):
     monkeypatch.setattr("cineray.jobs.measure.calibration.load_model", None)
     code, _, err = run("calibrate", "dicache", "--floor", floor, "--out", str(tmp_path / "a.json"), steps=12)
     assert code == 2
@@ -91,7 +95,8 @@ def test_a_floor_that_nothing_reaches_is_refused_before_the_model_is_loaded(
     assert not list(tmp_path.glob("a.json*"))
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(here):
+@pytest.mark.usefixtures("here")
+def test_a_file_is_replaced_whole_or_not_at_all():
     replace_text(Path("file"), "new", "calibrate")
     assert Path("file").read_text() == "new"
     with pytest.raises(InputError, match="cannot be written"):

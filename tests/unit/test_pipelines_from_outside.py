@@ -151,7 +151,7 @@ def test_the_error_is_that_of_branches_told_apart():
 def test_guidance_that_ends_midway_or_is_not_there(guided):
     pipe = build_outside("wan_v2v")
 
-    def switch_off(pipe, step, timestep, kwargs):
+    def switch_off(pipe, step, _timestep, kwargs):
         if step == 5:
             pipe._guidance_scale = 1.0
         return kwargs

@@ -10,7 +10,7 @@ import sys
 import click
 import pytest
 
-from cineray.jobs.cli.main import _run, cineray
+from cineray.jobs.cli.main import cineray, main
 from cineray.jobs.planning.sidecars import read_sidecars
 from cineray.pipeline.request import InputError
 
@@ -24,7 +24,7 @@ def plan(capsys):
     """Runs `cineray plan`: (exit code, stdout, stderr)."""
 
     def run(*arguments):
-        code = _run(["plan", *map(str, arguments)])
+        code = main(["plan", *map(str, arguments)])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -217,8 +217,8 @@ def _full(policy):
 
 def test_a_plan_needs_no_torch():
     script = (
-        "import sys; from cineray.jobs.cli.main import _run; "
-        f"assert _run({['plan', *EIGHT]!r}) == 0; "
+        "import sys; from cineray.jobs.cli.main import main; "
+        f"assert main({['plan', *EIGHT]!r}) == 0; "
         "print(*(n for n in ('torch', 'diffusers', 'transformers', 'ray') if n in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

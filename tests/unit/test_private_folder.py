@@ -55,7 +55,7 @@ def test_those_of_dead_processes_are_removed_and_no_others(place):
     "folder",
     ["x" * (MAX_PLACE_BYTES + 1), "with blank", "percent%41", "umläut", "not/there", "'"],
 )
-def test_a_folder_that_does_not_serve_is_not_taken(folder, place, tmp_path):
+def test_a_folder_that_does_not_serve_is_not_taken(folder, place):
     if folder != "not/there":
         os.makedirs(f"{place}/{folder}")
     assert socket_place({"TMPDIR": f"{place}/{folder}"}) == "/tmp"

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from cineray.jobs.cli import clips as clip_arguments
-from cineray.jobs.cli.main import _run
+from cineray.jobs.cli.main import main
 from cineray.pipeline.media.video import read_metadata, read_video
 from cineray.pipeline.render import render_clip
 
@@ -22,7 +22,7 @@ def render(checkpoint_folder, tmp_path, capsys):
     def run(*arguments: str, model: str = "wan", small: bool = True):
         out = tmp_path / "out"
         command = ["render", "--out", str(out), "--model", str(checkpoint_folder(model)), *(SMALL if small else [])]
-        code = _run([*command, *arguments])
+        code = main([*command, *arguments])
         captured = capsys.readouterr()
         return code, captured.out, captured.err, out
 
@@ -295,7 +295,7 @@ def test_a_calibrated_schedule_renders(render, checkpoint_folder, tmp_path, caps
     calibrate = ["calibrate", "smoothcache", "a red circle", "--model", str(checkpoint_folder("wan"))]
     sizes = ["--width", "32", "--height", "32", "--frames", "5"]
     ask = ["--steps", "6", "--alpha", "10", "--out", str(schedule), "--json"]
-    assert _run([*calibrate, *sizes, *ask]) == 0
+    assert main([*calibrate, *sizes, *ask]) == 0
     assert json.loads(capsys.readouterr().out)["computed"] == {"attn1": 3, "attn2": 3, "ffn": 3}
     assert json.loads(schedule.read_text())["ffn"] == [1, 0, 0, 0, 1, 1]
     code, stdout, _, _ = render("a red circle", "--steps", "6", "--cache", f"smoothcache:{schedule}", "--json")
@@ -310,6 +310,6 @@ def test_a_calibrated_schedule_renders(render, checkpoint_folder, tmp_path, caps
         (["--max-lag", "6"], "max-lag must be 1 to 5 for 6 steps"),
         (["--out", str(tmp_path / "no" / "x.json")], "cannot be written: No such file"),
     ):
-        assert _run([*calibrate, *sizes, *ask, *wrong]) == 2
+        assert main([*calibrate, *sizes, *ask, *wrong]) == 2
         assert said in capsys.readouterr().err
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".smooth")]

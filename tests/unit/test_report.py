@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import pytest
 from report_pages import HOSTILE, parse, render_batch
 
-from cineray.jobs.cli.main import _run
+from cineray.jobs.cli.main import main
 from cineray.jobs.output.folder import OutputFolder
 from cineray.jobs.report import clips as report_clips
 from cineray.jobs.report.clips import CHANGED_VIDEO, LOST_RECORD, natural
@@ -37,7 +37,7 @@ def report(capsys):
 
     def run(*words):
         capsys.readouterr()
-        code = _run(["report", *map(str, words), "--json"])
+        code = main(["report", *map(str, words), "--json"])
         said = capsys.readouterr()
         return code, json.loads(said.out) if said.out else None, said.err
 
@@ -71,8 +71,10 @@ def test_decisions_and_gammas_are_those_of_the_trace(batch, report):
     place = data["clips"]["id"].index("clip-9")
     (trace,) = batch.glob("clip-9.*.trace.json")
     entries = json.loads(trace.read_text())["entries"]
-    for branch, steps in data["decisions"][data["clips"]["decisions"][place]]:
+    decisions = data["decisions"][data["clips"]["decisions"][place]]
+    for branch, steps in decisions:
         assert [step == "C" for step in steps] == [e["compute"] for e in entries if e["branch"] == branch]
+    *_, (_, steps) = decisions
     assert "s" in steps
     gammas = {e["step"]: round(e["gamma"], 3) for e in reversed(entries) if e["gamma"] is not None}
     assert dict(map(tuple, data["clips"]["gammas"][place])) == gammas != {}
@@ -163,11 +165,11 @@ def test_the_same_folder_gives_the_same_page(batch, report):
 
 def test_a_page_in_the_folder_is_nobody_s_business(batch, report, checkpoint_folder, capsys):
     """Neither `status` nor the next run trips over it or removes it."""
-    _run(["status", str(batch), "--json"])
+    main(["status", str(batch), "--json"])
     before = capsys.readouterr().out
     report(batch)
     content = (batch / "report.html").read_bytes()
-    _run(["status", str(batch), "--json"])
+    main(["status", str(batch), "--json"])
     assert capsys.readouterr().out == before
     folder = OutputFolder(batch)
     folder.check("a test")
@@ -177,7 +179,7 @@ def test_a_page_in_the_folder_is_nobody_s_business(batch, report, checkpoint_fol
     assert (batch / "report.html").read_bytes() == content
     size = ["--width", "32", "--height", "32", "--frames", "5", "--steps", "8"]
     render = ["render", "a red circle", "--model", str(checkpoint_folder("wan")), *size, "--out", str(batch)]
-    assert _run(render) == 0
+    assert main(render) == 0
     assert (batch / "report.html").read_bytes() == content
     assert not [name for name in os.listdir(batch) if name.startswith(".report")]
 

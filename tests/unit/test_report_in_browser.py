@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from report_pages import HOSTILE, Page, render_batch
 
-from cineray.jobs.cli.main import _run
+from cineray.jobs.cli.main import main
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -16,7 +16,7 @@ def test_the_gallery_is_drawn_and_hostile_text_stays_text(checkpoint_folder, tmp
     out = tmp_path / "50% #1?" / "out"
     out.parent.mkdir()
     render_batch(checkpoint_folder("wan"), out)
-    assert _run(["report", str(out), "--out", str(tmp_path / "page.html")]) == 0
+    assert main(["report", str(out), "--out", str(tmp_path / "page.html")]) == 0
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     told = ["--enable-logging=stderr", "--virtual-time-budget=3000", "--dump-dom", (tmp_path / "page.html").as_uri()]
     run = subprocess.run([*command, *told], capture_output=True, text=True, timeout=120, check=True)

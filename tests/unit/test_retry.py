@@ -1,9 +1,13 @@
 """Who is to blame when an attempt is lost."""
 
+from pathlib import Path
+
 import pytest
 
-from cineray.jobs.gangs.retry import RankOutcome, classify_failure, is_hung, is_quarantined, is_retired
+from cineray.jobs.gangs.retry import MAX_LOSSES_IN_A_ROW, MAX_STRIKES, RankOutcome, classify_failure, is_hung
 
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "ray.md"
+NUMBERS = ("no", "one", "two", "three", "four", "five")
 ANSWERED = RankOutcome(kind="answered")
 SILENT = RankOutcome(kind="silent")
 DIED = RankOutcome(kind="died", reason="SIGKILL")
@@ -34,7 +38,12 @@ def test_an_error_between_ranks_is_a_strike():
     assert (verdict.clip, verdict.reason, verdict.keep_gang) == ("strike", "Connection reset by peer", False)
 
 
-def test_limits():
-    assert [is_quarantined(n) for n in range(5)] == [False, False, False, True, True]
-    assert [is_retired(n) for n in range(6)] == [False] * 4 + [True] * 2
+def test_the_limits_are_those_of_the_docs():
+    """`test_batch_state` steps a batch up to them."""
+    text = DOCS.read_text()
+    assert f"| a clip loses {NUMBERS[MAX_STRIKES]} gangs | it is quarantined" in text
+    assert f"| a gang is lost {NUMBERS[MAX_LOSSES_IN_A_ROW]} times in a row" in text
+
+
+def test_a_step_may_take_as_long_as_is_allowed_and_no_longer():
     assert [is_hung(10.0, 4.0, limit) for limit in (5.0, 6.0, 7.0)] == [True, False, False]

@@ -6,7 +6,7 @@ import re
 import pytest
 from PIL import Image
 
-from cineray.jobs.cli.main import _run
+from cineray.jobs.cli.main import main
 
 SMALL = ("--num-gpus", "16", "--sp", "4", "--clip-s", "100", "--steps", "20")
 
@@ -16,7 +16,7 @@ def simulate(capsys):
     """Runs `cineray simulate`: (exit code, stdout, stderr)."""
 
     def run(*arguments):
-        code = _run(["simulate", *map(str, arguments)])
+        code = main(["simulate", *map(str, arguments)])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

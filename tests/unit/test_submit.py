@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from cineray.jobs.cli.main import _run
+from cineray.jobs.cli.main import main
 from cineray.jobs.gangs.submit import Submission, environment, write_manifest
 
 
@@ -33,7 +33,7 @@ def submission(tmp_path):
 
 def test_the_command_has_the_options_and_no_prompt(capsys):
     evil = 'a "cat" $(touch /tmp/x); `y`'
-    code = _run(
+    code = main(
         [
             *("submit", "--cluster", "http://h:8265", "--from-source", "--dry-run", evil, "--sp", "2"),
             *("--out", "/nfs/x y", "--cfg-parallel", "--cache", "dicache(threshold=0.1)"),
@@ -68,7 +68,7 @@ def test_the_command_has_the_options_and_no_prompt(capsys):
     ],
 )
 def test_bad_input_is_refused_here_and_not_on_the_cluster(capsys, arguments, said):
-    assert _run(["submit", "--dry-run", *arguments]) == 2
+    assert main(["submit", "--dry-run", *arguments]) == 2
     assert said in capsys.readouterr().err
 
 

@@ -89,6 +89,8 @@ def test_the_ends_are_computed_and_doubt_computes():
 class OtherRank(SingleProcess):
     """Two ranks: the other one's signal moved by half as much where it has tokens of its own, else by as much."""
 
+    is_sharded: bool
+
     def __init__(self, is_sharded):
         super().__init__(num_ranks=2)
         object.__setattr__(self, "is_sharded", is_sharded)

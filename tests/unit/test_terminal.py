@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from cineray.jobs.cli import main as command_line
-from cineray.jobs.cli.main import _run
+from cineray.jobs.cli.main import main
 from cineray.jobs.cli.measure import _print_quality
 from cineray.jobs.console import terminal
 from cineray.jobs.console.bars import ClipBars
@@ -70,7 +70,7 @@ FORBIDDEN = {chr(n) for n in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, 
 def test_what_was_typed_is_escaped_and_shortened(arguments, tmp_path, capsys):
     filled = [a.replace("{out}", str(tmp_path / "o")) for a in arguments]
     for text in ("".join(SHORT), "x" * 100_000, "9" * 40):
-        code = _run([a.replace("{}", text) for a in filled])
+        code = main([a.replace("{}", text) for a in filled])
         shown = capsys.readouterr()
         if arguments[0] != "submit":  # which prints a command to be pasted
             assert code == 2
@@ -81,7 +81,7 @@ def test_what_was_typed_is_escaped_and_shortened(arguments, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:12]))
-def test_lines_bars_and_tables_show_it_escaped(text, capsys, monkeypatch):
+def test_lines_bars_and_tables_show_it_escaped(text, capsys):
     tell(text)
     print_lines(sys.stdout, text)
     print_json({"id": text})
@@ -133,11 +133,29 @@ def test_what_libraries_print_is_escaped_and_bars_stay_on_a_terminal():
     assert screen.getvalue() == "a prompt \\x1b]0;owned\\x07 of\\x9b1m colours\n\r 50%|#### |\n\x1b[A"
 
 
+LOGGING = """
+import logging
+from cineray.jobs.console.terminal import begin_printing
+begin_printing()
+logging.getLogger("cineray.caching.exchange").info("nobody asked")
+logging.getLogger("cineray.caching.exchange").warning("cache: %s differ", "a\x1b]0;owned\x07")
+"""
+
+
+def test_what_is_logged_below_jobs_is_told_in_one_line_of_its_own_and_escaped():
+    environment = os.environ | {"PYTHONSAFEPATH": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", LOGGING], capture_output=True, text=True, env=environment, check=True, timeout=120
+    )
+    assert run.stderr == "cache: a\\x1b]0;owned\\x07 differ\n"
+    assert run.stdout == ""
+
+
 def test_an_unexpected_error_is_one_line(capsys, monkeypatch):
-    def fail(arguments):
+    def fail(_arguments):
         raise KeyError("a\x1b[2Jb\nc")
 
-    monkeypatch.setattr(command_line, "_run", fail)
+    monkeypatch.setattr(command_line, "main", fail)
     for name in ("stderr", "stdout"):
         monkeypatch.setattr(sys, name, getattr(sys, name))  # begin_printing replaces one
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
