@@ -14,6 +14,7 @@ import struct
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE_S
 
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.model import LoadOptions, load_model
@@ -296,7 +297,7 @@ def test_a_folder_that_may_not_be_read_is_one_line(folder):
         )
         drop = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
         run = subprocess.run(
-            [*drop, sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=120
+            [*drop, sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=PATIENCE_S
         )
         path.chmod(0o755)
         if "Permission denied" in run.stderr and "open_checkpoint" not in run.stderr:

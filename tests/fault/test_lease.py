@@ -11,6 +11,7 @@ import time
 
 import psutil
 import pytest
+from waiting import PATIENCE_S, wait_for
 
 from cineray.jobs.cli.main import _run
 from cineray.jobs.output import lease as lease_module
@@ -68,7 +69,7 @@ def test_a_frozen_holder_is_replaced_and_stops_when_it_wakes(holder, tmp_path):
     holder.send_signal(signal.SIGSTOP)
     with Lease(tmp_path / "state", **SHORT) as lease:
         holder.send_signal(signal.SIGCONT)
-        _, stderr = holder.communicate(timeout=20)
+        _, stderr = holder.communicate(timeout=PATIENCE_S)
         assert f"taken over by process {os.getpid()}" in stderr
         lease.check()
 
@@ -163,10 +164,7 @@ def test_an_earlier_version_reads_our_lease_and_sees_it_beat(tmp_path):
         who, first = as_an_earlier_version_reads(path)
         assert who.keys() == {"token", "host", "boot", "pid", "started"}  # it takes any other for no lease
         assert who["started"] == psutil.Process().create_time()
-        deadline = time.monotonic() + 60
-        while as_an_earlier_version_reads(path)[1] == first:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        assert wait_for(lambda: as_an_earlier_version_reads(path)[1] != first)
 
 
 def test_a_process_that_has_the_number_of_a_dead_one_is_another(holder, tmp_path):
@@ -187,9 +185,7 @@ def test_a_read_that_fails_for_a_while_costs_nothing(tmp_path, monkeypatch, numb
             raise OSError(number, os.strerror(number))
 
         monkeypatch.setattr(lease_module, "_read", failing)
-        deadline = time.monotonic() + 60
-        while len(failed) < 5 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        assert wait_for(lambda: len(failed) >= 5)
         lease.check()
         assert not lease.is_ours()  # it is not seen to be: nothing is tidied up
         monkeypatch.setattr(lease_module, "_read", read)
@@ -205,9 +201,7 @@ def test_a_read_that_fails_for_longer_costs_the_folder(tmp_path, monkeypatch):
 
         monkeypatch.setattr(lease_module, "_read", failing)
         assert lease._ended.wait(0) is False
-        deadline = time.monotonic() + 60
-        while lease._lost is None and time.monotonic() < deadline:
-            time.sleep(0.05)
+        assert wait_for(lambda: lease._lost is not None)
         with pytest.raises(LeasedError, match="its lease cannot be read: Input/output error"):
             lease.check()
 
@@ -350,14 +344,13 @@ def test_a_driver_that_lost_its_folder_does_not_tidy_it_up(checkpoint_folder, tm
         text=True,
         env=os.environ | {"PYTHONSAFEPATH": "1"},
     )
-    while not list((out / ".state").glob("steps/*")) and driver.poll() is None:
-        pass
+    assert wait_for(lambda: list((out / ".state").glob("steps/*")) or driver.poll() is not None)
     driver.send_signal(signal.SIGSTOP)
     with Lease(out / ".state", **SHORT) as lease:
         for path in (out / ".state" / "steps").iterdir():
             path.unlink()
         driver.send_signal(signal.SIGCONT)
-        _, stderr = driver.communicate(timeout=60)
+        _, stderr = driver.communicate(timeout=PATIENCE_S)
         assert driver.returncode == 75, stderr
         assert (out / ".tmp").is_dir()
         lease.check()

@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 from rich.console import Console
+from waiting import PATIENCE_S
 
 from cineray.jobs.cli import main as command_line
 from cineray.jobs.cli.main import _run
@@ -172,7 +173,7 @@ def test_a_stream_that_cannot_be_written_gives_no_traceback(shell, code, said):
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONSAFEPATH": "1"},
-        timeout=120,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert run.returncode == code, run.stderr

@@ -6,6 +6,7 @@ import sys
 
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import PATIENCE_S
 
 from cineray.text import MAX_LINE, printable
 
@@ -42,6 +43,6 @@ def test_a_reader_that_has_gone_ends_nothing():
         pass_fds=[wrote],
     )
     os.close(wrote)
-    assert run.communicate(timeout=60)[0] == b"0\n"
+    assert run.communicate(timeout=PATIENCE_S)[0] == b"0\n"
     with os.fdopen(read) as end:
         assert end.read() == "on"
