@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads; more thr
 
 import pytest
 import torch
+from fast_watch import FastWatch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "scripts"))  # the trainer's text encoders and tokenizers serve the tests too
@@ -155,11 +157,46 @@ def build_flux(seed: int = 0):
 BUILDERS = {"wan": build_wan, "wan_i2v": build_wan_i2v, "hunyuan": build_hunyuan}
 
 
+NOT_FAST = ("process", "slow", "ranks", "ray")
+_WATCH = pytest.StashKey[FastWatch]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_WATCH] = FastWatch()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Ranks of a gang want the cores for themselves."""
+    """Marks `ranks` by folder, and `fast` what has no other mark."""
     for item in items:
         if "distributed" in item.path.parts:
-            item.add_marker(pytest.mark.cores)
+            item.add_marker(pytest.mark.ranks)
+        if not any(item.get_closest_marker(name) for name in NOT_FAST):
+            item.add_marker(pytest.mark.fast)
+
+
+def _watched(item: pytest.Item) -> Generator[None, object, object]:
+    if item.get_closest_marker("fast") is None:
+        return (yield)
+    watch = item.config.stash[_WATCH]
+    watch.begin()
+    try:
+        result = yield
+    finally:
+        started = watch.end()
+    if started:
+        marks = ", ".join(NOT_FAST)
+        pytest.fail(f"a fast test starts nothing; mark it with one of {marks}: {'; '.join(started)}", pytrace=False)
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
+    return (yield from _watched(item))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    return (yield from _watched(item))
 
 
 @pytest.fixture(scope="session")
@@ -190,6 +227,16 @@ def loaded(checkpoint_folder):
         return made[name]
 
     return model
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """A RankPool: local processes that run a function together, job after job."""
+    from rank_pool import RankPool
+
+    pool = RankPool()
+    yield pool
+    pool.close()
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import imageio_ffmpeg
 import pytest
+from waiting import PATIENCE_S, wait_for
 
-pytestmark = pytest.mark.cores
+pytestmark = pytest.mark.process
 
 SMALL = ["--width", "32", "--height", "32", "--frames", "5"]
 
@@ -35,11 +35,9 @@ def test_ctrl_c_leaves_whole_clips_only_and_a_rerun_continues(checkpoint_folder,
         text=True,
         env=environment(),
     )
-    deadline = time.monotonic() + 120
-    while len(list(out.glob("*.mp4"))) < 2 and time.monotonic() < deadline and run.poll() is None:
-        time.sleep(0.02)
+    assert wait_for(lambda: len(list(out.glob("*.mp4"))) >= 2 or run.poll() is not None)
     run.send_signal(signal.SIGINT)
-    _, stderr = run.communicate(timeout=60)
+    _, stderr = run.communicate(timeout=PATIENCE_S)
     assert run.returncode == 130, stderr
     assert stderr.strip().splitlines()[-1].startswith("cineray: interrupted; finished clips are kept")
     assert "Traceback" not in stderr
@@ -55,7 +53,7 @@ def test_ctrl_c_leaves_whole_clips_only_and_a_rerun_continues(checkpoint_folder,
         capture_output=True,
         text=True,
         env=environment(),
-        timeout=120,
+        timeout=PATIENCE_S,
         check=True,
     )
     clips = json.loads(again.stdout.splitlines()[-1])["clips"]
@@ -72,14 +70,18 @@ def test_sigterm_in_the_middle_of_a_clip_keeps_its_steps(checkpoint_folder, tmp_
         text=True,
         env=environment(),
     )
-    while not list(out.glob(".state/steps/*")) and run.poll() is None:
-        time.sleep(0.02)
+    assert wait_for(lambda: list(out.glob(".state/steps/*")) or run.poll() is not None)
     run.send_signal(signal.SIGTERM)
-    stdout, stderr = run.communicate(timeout=60)
+    stdout, stderr = run.communicate(timeout=PATIENCE_S)
     assert run.returncode == 143, stderr
     assert json.loads(stdout.splitlines()[-1])["clips"] == []
     again = subprocess.run(
-        command("a red circle", *arguments), capture_output=True, text=True, env=environment(), timeout=120, check=True
+        command("a red circle", *arguments),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=PATIENCE_S,
+        check=True,
     )
     (clip,) = json.loads(again.stdout.splitlines()[-1])["clips"]
     (step,) = clip["resumed_at"]
@@ -94,11 +96,15 @@ def in_tmpfs(folder: Path, size_kib: int, script: str) -> subprocess.CompletedPr
     if shutil.which("unshare") is None or subprocess.run([*unshare, "sh", "-c", mount], capture_output=True).returncode:
         return None
     return subprocess.run(
-        [*unshare, "sh", "-c", f"{mount} && {script}"], capture_output=True, text=True, env=environment(), timeout=120
+        [*unshare, "sh", "-c", f"{mount} && {script}"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=PATIENCE_S,
     )
 
 
-@pytest.mark.parametrize("on_ray", [(), ("--gangs", 2)])
+@pytest.mark.parametrize("on_ray", [(), pytest.param(("--gangs", 2), marks=pytest.mark.ray)])
 def test_a_full_disk_ends_the_run_with_one_line_and_no_half_clip(checkpoint_folder, tmp_path, on_ray):
     out, num_clips = tmp_path / "out", 12 if on_ray else 5
     out.mkdir()

@@ -9,11 +9,11 @@ import time
 
 import psutil
 import pytest
-from gang_runs import arguments, events, pixels, sidecar, start_driver, steps_on_disk, wait_for, write_manifest
+from gang_runs import arguments, events, pixels, sidecar, start_driver, steps_on_disk, write_manifest
+from waiting import PATIENCE_S, wait_for
 
-pytestmark = pytest.mark.cores
+pytestmark = pytest.mark.process
 
-PATIENCE_S = 300.0
 STEPS = 100
 
 
