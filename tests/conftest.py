@@ -157,34 +157,47 @@ def build_flux(seed: int = 0):
 BUILDERS = {"wan": build_wan, "wan_i2v": build_wan_i2v, "hunyuan": build_hunyuan}
 
 
-NOT_FAST = ("process", "slow", "ranks", "ray")
-_WATCH = pytest.StashKey[FastWatch]()
+DEAREST_FIRST = ("ray", "ranks", "slow", "process")  # marks of tests that are not `fast`
+WATCH = pytest.StashKey[FastWatch]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_WATCH] = FastWatch()
+    config.stash[WATCH] = FastWatch()
 
 
+@pytest.hookimpl(tryfirst=True)  # before marks select, and before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks `ranks` by folder, and `fast` what has no other mark."""
+    """Marks `ranks` by folder, `fast` what has no other mark, and what xdist keeps on one worker, dearest first.
+
+    A file stays together, for its fixtures; so does all that takes a Ray, of which there must not be two, and all that
+    shares the ranks. These begin first, for they take longest.
+    """
+    first: dict[str, int] = {}
+    groups = []
     for item in items:
         if "distributed" in item.path.parts:
             item.add_marker(pytest.mark.ranks)
-        if not any(item.get_closest_marker(name) for name in NOT_FAST):
+        marks = [name for name in DEAREST_FIRST if item.get_closest_marker(name)]
+        if not marks:
             item.add_marker(pytest.mark.fast)
+        groups.append(next((name for name in marks if name in ("ray", "ranks")), item.path.stem))
+        item.add_marker(pytest.mark.xdist_group(groups[-1]))
+        turn = DEAREST_FIRST.index(marks[0]) if marks else len(DEAREST_FIRST)
+        first[groups[-1]] = min(turn, first.get(groups[-1], turn))
+    items[:] = [item for _, item in sorted(zip(groups, items, strict=True), key=lambda pair: first[pair[0]])]
 
 
 def _watched(item: pytest.Item) -> Generator[None, object, object]:
     if item.get_closest_marker("fast") is None:
         return (yield)
-    watch = item.config.stash[_WATCH]
+    watch = item.config.stash[WATCH]
     watch.begin()
     try:
         result = yield
     finally:
         started = watch.end()
     if started:
-        marks = ", ".join(NOT_FAST)
+        marks = ", ".join(DEAREST_FIRST)
         pytest.fail(f"a fast test starts nothing; mark it with one of {marks}: {'; '.join(started)}", pytrace=False)
     return result
 
