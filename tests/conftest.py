@@ -157,6 +157,7 @@ def build_flux(seed: int = 0):
 BUILDERS = {"wan": build_wan, "wan_i2v": build_wan_i2v, "hunyuan": build_hunyuan}
 
 
+FOLDERS = {"distributed": "ranks", "parity": "slow", "golden": "slow"}
 DEAREST_FIRST = ("ray", "ranks", "slow", "process")  # marks of tests that are not `fast`
 WATCH = pytest.StashKey[FastWatch]()
 
@@ -167,7 +168,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before marks select, and before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks `ranks` by folder, `fast` what has no other mark, and what xdist keeps on one worker, dearest first.
+    """Marks folders, `fast` what has no other mark, and what xdist keeps on one worker, dearest first.
 
     A file stays together, for its fixtures; so does all that takes a Ray, of which there must not be two, and all that
     shares the ranks. These begin first, for they take longest.
@@ -175,8 +176,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     first: dict[str, int] = {}
     groups = []
     for item in items:
-        if "distributed" in item.path.parts:
-            item.add_marker(pytest.mark.ranks)
+        for folder, mark in FOLDERS.items():
+            if folder in item.path.parts:
+                item.add_marker(mark)
         marks = [name for name in DEAREST_FIRST if item.get_closest_marker(name)]
         if not marks:
             item.add_marker(pytest.mark.fast)

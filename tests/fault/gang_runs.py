@@ -85,6 +85,11 @@ def render(capsys: Any, *args: Any) -> tuple[int, dict[str, Any], str]:
     return code, json.loads(lines[-1]) if lines else {}, captured.err
 
 
+def render_here(*args: Any) -> int:
+    """The exit code of a run in this process, whose lines nobody reads."""
+    return _run(arguments(*args))
+
+
 def start_driver(*args: Any) -> subprocess.Popen[str]:
     """A driver in a process of its own."""
     return subprocess.Popen(

@@ -8,12 +8,11 @@ import threading
 
 import pytest
 import ray
-from gang_runs import Harm, arguments, events, pixels, render, sidecar, start_driver, steps_on_disk, write_manifest
+from gang_runs import Harm, events, pixels, render, render_here, sidecar, start_driver, steps_on_disk, write_manifest
 from waiting import PATIENCE_S, wait_for
 
 from cineray.jobs.cli import clips as clip_arguments
 from cineray.jobs.cli import main as command_line
-from cineray.jobs.cli.main import _run
 
 pytestmark = pytest.mark.ray
 
@@ -40,7 +39,7 @@ def undisturbed(checkpoint_folder, tmp_path_factory):
     """The pixels of the clips as one process renders them."""
     folder = tmp_path_factory.mktemp("undisturbed")
     manifest = write_manifest(folder / "m.jsonl", GOOD, STEPS)
-    assert _run(arguments(manifest, folder / "out", checkpoint_folder("wan"))) == 0
+    assert render_here(manifest, folder / "out", checkpoint_folder("wan")) == 0
     return pixels(folder / "out")
 
 

@@ -20,6 +20,8 @@ from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.model import LoadOptions, load_model
 from cineray.pipeline.request import InputError
 
+pytestmark = pytest.mark.slow
+
 NUM_FUZZED = 600
 EVIL = "import os\nopen(os.environ['CINERAY_TEST_MARKER'], 'w').write('executed')\n"
 CODE_FILES = ("diffusers", "transformers", "evil", "modeling_evil", "pipeline", "os", "__init__")
@@ -281,6 +283,7 @@ def test_changed_files_load_or_are_refused_in_one_line(folder, marker):
     assert not marker.exists()
 
 
+@pytest.mark.process
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="becomes another user")
 def test_a_folder_that_may_not_be_read_is_one_line(folder):
     import subprocess

@@ -18,6 +18,8 @@ from cineray.jobs.output import lease as lease_module
 from cineray.jobs.output.folder import OutputError
 from cineray.jobs.output.lease import Lease, LeasedError, _boot_id, current_lease, is_stale, read_holder
 
+pytestmark = pytest.mark.process
+
 HOLD = """
 import sys, time
 from pathlib import Path

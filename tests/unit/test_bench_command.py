@@ -10,6 +10,8 @@ from cineray.jobs.cli.main import _run
 from cineray.jobs.measure import bench as quality_bench
 from cineray.pipeline.calibrate.teacache_magcache import StepChanges, fit_polynomial
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def clips(tmp_path):

@@ -10,6 +10,8 @@ from test_dicache_runs import profile
 from cineray.caching.profile import DiCacheProfile
 from cineray.pipeline.calibrate.dicache import KNOTS, StepCostSearch, with_step_costs
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_calibrated_profile_is_used_and_comes_out_the_same_again(run, tmp_path):  # noqa: F811
     out = [tmp_path / "a.json", tmp_path / "b.json"]

@@ -12,6 +12,8 @@ import cineray
 from cineray.pipeline.caches.layers import layers_of
 from cineray.pipeline.calibrate.smoothcache import measure_layer_errors
 
+pytestmark = pytest.mark.slow
+
 NEVER, OFTEN = "interval(interval=1)", "interval(interval=3)"
 STEPS = 6
 

@@ -215,6 +215,7 @@ def test_no_room_for_them_is_one_line(monkeypatch, tmp_path):
 RENDER = [sys.executable, "-m", "cineray", "render", "--out", "out", "--manifest"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_pipe_that_nobody_writes_to_is_waited_for_until_a_signal(tmp_path, number):
     os.mkfifo(tmp_path / "pipe")

@@ -157,6 +157,7 @@ def test_an_unexpected_error_is_one_line(capsys, monkeypatch):
 CHILD = "from cineray.jobs.cli.main import run; run(['models'])"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("shell", "code", "said"),
     [

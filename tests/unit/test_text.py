@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from waiting import PATIENCE_S
@@ -33,6 +34,7 @@ def test_a_long_text_loses_its_middle():
     assert "more characters" in shown
 
 
+@pytest.mark.process
 def test_a_reader_that_has_gone_ends_nothing():
     tell = "from cineray.jobs.console.terminal import tell\nfor n in range(20000): tell(n)\n"
     script = f"{tell}open('/dev/fd/3', 'w').write('on')"

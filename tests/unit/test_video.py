@@ -17,6 +17,8 @@ from cineray.pipeline.media.ffmpeg import run_ffmpeg
 from cineray.pipeline.media.video import VideoError, check_ffmpeg, count_frames, read_metadata, read_video, write_video
 from cineray.pipeline.request import InputError
 
+pytestmark = pytest.mark.process
+
 BARS = [(255, 255, 255), (255, 255, 0), (0, 255, 255), (0, 255, 0), (255, 0, 255), (255, 0, 0), (0, 0, 255), (0, 0, 0)]
 TEXTS = [
     "",
