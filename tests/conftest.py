@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads; more thr
 
 import pytest
 import torch
+from fast_watch import FastWatch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "scripts"))  # the trainer's text encoders and tokenizers serve the tests too
@@ -155,11 +157,61 @@ def build_flux(seed: int = 0):
 BUILDERS = {"wan": build_wan, "wan_i2v": build_wan_i2v, "hunyuan": build_hunyuan}
 
 
+FOLDERS = {"distributed": "ranks", "parity": "slow", "golden": "slow"}
+DEAREST_FIRST = ("ray", "ranks", "slow", "process")  # marks of tests that are not `fast`
+WATCH = pytest.StashKey[FastWatch]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[WATCH] = FastWatch()
+
+
+@pytest.hookimpl(tryfirst=True)  # before marks select, and before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Ranks of a gang want the cores for themselves."""
+    """Marks folders, `fast` what has no other mark, and what xdist keeps on one worker, dearest first.
+
+    A file stays together, for its fixtures; so does all that takes a Ray, of which there must not be two, and all that
+    shares the ranks. These begin first, for they take longest.
+    """
+    first: dict[str, int] = {}
+    groups = []
     for item in items:
-        if "distributed" in item.path.parts:
-            item.add_marker(pytest.mark.cores)
+        for folder, mark in FOLDERS.items():
+            if folder in item.path.parts:
+                item.add_marker(mark)
+        marks = [name for name in DEAREST_FIRST if item.get_closest_marker(name)]
+        if not marks:
+            item.add_marker(pytest.mark.fast)
+        groups.append(next((name for name in marks if name in ("ray", "ranks")), item.path.stem))
+        item.add_marker(pytest.mark.xdist_group(groups[-1]))
+        turn = DEAREST_FIRST.index(marks[0]) if marks else len(DEAREST_FIRST)
+        first[groups[-1]] = min(turn, first.get(groups[-1], turn))
+    items[:] = [item for _, item in sorted(zip(groups, items, strict=True), key=lambda pair: first[pair[0]])]
+
+
+def _watched(item: pytest.Item) -> Generator[None, object, object]:
+    if item.get_closest_marker("fast") is None:
+        return (yield)
+    watch = item.config.stash[WATCH]
+    watch.begin()
+    try:
+        result = yield
+    finally:
+        started = watch.end()
+    if started:
+        marks = ", ".join(DEAREST_FIRST)
+        pytest.fail(f"a fast test starts nothing; mark it with one of {marks}: {'; '.join(started)}", pytrace=False)
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
+    return (yield from _watched(item))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    return (yield from _watched(item))
 
 
 @pytest.fixture(scope="session")
@@ -190,6 +242,16 @@ def loaded(checkpoint_folder):
         return made[name]
 
     return model
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """A RankPool: local processes that run a function together, job after job."""
+    from rank_pool import RankPool
+
+    pool = RankPool()
+    yield pool
+    pool.close()
 
 
 @pytest.fixture

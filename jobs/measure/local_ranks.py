@@ -19,7 +19,7 @@ from cineray.jobs.private_folder import private_folder, socket_place
 from cineray.jobs.threads import rank_threads
 
 # imported once, in the server that the ranks are forked from: 4 ranks then start in 0.4 s instead of 10 s
-_PRELOAD = [
+PRELOAD = [
     "torch",
     "diffusers",
     "diffusers.models.transformers.transformer_wan",
@@ -52,8 +52,8 @@ def run_on_local_ranks(
         context = multiprocessing.get_context("spawn")
     else:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOAD)
-    with private_folder() as folder, _sockets_at(socket_place()):
+        context.set_forkserver_preload(PRELOAD)
+    with private_folder() as folder, sockets_at(socket_place()):
         init_method = f"file://{folder}/rendezvous"  # of plain characters: torch would not unescape others
         pipes, ranks = [], []
         try:
@@ -66,7 +66,7 @@ def run_on_local_ranks(
                 there.close()
                 pipes.append(here)
                 ranks.append(process)
-            return _collect(pipes, ranks, timeout_s)
+            return collect(pipes, ranks, timeout_s)
         finally:
             for process in ranks:
                 if process.is_alive():
@@ -75,7 +75,7 @@ def run_on_local_ranks(
 
 
 @contextmanager
-def _sockets_at(place: str) -> Iterator[None]:
+def sockets_at(place: str) -> Iterator[None]:
     """multiprocessing's server listens below the folder for temporary files, whose path may be too long for that."""
     before = tempfile.tempdir
     tempfile.tempdir = place
@@ -85,7 +85,8 @@ def _sockets_at(place: str) -> Iterator[None]:
         tempfile.tempdir = before
 
 
-def _collect(pipes: list[Connection], ranks: list[BaseProcess], timeout_s: float) -> list[Any]:
+def collect(pipes: list[Connection], ranks: list[BaseProcess], timeout_s: float) -> list[Any]:
+    """One answer of each rank, in their order; raises RankFailed as `run_on_local_ranks` does, and ends no rank."""
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
     deadline = time.monotonic() + timeout_s
@@ -112,20 +113,25 @@ def _collect(pipes: list[Connection], ranks: list[BaseProcess], timeout_s: float
 def _run(
     pipe: Connection, function: Callable[..., Any], rank: int, num_ranks: int, init_method: str, arguments: tuple
 ) -> None:
-    _die_with_parent()
+    die_with_parent()
     begin_printing()
     import torch
 
     torch.set_num_threads(rank_threads())
+    answer(pipe, lambda: function(rank, num_ranks, init_method, *arguments))
+
+
+def answer(pipe: Connection, work: Callable[[], Any]) -> None:
+    """Sends what `collect` takes: the result, or the traceback."""
     try:
-        answer = (True, function(rank, num_ranks, init_method, *arguments))
+        result = (True, work())
     except BaseException:  # noqa: BLE001  # the parent raises it
-        answer = (False, traceback.format_exc())
+        result = (False, traceback.format_exc())
     # not pipe.send: torch would send a handle of shared memory, which ends with this process
-    pipe.send_bytes(pickle.dumps(answer))
+    pipe.send_bytes(pickle.dumps(result))
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """A rank in a collective hears of nothing: the kernel ends it with the process that it was forked from."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1  # linux/prctl.h

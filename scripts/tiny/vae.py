@@ -181,13 +181,13 @@ def reconstruction_psnr(vae: Any, num_clips: int, seed: int) -> float:
 
 
 @torch.no_grad()
-def normalize_latents(vae: nn.Module, seed: int) -> None:
-    """Folds the latents' mean and std into the 1x1x1 convolutions and fixes the log-variance.
+def normalize_latents(vae: nn.Module, seed: int, num_clips: int = 96) -> None:
+    """Folds the latents' mean and std over freshly drawn clips into the 1x1x1 convolutions; fixes the log-variance.
 
     HunyuanVideo's configuration has one scale for all channels and no mean; with the fold both models' latents
     have mean 0 and std 1 in every channel, and the configurations keep their neutral values.
     """
-    clips = draw_batch(96, torch.Generator().manual_seed(seed))
+    clips = draw_batch(num_clips, torch.Generator().manual_seed(seed))
     latents = torch.cat([encode(vae, c) for c in clips.split(8)])
     mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
     num = len(mean)

@@ -5,16 +5,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from rank_pool import RankPool
 
 from cineray.distributed.layout import parse_layout
-from cineray.jobs.measure.local_ranks import run_on_local_ranks
 from cineray.pipeline.gang import Gang
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.model import LoadOptions, load_model
 from cineray.pipeline.render import render_clip, render_clip_on_gang
 
-TIMEOUT_S = 240.0  # of a whole test; a collective that hangs fails after GANG_TIMEOUT_S
-GANG_TIMEOUT_S = 20.0
+TIMEOUT_S = 300.0  # of a whole job; a collective that hangs fails after GANG_TIMEOUT_S
+GANG_TIMEOUT_S = 120.0
 
 
 @dataclass
@@ -50,17 +50,19 @@ def _render(rank, num_ranks, init_method, layout, source, requests, options):
     return [_outcome(clip) for clip in clips if clip is not None]
 
 
-def render_on(layout: str, source: str, requests, **options) -> list[Outcome]:
+def render_on(ranks: RankPool, layout: str, source: str, requests, **options) -> list[Outcome]:
     """What a gang's first rank returns for each request."""
-    (outcomes,) = render_on_gangs(layout, source, {0: requests}, **options)
+    (outcomes,) = render_on_gangs(ranks, layout, source, {0: requests}, **options)
     return outcomes
 
 
-def render_on_gangs(layout: str, source: str, requests: dict[int, list], **options) -> list[list[Outcome]]:
+def render_on_gangs(
+    ranks: RankPool, layout: str, source: str, requests: dict[int, list], **options
+) -> list[list[Outcome]]:
     """The same for each gang of one world; `requests` by gang."""
     degrees = parse_layout(layout)
     arguments = (layout, str(source), requests, options)
-    results = run_on_local_ranks(_render, degrees.world_size, *arguments, timeout_s=TIMEOUT_S)
+    results = ranks.run(_render, degrees.world_size, *arguments, timeout_s=TIMEOUT_S)
     return [outcomes for rank, outcomes in enumerate(results) if rank % degrees.ranks_per_gang == 0]
 
 
@@ -69,6 +71,6 @@ def _render_alone(_rank, _num_ranks, _init_method, source, requests):
     return [_outcome(render_clip(model, request, lambda done, total: None)) for request in requests]
 
 
-def render_alone(source: str, requests) -> list[Outcome]:
+def render_alone(ranks: RankPool, source: str, requests) -> list[Outcome]:
     """The same without any gang, in a process like those of the ranks."""
-    return run_on_local_ranks(_render_alone, 1, str(source), requests, timeout_s=TIMEOUT_S)[0]
+    return ranks.run(_render_alone, 1, str(source), requests, timeout_s=TIMEOUT_S)[0]

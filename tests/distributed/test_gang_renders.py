@@ -28,7 +28,7 @@ def twelve_heads(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def clips(twelve_heads):
+def clips(ranks, twelve_heads):
     """(requests, what one process makes of them)."""
     from cineray.pipeline.request import ClipRequest
 
@@ -45,7 +45,7 @@ def clips(twelve_heads):
         )
         for number, policy in enumerate(POLICIES)
     ]
-    return requests, render_alone(twelve_heads, requests)
+    return requests, render_alone(ranks, twelve_heads, requests)
 
 
 def test_policies_skip_some_steps_and_not_all(clips):
@@ -55,12 +55,12 @@ def test_policies_skip_some_steps_and_not_all(clips):
 
 
 @pytest.mark.parametrize("layout", ["1", "ulysses2", "ulysses3", "ulysses4", "cfg2", "cfg2xulysses2"])
-def test_same_clip_and_same_decisions_bit_for_bit(twelve_heads, clips, layout):
+def test_same_clip_and_same_decisions_bit_for_bit(ranks, twelve_heads, clips, layout):
     """Each rank holds the cache of its own tokens and branches alone."""
     requests, alone = clips
     degrees = parse_layout(layout)
     longest_shard = -(-TOKENS // degrees.sequence_ranks)
-    for theirs, ours, request in zip(alone, render_on(layout, twelve_heads, requests), requests, strict=True):
+    for theirs, ours, request in zip(alone, render_on(ranks, layout, twelve_heads, requests), requests, strict=True):
         assert theirs.decisions == ours.decisions, request.cache
         assert theirs.reasons == ours.reasons
         assert torch.equal(theirs.latents, ours.latents)
@@ -69,9 +69,9 @@ def test_same_clip_and_same_decisions_bit_for_bit(twelve_heads, clips, layout):
 
 
 @pytest.mark.parametrize("layout", ["ring3", "ring2xulysses2"])
-def test_a_ring_decides_the_same(twelve_heads, clips, layout):
+def test_a_ring_decides_the_same(ranks, twelve_heads, clips, layout):
     requests, alone = clips
-    (ours,) = render_on(layout, twelve_heads, requests[:1])
+    (ours,) = render_on(ranks, layout, twelve_heads, requests[:1])
     for a, b in zip(alone[0].decisions, ours.decisions, strict=True):
         assert a[:4] == b[:4]
         assert (a[4] is None) == (b[4] is None)
@@ -80,43 +80,45 @@ def test_a_ring_decides_the_same(twelve_heads, clips, layout):
     assert 0 < difference <= RING_BOUND
 
 
-def test_hunyuan_video_on_two_ranks(checkpoint_folder, new_request):
+def test_hunyuan_video_on_two_ranks(ranks, checkpoint_folder, new_request):
     requests = [
         new_request(prompt=prompt, cache="dicache(threshold=0.03)", num_inference_steps=STEPS, **UNEVEN)
         for prompt in ("a red circle", "a blue square moving left on a navy background")
     ]
     folder = checkpoint_folder("hunyuan")
-    for theirs, ours in zip(render_alone(folder, requests), render_on("2", folder, requests), strict=True):
+    for theirs, ours in zip(
+        render_alone(ranks, folder, requests), render_on(ranks, "2", folder, requests), strict=True
+    ):
         assert any(not entry.compute for entry in theirs.entries)
         assert theirs.decisions == ours.decisions
         assert torch.equal(theirs.latents, ours.latents)
 
 
-def test_wan_image_to_video_on_four_ranks(checkpoint_folder, new_request, tmp_path):
+def test_wan_image_to_video_on_four_ranks(ranks, checkpoint_folder, new_request, tmp_path):
     from PIL import Image
 
     Image.radial_gradient("L").save(tmp_path / "first.png")
     request = new_request(image=str(tmp_path / "first.png"), cache="interval", **UNEVEN)
     folder = checkpoint_folder("wan_i2v")
-    (theirs,), (ours,) = render_alone(folder, [request]), render_on("cfg2xulysses2", folder, [request])
+    (theirs,), (ours,) = render_alone(ranks, folder, [request]), render_on(ranks, "cfg2xulysses2", folder, [request])
     assert theirs.decisions == ours.decisions
     assert torch.equal(theirs.latents, ours.latents)
     assert (theirs.frames == ours.frames).all()
 
 
-def test_a_schedule_of_layers_on_a_gang(checkpoint_folder, new_request, tmp_path):
+def test_a_schedule_of_layers_on_a_gang(ranks, checkpoint_folder, new_request, tmp_path):
     """SmoothCache skips layers by a schedule, which is the same on every rank."""
     rows = {layer: tuple(step % 3 == 0 for step in range(6)) for layer in ("attn1", "attn2", "ffn")}
     (tmp_path / "smooth.json").write_text(dump_schedule(LayerSchedule(rows=rows)))
     request = new_request(cache=f"smoothcache:{tmp_path / 'smooth.json'}", num_inference_steps=6)
     folder = checkpoint_folder("wan")
-    (theirs,), (ours,) = render_alone(folder, [request]), render_on("cfg2xulysses2", folder, [request])
+    (theirs,), (ours,) = render_alone(ranks, folder, [request]), render_on(ranks, "cfg2xulysses2", folder, [request])
     assert theirs.decisions == ours.decisions
     assert not all(entry.compute for entry in ours.entries)
     assert torch.equal(theirs.latents, ours.latents)
 
 
-def test_gangs_of_one_world_do_not_touch_each_other(checkpoint_folder, new_request):
+def test_gangs_of_one_world_do_not_touch_each_other(ranks, checkpoint_folder, new_request):
     """Other prompts, other numbers of steps and of clips; and the first gang is long done before the second."""
     folder = checkpoint_folder("wan")
     requests = {
@@ -126,25 +128,25 @@ def test_gangs_of_one_world_do_not_touch_each_other(checkpoint_folder, new_reque
             for steps in (40, 15)
         ],
     }
-    for gang, outcomes in enumerate(render_on_gangs("gangs2xulysses2", folder, requests)):
-        for theirs, ours in zip(render_alone(folder, requests[gang]), outcomes, strict=True):
+    for gang, outcomes in enumerate(render_on_gangs(ranks, "gangs2xulysses2", folder, requests)):
+        for theirs, ours in zip(render_alone(ranks, folder, requests[gang]), outcomes, strict=True):
             assert theirs.decisions == ours.decisions
             assert torch.equal(theirs.latents, ours.latents)
 
 
-def test_a_layout_that_does_not_fit_the_model_or_the_clip(checkpoint_folder, new_request):
+def test_a_layout_that_does_not_fit_the_model_or_the_clip(ranks, checkpoint_folder, new_request):
     """Every rank says so before anything is exchanged."""
     with pytest.raises(RankFailed, match="ulysses must divide the model's 4 attention heads"):
-        render_on("ulysses3", checkpoint_folder("wan"), [new_request()])
+        render_on(ranks, "ulysses3", checkpoint_folder("wan"), [new_request()])
     with pytest.raises(RankFailed, match="cfg 2 needs two guidance branches, this clip has 1"):
-        render_on("cfg2", checkpoint_folder("wan"), [new_request(guidance_scale=1.0)])
+        render_on(ranks, "cfg2", checkpoint_folder("wan"), [new_request(guidance_scale=1.0)])
 
 
 @pytest.mark.parametrize(("layout", "width"), [("ulysses2", 32), ("ulysses4", 16), ("ring2", 16)])
-def test_clips_of_few_tokens_are_the_same_too(twelve_heads, new_request, layout, width):
+def test_clips_of_few_tokens_are_the_same_too(ranks, twelve_heads, new_request, layout, width):
     """Each rank holds all tokens: products of one to three rows have other last bits than those of more."""
     request = new_request(width=width, height=width, num_frames=1, cache="dicache(threshold=1)")
-    (theirs,), (ours,) = render_alone(twelve_heads, [request]), render_on(layout, twelve_heads, [request])
+    (theirs,), (ours,) = render_alone(ranks, twelve_heads, [request]), render_on(ranks, layout, twelve_heads, [request])
     assert any(not entry.compute for entry in theirs.entries)
     assert theirs.decisions == ours.decisions
     assert torch.equal(theirs.latents, ours.latents)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from cineray.distributed.layout import parse_layout
-from cineray.jobs.measure.local_ranks import run_on_local_ranks
 from cineray.pipeline.gang import SOLO, Gang
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.model import LoadOptions, load_model
@@ -25,7 +24,7 @@ SHAPES = [(1, 16, 3, 8, 8), (1, 16, 2, 7, 6), (1, 16, 2, 3, 8)]  # even and unev
 
 def decode_on_rank(rank, num_ranks, init_method, name):
     gang = Gang.join(
-        parse_layout(str(num_ranks)), rank, num_ranks, init_method=init_method, timeout_s=30, parallel_decode=True
+        parse_layout(str(num_ranks)), rank, num_ranks, init_method=init_method, timeout_s=120, parallel_decode=True
     )
     model = load_model(open_checkpoint(name), LoadOptions())
     convolved_rows = []
@@ -50,8 +49,8 @@ def decode_on_rank(rank, num_ranks, init_method, name):
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("name", ["tiny-wan", "tiny-hunyuan"])
-def test_rows_on_ranks_are_the_frames_of_one_rank(name, num_ranks):
-    results = run_on_local_ranks(decode_on_rank, num_ranks, name, timeout_s=120)[0]
+def test_rows_on_ranks_are_the_frames_of_one_rank(ranks, name, num_ranks):
+    results = ranks.run(decode_on_rank, num_ranks, name, timeout_s=300)[0]
     for (error, largest_level, share, num_rows, height), shape in zip(results, SHAPES, strict=True):
         assert error <= BOUND
         assert largest_level <= 1

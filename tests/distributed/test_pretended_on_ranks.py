@@ -5,7 +5,6 @@ import torch
 from pretended import EXPERTS, build_two_experts
 
 from cineray.distributed.layout import parse_layout
-from cineray.jobs.measure.local_ranks import run_on_local_ranks
 from cineray.pipeline.blocks import is_sharded
 from cineray.pipeline.caches.step_tracker import StepTracker
 from cineray.pipeline.gang import SOLO, Gang
@@ -16,7 +15,9 @@ from cineray.pipeline.render import denoise_clip
 
 def denoise_on_rank(rank, num_ranks, init_method, layout, source, requests):
     is_alone = num_ranks == 1
-    gang = SOLO if is_alone else Gang.join(parse_layout(layout), rank, num_ranks, init_method=init_method, timeout_s=20)
+    gang = (
+        SOLO if is_alone else Gang.join(parse_layout(layout), rank, num_ranks, init_method=init_method, timeout_s=120)
+    )
     model = load_model(open_checkpoint(source, EXPERTS), LoadOptions())
     experts = (model.pipe.transformer, model.pipe.transformer_2)
     seen = []
@@ -37,11 +38,11 @@ def denoise_on_rank(rank, num_ranks, init_method, layout, source, requests):
 
 
 @pytest.mark.parametrize("layout", ["ulysses2", "cfg2"])
-def test_both_experts_are_sharded_and_cached(tmp_path, new_request, layout):
+def test_both_experts_are_sharded_and_cached(ranks, tmp_path, new_request, layout):
     build_two_experts().save_pretrained(tmp_path)
     requests = [new_request(num_inference_steps=12, cache=cache) for cache in ("none", "dicache(threshold=0.5)")]
-    alone = run_on_local_ranks(denoise_on_rank, 1, "1", str(tmp_path), requests, timeout_s=120)[0]
-    for rank in run_on_local_ranks(denoise_on_rank, 2, layout, str(tmp_path), requests, timeout_s=120):
+    alone = ranks.run(denoise_on_rank, 1, "1", str(tmp_path), requests, timeout_s=300)[0]
+    for rank in ranks.run(denoise_on_rank, 2, layout, str(tmp_path), requests, timeout_s=300):
         for (latents, decisions), (expected, expected_decisions) in zip(rank, alone, strict=True):
             assert torch.equal(latents, expected)
             assert decisions == expected_decisions

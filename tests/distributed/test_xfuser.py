@@ -3,6 +3,7 @@
 import pytest
 import tiny_transformers as tiny
 import torch
+from rank_pool import RankPool
 from test_sharded_transformers import CALLS, EVEN, ODD, TIMEOUT_S, new_test_mesh
 
 from cineray.distributed.layout import parse_layout
@@ -33,19 +34,27 @@ def errors_with_xfuser(rank, _num_ranks, init_method, layout, calls):
     return results
 
 
+@pytest.fixture(scope="module")
+def usp_ranks():
+    """Ranks of their own: what the shim changes stays changed."""
+    pool = RankPool()
+    yield pool
+    pool.close()
+
+
 @pytest.mark.parametrize("layout", ["ulysses2", "ring2xulysses2", "cfg2xulysses2"])
-def test_usp_gives_what_one_rank_gives(layout):
+def test_usp_gives_what_one_rank_gives(usp_ranks, layout):
     calls = [("wan", EVEN), ("wan_i2v", EVEN), ("hunyuan", EVEN), ("hunyuan", {"valid_text": (5,)}), ("flux", EVEN)]
     assert {builder for builder, _ in calls} <= {builder for builder, _ in CALLS.values()}
     num_ranks = parse_layout(layout).world_size
-    for result in run_on_local_ranks(errors_with_xfuser, num_ranks, layout, calls, timeout_s=2 * TIMEOUT_S):
+    for result in usp_ranks.run(errors_with_xfuser, num_ranks, layout, calls, timeout_s=TIMEOUT_S):
         assert max(result) <= BOUND
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_what_it_would_get_wrong_is_refused(reason):
+def test_what_it_would_get_wrong_is_refused(usp_ranks, reason):
     with pytest.raises(RankFailed, match=reason):
-        run_on_local_ranks(errors_with_xfuser, 2, "ulysses2", [REFUSED[reason]], timeout_s=2 * TIMEOUT_S)
+        usp_ranks.run(errors_with_xfuser, 2, "ulysses2", [REFUSED[reason]], timeout_s=TIMEOUT_S)
 
 
 def test_without_a_gpu_it_says_so():

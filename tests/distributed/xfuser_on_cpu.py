@@ -39,6 +39,9 @@ def _lse_kernel(query, key, value, dropout_p, is_causal, attention_kwargs=None):
 
 
 def install():
+    """Once for a process: a second call changes nothing."""
+    if "xfuser" in sys.modules:
+        return
     if importlib.util.find_spec("triton") is None:
         for name in ("triton", "triton.language"):
             module = types.ModuleType(name)

@@ -7,8 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,14 +35,6 @@ def events(out: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 100.0) -> Any:
-    """What the condition gives as soon as it is true; its last answer after the timeout."""
-    deadline = time.monotonic() + timeout_s
-    while not (answer := condition()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return answer
 
 
 def steps_on_disk(out: Path, clip: str) -> bool:
@@ -93,6 +83,11 @@ def render(capsys: Any, *args: Any) -> tuple[int, dict[str, Any], str]:
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     return code, json.loads(lines[-1]) if lines else {}, captured.err
+
+
+def render_here(*args: Any) -> int:
+    """The exit code of a run in this process, whose lines nobody reads."""
+    return main(arguments(*args))
 
 
 def start_driver(*args: Any) -> subprocess.Popen[str]:

@@ -9,13 +9,13 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
+from waiting import PATIENCE_S, wait_for
 
 STORE_BYTES = 80 * 2**20
 MARK = "CINERAY_TEST_CLUSTER"  # in the environment of every process of the cluster, which they hand down
@@ -46,7 +46,7 @@ class HeadNode:
 
 
 @contextmanager
-def head_node(num_cpus: int, timeout_s: float = 240.0) -> Iterator[HeadNode]:
+def head_node(num_cpus: int, timeout_s: float = PATIENCE_S) -> Iterator[HeadNode]:
     """A head node while the block runs; afterwards none of its processes is left, whatever happened."""
     mark = uuid.uuid4().hex
     with tempfile.TemporaryDirectory(prefix="cr-", ignore_cleanup_errors=True) as short:  # sockets have short names
@@ -68,7 +68,7 @@ def head_node(num_cpus: int, timeout_s: float = 240.0) -> Iterator[HeadNode]:
         start += ["--object-store-memory", str(STORE_BYTES), "--temp-dir", str(folder / "ray")]
         try:
             process = subprocess.Popen(start, stdout=log, stderr=log, env=env)
-            is_up = _wait(lambda: process.poll() is not None or _answers(node.dashboard), timeout_s)
+            is_up = wait_for(lambda: process.poll() is not None or _answers(node.dashboard), timeout_s)
             log.seek(0)
             assert is_up, log.read()
             assert process.poll() is None, log.read()
@@ -90,7 +90,7 @@ def free_ports(number: int) -> list[int]:
 
 def end_processes(mark: str) -> None:
     """Kills every process that has the mark, those too that are born meanwhile; raises if one stays."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while left := marked(mark):
         assert time.monotonic() < deadline, f"processes of the cluster that do not end: {left}"
         for process in left:
@@ -114,10 +114,3 @@ def _answers(address: str) -> bool:
             return response.status == 200
     except (urllib.error.URLError, OSError):
         return False
-
-
-def _wait(condition: Callable[[], Any], timeout_s: float) -> Any:
-    deadline = time.monotonic() + timeout_s
-    while not (answer := condition()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return answer

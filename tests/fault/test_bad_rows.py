@@ -25,6 +25,8 @@ from cineray.pipeline.loading.options import LoadOptions
 from cineray.pipeline.loading.weights import identify
 from cineray.pipeline.request import InputError
 
+pytestmark = pytest.mark.process
+
 
 class UnshownError(Exception):
     def __str__(self) -> str:

@@ -8,6 +8,8 @@ from gang_runs import render, write_manifest
 from cineray.jobs.output.results import ClipResult, ResultLog
 from cineray.jobs.run import RunReport
 
+pytestmark = pytest.mark.process
+
 
 def test_a_run_that_has_rendered_all_removes_what_others_left_to_go_on(checkpoint_folder, tmp_path, capsys):
     state = tmp_path / "out" / ".state"

@@ -17,6 +17,8 @@ from cineray.pipeline.media.video import count_frames, read_metadata
 from cineray.pipeline.render import render_clip
 from cineray.pipeline.request import ClipRequest
 
+pytestmark = pytest.mark.process
+
 MARK = "0123456789ab"
 SMALL = ["--width", "32", "--height", "32", "--frames", "5", "--steps", "2", "--fps", "8"]
 

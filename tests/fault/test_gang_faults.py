@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import ray
-from gang_runs import Harm, events, pixels, render, sidecar, start_driver, steps_on_disk, wait_for, write_manifest
+from gang_runs import Harm, events, pixels, render, render_here, sidecar, start_driver, steps_on_disk, write_manifest
+from waiting import PATIENCE_S, wait_for
 
 from cineray.jobs.cli import clips as clip_arguments
 from cineray.jobs.cli import main as command_line
 
-pytestmark = pytest.mark.cores
+pytestmark = pytest.mark.ray
 
 STEPS = 300  # long enough to be caught in the middle: 0.6 s on a fast machine
 GOOD = ["a", "b", "c"]
@@ -39,9 +40,7 @@ def undisturbed(checkpoint_folder, tmp_path_factory):
     """The pixels of the clips as one process renders them."""
     folder = tmp_path_factory.mktemp("undisturbed")
     manifest = write_manifest(folder / "m.jsonl", GOOD, STEPS)
-    driver = start_driver(manifest, folder / "out", checkpoint_folder("wan"))
-    _, stderr = driver.communicate(timeout=120)
-    assert driver.returncode == 0, stderr
+    assert render_here(manifest, folder / "out", checkpoint_folder("wan")) == 0
     return pixels(folder / "out")
 
 
@@ -141,7 +140,7 @@ def test_drivers_that_are_two_or_killed_or_told_to_stop(cluster, batch, undistur
     (rank,) = next(e["pids"] for e in events(out) if e["event"] == "built")
     os.kill(rank, signal.SIGSTOP)  # or all might be done before the second one asks
     second = start_driver(*run)
-    _, stderr = second.communicate(timeout=60)
+    _, stderr = second.communicate(timeout=PATIENCE_S)
     os.kill(rank, signal.SIGCONT)
     assert second.returncode == 75, stderr
     assert f"is being rendered into by process {first.pid}" in stderr.splitlines()[-1]
@@ -154,7 +153,7 @@ def test_drivers_that_are_two_or_killed_or_told_to_stop(cluster, batch, undistur
         lambda: steps_on_disk(out, "c") and any(e["event"] == "running" and e["id"] == "c" for e in events(out))
     )
     third.send_signal(signal.SIGTERM)
-    stdout, stderr = third.communicate(timeout=60)
+    stdout, stderr = third.communicate(timeout=PATIENCE_S)
     assert third.returncode == 143, stderr
     assert "run the same command again to resume" in stderr
     clips = {clip["id"]: clip for clip in json.loads(stdout.splitlines()[-1])["clips"]}
@@ -162,7 +161,7 @@ def test_drivers_that_are_two_or_killed_or_told_to_stop(cluster, batch, undistur
     assert steps_on_disk(out, "c")
 
     fourth = start_driver(*run, "--sp", 2)  # goes on with another number of ranks
-    stdout, stderr = fourth.communicate(timeout=120)
+    stdout, stderr = fourth.communicate(timeout=PATIENCE_S)
     assert fourth.returncode == 0, stderr
     last = {clip["id"]: clip for clip in json.loads(stdout.splitlines()[-1])["clips"]}
     assert last["a"]["status"] == "existing"

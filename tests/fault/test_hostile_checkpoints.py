@@ -14,10 +14,13 @@ import struct
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE_S
 
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.model import LoadOptions, load_model
 from cineray.pipeline.request import InputError
+
+pytestmark = pytest.mark.slow
 
 NUM_FUZZED = 600
 EVIL = "import os\nopen(os.environ['CINERAY_TEST_MARKER'], 'w').write('executed')\n"
@@ -280,6 +283,7 @@ def test_changed_files_load_or_are_refused_in_one_line(folder, marker):
     assert not marker.exists()
 
 
+@pytest.mark.process
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="becomes another user")
 def test_a_folder_that_may_not_be_read_is_one_line(folder):
     import subprocess
@@ -296,7 +300,7 @@ def test_a_folder_that_may_not_be_read_is_one_line(folder):
         )
         drop = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
         run = subprocess.run(
-            [*drop, sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=120
+            [*drop, sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=PATIENCE_S
         )
         path.chmod(0o755)
         if "Permission denied" in run.stderr and "open_checkpoint" not in run.stderr:

@@ -1,6 +1,6 @@
 """Manifests that a hostile or unlucky hand has written: refused in clean lines, or rendered as they say.
 
-2,000 of them: values of every kind in every field, and whole files of each form with bytes changed, cut and moved.
+1,600 of them: values of every kind in every field, and whole files of each form with bytes changed, cut and moved.
 """
 
 import json
@@ -87,15 +87,17 @@ SCALARS = (
     )
     | st.sampled_from([2**32, 2**63, -1, 0, 1e400, "dicache(threshold=nan)", "magcache(profile=/dev/zero)", "none"])
 )
-VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner))
+# two levels, not st.recursive: drawing deep values took nine tenths of the time, and what is nested is refused whole
+VALUES = SCALARS | st.lists(SCALARS, max_size=2) | st.dictionaries(st.text(max_size=5), SCALARS, max_size=2)
 
 
+@pytest.mark.slow
 @settings(
-    max_examples=800, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    row=st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=8), VALUES, max_size=5),
-    has_prompt=st.booleans(),
+    row=st.dictionaries(st.sampled_from((*FIELDS, "unknown", "\x1b")), VALUES, min_size=1, max_size=2),
+    has_prompt=st.sampled_from([True, True, True, False]),  # a row without one is refused for that
 )
 def test_any_value_in_any_field(tmp_path, checkpoint, row, has_prompt):
     path = tmp_path / "m.jsonl"

@@ -11,12 +11,14 @@ import time
 
 import psutil
 import pytest
-from gang_runs import wait_for
+from waiting import PATIENCE_S, wait_for
 
 from cineray.jobs.cli.main import main
 from cineray.jobs.output import lease as lease_module
 from cineray.jobs.output.folder import OutputError
 from cineray.jobs.output.lease import Lease, LeasedError, _boot_id, current_lease, is_stale, read_holder
+
+pytestmark = pytest.mark.process
 
 HOLD = """
 import sys, time
@@ -69,7 +71,7 @@ def test_a_frozen_holder_is_replaced_and_stops_when_it_wakes(holder, tmp_path):
     holder.send_signal(signal.SIGSTOP)
     with Lease(tmp_path / "state", **SHORT) as lease:
         holder.send_signal(signal.SIGCONT)
-        _, stderr = holder.communicate(timeout=20)
+        _, stderr = holder.communicate(timeout=PATIENCE_S)
         assert f"taken over by process {os.getpid()}" in stderr
         lease.check()
 
@@ -346,14 +348,14 @@ def test_a_driver_that_lost_its_folder_does_not_tidy_it_up(checkpoint_folder, tm
         text=True,
         env=os.environ | {"PYTHONSAFEPATH": "1"},
     )
-    assert wait_for(lambda: driver.poll() is not None or any(out.glob(".state/steps/*")))
+    assert wait_for(lambda: list((out / ".state").glob("steps/*")) or driver.poll() is not None)
     assert driver.poll() is None, driver.communicate()[1]
     driver.send_signal(signal.SIGSTOP)
     with Lease(out / ".state", **SHORT) as lease:
         for path in (out / ".state" / "steps").iterdir():
             path.unlink()
         driver.send_signal(signal.SIGCONT)
-        _, stderr = driver.communicate(timeout=60)
+        _, stderr = driver.communicate(timeout=PATIENCE_S)
         assert driver.returncode == 75, stderr
         assert (out / ".tmp").is_dir()
         lease.check()

@@ -6,13 +6,13 @@ import signal
 import time
 
 import pytest
-from gang_runs import arguments, events, pixels, render, sidecar, steps_on_disk, wait_for, write_manifest
+from gang_runs import arguments, events, pixels, render, sidecar, steps_on_disk, write_manifest
 from local_cluster import head_node
+from waiting import PATIENCE_S, wait_for
 
-pytestmark = pytest.mark.cores
+pytestmark = pytest.mark.ray
 
 STEPS = 300  # the clip in flight lasts a good part of a second: long enough to be caught in it
-PATIENCE_S = 240.0
 
 
 def submitted(head, *more):

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import imageio_ffmpeg
 import pytest
-from gang_runs import wait_for
+from gang_runs import render, start_driver, steps_on_disk, write_manifest
+from waiting import PATIENCE_S, wait_for
 
-pytestmark = pytest.mark.cores
+pytestmark = pytest.mark.process
 
 SMALL = ["--width", "32", "--height", "32", "--frames", "5"]
 
@@ -25,19 +26,14 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONSAFEPATH": "1"}  # the repository's folders are no top-level packages
 
 
-def test_ctrl_c_leaves_whole_clips_only_and_a_rerun_continues(checkpoint_folder, tmp_path):
-    out = tmp_path / "out"
+def test_ctrl_c_leaves_whole_clips_only_and_a_rerun_continues(checkpoint_folder, tmp_path, capsys):
+    model, out = checkpoint_folder("wan"), tmp_path / "out"
     manifest = tmp_path / "m.jsonl"
     manifest.write_text("".join(json.dumps({"prompt": "a red circle", "seed": i}) + "\n" for i in range(500)))
-    run = subprocess.Popen(
-        command("--manifest", manifest, "--out", out, "--model", checkpoint_folder("wan"), "--steps", 8),
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
-    assert wait_for(lambda: run.poll() is not None or len(list(out.glob("*.mp4"))) >= 2)
+    run = start_driver(manifest, out, model, "--steps", 8)
+    assert wait_for(lambda: len(list(out.glob("*.mp4"))) >= 2 or run.poll() is not None)
     run.send_signal(signal.SIGINT)
-    _, stderr = run.communicate(timeout=60)
+    _, stderr = run.communicate(timeout=PATIENCE_S)
     assert run.returncode == 130, stderr
     assert stderr.strip().splitlines()[-1].startswith("cineray: interrupted; finished clips are kept")
     assert "Traceback" not in stderr
@@ -48,38 +44,23 @@ def test_ctrl_c_leaves_whole_clips_only_and_a_rerun_continues(checkpoint_folder,
     assert not (out / ".tmp").exists()
 
     manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[: len(videos) + 1]))
-    again = subprocess.run(
-        command("--manifest", manifest, "--out", out, "--model", checkpoint_folder("wan"), "--steps", 8, "--json"),
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=120,
-        check=True,
-    )
-    clips = json.loads(again.stdout.splitlines()[-1])["clips"]
-    assert [clip["status"] for clip in clips] == ["existing"] * len(videos) + ["done"]
+    code, again, stderr = render(capsys, manifest, out, model, "--steps", 8)
+    assert code == 0, stderr
+    assert [clip["status"] for clip in again["clips"]] == ["existing"] * len(videos) + ["done"]
 
 
-def test_sigterm_in_the_middle_of_a_clip_keeps_its_steps(checkpoint_folder, tmp_path):
-    out = tmp_path / "out"
-    arguments = ("--out", out, "--model", checkpoint_folder("wan"), "--steps", 300, "--checkpoint-every", 0, "--json")
-    run = subprocess.Popen(
-        command("a red circle", *arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
-    assert wait_for(lambda: run.poll() is not None or any(out.glob(".state/steps/*")))
+def test_sigterm_in_the_middle_of_a_clip_keeps_its_steps(checkpoint_folder, tmp_path, capsys):
+    model, out = checkpoint_folder("wan"), tmp_path / "out"
+    manifest = write_manifest(tmp_path / "m.jsonl", ["a"], 300)
+    run = start_driver(manifest, out, model, "--checkpoint-every", 0)
+    assert wait_for(lambda: steps_on_disk(out, "a") or run.poll() is not None)
     run.send_signal(signal.SIGTERM)
-    stdout, stderr = run.communicate(timeout=60)
+    stdout, stderr = run.communicate(timeout=PATIENCE_S)
     assert run.returncode == 143, stderr
     assert json.loads(stdout.splitlines()[-1])["clips"] == []
-    again = subprocess.run(
-        command("a red circle", *arguments), capture_output=True, text=True, env=environment(), timeout=120, check=True
-    )
-    (clip,) = json.loads(again.stdout.splitlines()[-1])["clips"]
-    (step,) = clip["resumed_at"]
+    code, again, stderr = render(capsys, manifest, out, model, "--checkpoint-every", 0)
+    assert code == 0, stderr
+    (step,) = again["clips"][0]["resumed_at"]
     assert 0 < step < 300
     assert not (out / ".state").exists()
 
@@ -91,15 +72,19 @@ def in_tmpfs(folder: Path, size_kib: int, script: str) -> subprocess.CompletedPr
     if shutil.which("unshare") is None or subprocess.run([*unshare, "sh", "-c", mount], capture_output=True).returncode:
         return None
     return subprocess.run(
-        [*unshare, "sh", "-c", f"{mount} && {script}"], capture_output=True, text=True, env=environment(), timeout=120
+        [*unshare, "sh", "-c", f"{mount} && {script}"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=PATIENCE_S,
     )
 
 
-@pytest.mark.parametrize("on_ray", [(), ("--gangs", 2)])
+@pytest.mark.parametrize("on_ray", [(), pytest.param(("--gangs", 2), marks=pytest.mark.ray)])
 def test_a_full_disk_ends_the_run_with_one_line_and_no_half_clip(checkpoint_folder, tmp_path, on_ray):
     out, num_clips = tmp_path / "out", 12 if on_ray else 5
     out.mkdir()
-    render = " ".join(
+    run = " ".join(
         command(
             *["'a red circle'"] * num_clips,
             *("--out", out, "--model", checkpoint_folder("wan"), "--steps", 2, "--lossless", *on_ray),
@@ -108,7 +93,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_no_half_clip(checkpoint_fold
     # On Ray the prompt of two branches in float32 lies there too, and the latents of clips that are under way: up to
     # ten pages of 4 KiB, where a clip takes about four. Enough for some clips, not for all.
     size_kib = 512 * 64 * 4 * 2 // 1024 + 96 if on_ray else 48
-    done = in_tmpfs(out, size_kib, f"{render}; echo code $?; ls -A {out}; rm -f {out}/*.mp4")
+    done = in_tmpfs(out, size_kib, f"{run}; echo code $?; ls -A {out}; rm -f {out}/*.mp4")
     if done is None:
         pytest.skip("this system does not let the test mount a tmpfs")
     code, *left = done.stdout.splitlines()

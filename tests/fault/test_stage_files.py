@@ -15,6 +15,8 @@ from cineray.pipeline.media.video import read_video
 from cineray.pipeline.resume.encoded_prompts import is_encoded
 from cineray.pipeline.resume.tensor_file import read_tensors
 
+pytestmark = pytest.mark.ranks
+
 MARK, OTHER = "0123456789ab", "ba9876543210"
 
 

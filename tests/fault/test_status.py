@@ -46,6 +46,7 @@ def test_while_a_driver_renders(folder, capsys):
     assert [failure["id"] for failure in found["troubles"]] == ["c", "d"]  # b is done since
 
 
+@pytest.mark.process
 def test_after_a_driver_was_killed_nothing_runs(folder, capsys):
     hold = "import sys, os; from pathlib import Path; from cineray.jobs.output.lease import Lease\n"
     hold += "Lease(Path(sys.argv[1])).__enter__(); os._exit(9)"

@@ -9,15 +9,15 @@ import time
 
 import psutil
 import pytest
-from gang_runs import arguments, events, pixels, sidecar, start_driver, steps_on_disk, wait_for, write_manifest
+from gang_runs import arguments, events, pixels, render, sidecar, start_driver, steps_on_disk, write_manifest
+from waiting import PATIENCE_S, wait_for
 
-pytestmark = pytest.mark.cores
+pytestmark = pytest.mark.process
 
-PATIENCE_S = 300.0
 STEPS = 100
 
 
-def test_a_terminal_that_is_closed_keeps_the_step_and_the_next_run_goes_on(checkpoint_folder, tmp_path):
+def test_a_terminal_that_is_closed_keeps_the_step_and_the_next_run_goes_on(checkpoint_folder, tmp_path, capsys):
     model, out = checkpoint_folder("wan"), tmp_path / "out"
     manifest = write_manifest(tmp_path / "m.jsonl", ["a"], STEPS)
     run = start_driver(manifest, out, model, "--checkpoint-every", 0)
@@ -27,9 +27,8 @@ def test_a_terminal_that_is_closed_keeps_the_step_and_the_next_run_goes_on(check
     assert run.returncode == 128 + signal.SIGHUP, said
     (yielded,) = [event for event in events(out) if event["event"] == "yielded"]
     assert yielded["kept"]
-    again = start_driver(manifest, out, model)
-    _, said = again.communicate(timeout=PATIENCE_S)
-    assert again.returncode == 0, said
+    code, _, said = render(capsys, manifest, out, model)
+    assert code == 0, said
     assert sidecar(out, "a")["resumed_at"] == [yielded["step"]]
     assert set(pixels(out)) == {"a"}
 

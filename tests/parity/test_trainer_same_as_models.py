@@ -37,8 +37,8 @@ def test_recalling_the_past_keeps_single_frames_and_normalizing_keeps_the_video(
     after = tiny_vae.decode(vae, tiny_vae.encode(vae, clips(1)))
     torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-4)
     video = tiny_vae.decode(vae, tiny_vae.encode(vae, clips(5)))
-    tiny_vae.normalize_latents(vae, seed=3)
-    latents = tiny_vae.encode(vae, draw_batch(16, torch.Generator().manual_seed(9)))
+    tiny_vae.normalize_latents(vae, seed=3, num_clips=8)
+    latents = tiny_vae.encode(vae, draw_batch(4, torch.Generator().manual_seed(9)))
     assert 0.5 < latents.std() < 2
     torch.testing.assert_close(tiny_vae.decode(vae, tiny_vae.encode(vae, clips(5))), video, atol=2e-4, rtol=1e-3)
 

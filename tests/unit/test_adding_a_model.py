@@ -14,6 +14,8 @@ from cineray.pipeline.loading import checkpoint as checkpoint_module
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.request import InputError
 
+pytestmark = pytest.mark.slow
+
 FENCES = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "adding_a_model.md").read_text(), re.DOTALL)
 
 

@@ -13,6 +13,8 @@ from cineray.pipeline.blocks import is_sharded
 from cineray.pipeline.caches.step_tracker import StepTracker
 from cineray.pipeline.parallel.sharding import ShardedTransformer
 
+pytestmark = pytest.mark.slow
+
 
 def two_experts():
     pipe = WanPipeline(**_wan_parts(0), transformer_2=_wan_parts(1)["transformer"], boundary_ratio=0.85)

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
-pytestmark = pytest.mark.cores
+pytestmark = pytest.mark.ray
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from cineray.jobs.cli.main import main
 from cineray.jobs.measure import bench as quality_bench
 from cineray.pipeline.calibrate.teacache_magcache import StepChanges, fit_polynomial
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(checkpoint_folder, tmp_path, capsys):

@@ -17,6 +17,8 @@ from every_model import EVERY_MODEL, build, call
 import cineray
 from cineray.pipeline.adapters import MODELS
 
+pytestmark = pytest.mark.slow
+
 NEVER, OFTEN = "interval(interval=1)", "interval(interval=2)"
 KINDS = [OFTEN, "taylorseer", "teacache(threshold=0.4,coefficients=1:0)"]
 STEPS = 4

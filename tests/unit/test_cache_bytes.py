@@ -6,6 +6,8 @@ from cineray.pipeline.caches.memory import forecast_cache_bytes
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.render import render_clip
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan"])
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from test_dicache_runs import profile
 from cineray.caching.profile import DiCacheProfile
 from cineray.pipeline.calibrate.dicache import KNOTS, StepCostSearch, search_step_costs, with_step_costs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(checkpoint_folder, tmp_path, capsys):

@@ -13,6 +13,8 @@ from cineray.pipeline.media.compare import DIFFERENCE_GAIN, psnr_db, vmaf_and_xp
 from cineray.pipeline.media.ffmpeg import run_ffmpeg
 from cineray.pipeline.media.video import read_fps, read_still, read_video, write_video
 
+pytestmark = pytest.mark.process
+
 MARK = "0123456789ab"
 
 

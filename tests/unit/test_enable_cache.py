@@ -11,6 +11,8 @@ from every_model import EVERY_MODEL, build, call, in_double
 import cineray
 from cineray.caching.trace import load_trace
 
+pytestmark = pytest.mark.slow
+
 OFTEN = cineray.DiCacheConfig(threshold=0.5, warmup=0.2, max_skips=3)
 
 

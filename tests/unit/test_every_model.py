@@ -11,6 +11,8 @@ import cineray
 from cineray.caching.profile import DiCacheProfile, generic_profile
 from cineray.pipeline.adapters import MODELS
 
+pytestmark = pytest.mark.slow
+
 ALWAYS = cineray.DiCacheConfig(threshold=1e6)
 
 

@@ -36,6 +36,7 @@ def test_the_table_has_a_row_for_every_case():
     assert [Case(**{name: row[name] for name in fields}) for row in read_table()] == list(cases())
 
 
+@pytest.mark.process
 def test_it_takes_no_torch_and_no_time():
     code = (
         "import sys; from cineray.pipeline.footprint.forecast import forecast; "

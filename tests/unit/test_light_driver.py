@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from cineray.pipeline.loading.device import sees_cuda
 
 DRIVER = """
@@ -24,6 +26,7 @@ print(default_device())
 """
 
 
+@pytest.mark.process
 def test_it_reads_models_and_policies_without_torch():
     run = subprocess.run(
         [sys.executable, "-c", DRIVER],

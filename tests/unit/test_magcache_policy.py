@@ -14,6 +14,8 @@ from cineray.caching.plan import CachePlan
 from cineray.caching.policies.magcache import MagCachePolicy, nearest_step
 from cineray.pipeline.adapters.cache_plan import plan_cache
 
+pytestmark = pytest.mark.slow
+
 SEEN = Observation(
     step_index=2,
     num_steps=10,

@@ -5,9 +5,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+from waiting import PATIENCE_S, wait_for
 
 from cineray.jobs.manifest.forms import read_rows
 from cineray.jobs.manifest.row import Row
@@ -215,18 +215,17 @@ def test_no_room_for_them_is_one_line(monkeypatch, tmp_path):
 RENDER = [sys.executable, "-m", "cineray", "render", "--out", "out", "--manifest"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_pipe_that_nobody_writes_to_is_waited_for_until_a_signal(tmp_path, number):
     os.mkfifo(tmp_path / "pipe")
     process = subprocess.Popen(
         [*RENDER, "pipe"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONSAFEPATH": "1"}
     )
-    deadline = time.monotonic() + 60
-    while (writer := _open_for_writing(tmp_path / "pipe")) is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert writer is not None
+    writer = wait_for(lambda: _open_for_writing(tmp_path / "pipe"))
+    assert writer
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=PATIENCE_S)
     os.close(writer)
     assert process.returncode in (128 + number, -number), stderr
     assert "Traceback" not in stderr

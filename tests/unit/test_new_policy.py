@@ -17,6 +17,8 @@ from cineray.caching.token_sums import SignalValues
 from cineray.pipeline.adapters import MODELS, by_transformer
 from cineray.pipeline.caches.signals import SIGNAL_READERS
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drift:

@@ -374,6 +374,7 @@ def test_the_fingerprint_of_an_ordinary_picture_is_the_one_it_always_had(tmp_pat
     assert len({mark(other) for other in (request, *others)}) == 4
 
 
+@pytest.mark.process
 def test_it_needs_no_torch():
     code = "import sys, cineray.pipeline.media.picture; print('torch' in sys.modules)"
     environment = os.environ | {"PYTHONSAFEPATH": "1"}

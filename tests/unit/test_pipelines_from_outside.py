@@ -21,6 +21,8 @@ from PIL import Image
 import cineray
 from cineray.pipeline.caches.step_tracker import StepTracker
 
+pytestmark = pytest.mark.slow
+
 OFTEN = "interval(interval=2)"
 POLICIES = [OFTEN, "taylorseer", "dicache(threshold=0.3,warmup=0.1)", "fbcache(threshold=0.3)"]
 

@@ -215,6 +215,7 @@ def _full(policy):
     return published_checkpoint("wan2.1-t2v-14b").plan_cache(policy).text
 
 
+@pytest.mark.process
 def test_a_plan_needs_no_torch():
     script = (
         "import sys; from cineray.jobs.cli.main import main; "

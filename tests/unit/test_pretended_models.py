@@ -17,6 +17,8 @@ from cineray.pipeline.render import decode_clip, denoise_clip, prepare_clip, ren
 from cineray.pipeline.request import InputError
 from cineray.pipeline.resume.encoded_prompts import encode_prompt, read_encoded
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8
 CLIP = "0123456789ab"
 

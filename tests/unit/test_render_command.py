@@ -12,6 +12,8 @@ from cineray.jobs.cli.main import main
 from cineray.pipeline.media.video import read_metadata, read_video
 from cineray.pipeline.render import render_clip
 
+pytestmark = pytest.mark.process
+
 SMALL = ["--width", "32", "--height", "32", "--frames", "5", "--steps", "3", "--fps", "8"]
 
 

@@ -5,8 +5,11 @@ import subprocess
 
 import pytest
 from report_pages import HOSTILE, Page, render_batch
+from waiting import PATIENCE_S
 
 from cineray.jobs.cli.main import main
+
+pytestmark = pytest.mark.process
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -19,7 +22,7 @@ def test_the_gallery_is_drawn_and_hostile_text_stays_text(checkpoint_folder, tmp
     assert main(["report", str(out), "--out", str(tmp_path / "page.html")]) == 0
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     told = ["--enable-logging=stderr", "--virtual-time-budget=3000", "--dump-dom", (tmp_path / "page.html").as_uri()]
-    run = subprocess.run([*command, *told], capture_output=True, text=True, timeout=120, check=True)
+    run = subprocess.run([*command, *told], capture_output=True, text=True, timeout=PATIENCE_S, check=True)
     assert "CONSOLE" not in run.stderr  # an error of the script, or what the page's own policy refused
     page = Page()
     page.feed(run.stdout)

@@ -263,6 +263,7 @@ def test_each_clip_ends_once_and_no_gpu_time_is_lost_sight_of(world):
 # ---- what it must not need, and what it refuses
 
 
+@pytest.mark.process
 def test_it_imports_neither_ray_nor_torch():
     code = (
         "import sys, cineray.jobs.cli.main, cineray.jobs.simulate.world, cineray.jobs.simulate.clips, "

@@ -14,6 +14,8 @@ from cineray.pipeline.caches.layers import layers_of
 from cineray.pipeline.calibrate.smoothcache import measure_layer_errors, smooth_schedule
 from cineray.pipeline.render import render_clip
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_longest_skip_that_is_good_enough_is_taken():
     nan = float("nan")

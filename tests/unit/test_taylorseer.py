@@ -9,6 +9,8 @@ from cineray.caching.policies.taylorseer import TaylorSeerConfig, derivatives, e
 from cineray.pipeline.adapters import flux
 from cineray.pipeline.adapters.cache_plan import plan_cache
 
+pytestmark = pytest.mark.slow
+
 
 def call(pipe, steps=12, **kwargs):
     pipe.set_progress_bar_config(disable=True)

@@ -19,6 +19,8 @@ from cineray.caching.token_sums import SignalValues
 from cineray.caching.trace import Trace
 from cineray.pipeline.adapters.cache_plan import plan_cache
 
+pytestmark = pytest.mark.slow
+
 WAN = ModelFacts(
     family="wan",
     num_blocks=3,

@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 from rich.console import Console
+from waiting import PATIENCE_S
 
 from cineray.jobs.cli import main as command_line
 from cineray.jobs.cli.main import main
@@ -174,6 +175,7 @@ def test_an_unexpected_error_is_one_line(capsys, monkeypatch):
 CHILD = "from cineray.jobs.cli.main import run; run(['models'])"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("shell", "code", "said"),
     [
@@ -190,7 +192,7 @@ def test_a_stream_that_cannot_be_written_gives_no_traceback(shell, code, said):
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONSAFEPATH": "1"},
-        timeout=120,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert run.returncode == code, run.stderr

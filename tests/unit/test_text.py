@@ -4,8 +4,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import PATIENCE_S
 
 from cineray.text import MAX_LINE, printable
 
@@ -32,6 +34,7 @@ def test_a_long_text_loses_its_middle():
     assert "more characters" in shown
 
 
+@pytest.mark.process
 def test_a_reader_that_has_gone_ends_nothing():
     tell = "from cineray.jobs.console.terminal import tell\nfor n in range(20000): tell(n)\n"
     script = f"{tell}open('/dev/fd/3', 'w').write('on')"
@@ -42,6 +45,6 @@ def test_a_reader_that_has_gone_ends_nothing():
         pass_fds=[wrote],
     )
     os.close(wrote)
-    assert run.communicate(timeout=60)[0] == b"0\n"
+    assert run.communicate(timeout=PATIENCE_S)[0] == b"0\n"
     with os.fdopen(read) as end:
         assert end.read() == "on"

@@ -40,6 +40,7 @@ def test_what_the_user_has_set_stays(given, threads):
     assert rank_threads(environment) == (threads or 1)
 
 
+@pytest.mark.process
 def test_the_command_line_sets_it_before_torch_is_imported():
     script = """
 import json, os, sys

@@ -11,10 +11,13 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from waiting import PATIENCE_S
 
 from cineray.pipeline.media.ffmpeg import run_ffmpeg
 from cineray.pipeline.media.video import VideoError, check_ffmpeg, count_frames, read_metadata, read_video, write_video
 from cineray.pipeline.request import InputError
+
+pytestmark = pytest.mark.process
 
 BARS = [(255, 255, 255), (255, 255, 0), (0, 255, 255), (0, 255, 0), (255, 0, 255), (255, 0, 0), (0, 0, 255), (0, 0, 0)]
 TEXTS = [
@@ -41,7 +44,7 @@ def bars(width: int, height: int) -> np.ndarray:
 
 def ffmpeg(*arguments: object) -> subprocess.CompletedProcess[bytes]:
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, check=False, stdin=subprocess.DEVNULL, timeout=60)
+    return subprocess.run(command, capture_output=True, check=False, stdin=subprocess.DEVNULL, timeout=PATIENCE_S)
 
 
 def as_a_player(video: Path, width: int, height: int) -> np.ndarray:
@@ -280,7 +283,7 @@ def test_a_job_in_the_background_of_a_terminal_is_not_stopped(tmp_path):
             capture_output=True,
             text=True,
             env=os.environ | {"PYTHONSAFEPATH": "1"},
-            timeout=120,
+            timeout=PATIENCE_S,
             check=False,
         )
     finally:
