@@ -6,7 +6,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from cineray.caching.spec import POLICIES
+from cineray.caching.spec import POLICIES, options_class
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 
 ODD = (
@@ -31,8 +31,7 @@ def plan_or_line(checkpoint, spec: str) -> Any:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_option_of_every_policy_takes_a_value_or_refuses_it_in_one_line(model, policy):
     checkpoint = open_checkpoint(model)
-    options = POLICIES[policy]
-    for option in get_type_hints(options if isinstance(options, type) else type(options)):
+    for option in get_type_hints(options_class(POLICIES[policy])):
         for value in ODD:
             plan = plan_or_line(checkpoint, f"{policy}({option}={value})")
             if not isinstance(plan, str):
