@@ -329,7 +329,7 @@ class BatchState:
                 gang.explain_s = waited_s + REPEAT_S
                 self._do(ExplainWait(gang.number, waited_s))
         for finisher in self.finishers:
-            is_loading = finisher.stage == "loading"
+            is_loading = finisher.stage == "loading" or (finisher.stage == "placing" and not finisher.is_apart)
             limit_s = START_S if is_loading else FINISH_STEPS * self._hang_s
             is_watched = is_loading or finisher.finishing or finisher.encoding
             if is_watched and is_hung(now_s, finisher.changed_s, limit_s):
@@ -535,7 +535,7 @@ class BatchState:
 
     def _encode_prompts(self, now_s: float) -> None:
         ready = [finisher for finisher in self.finishers if self._takes_work(finisher)]
-        under_way = {key for finisher in ready for key in finisher.encoding}
+        under_way = {key for finisher in self.finishers for key in finisher.encoding}
         for name in self.waiting:
             key = self.clips[name].prompt_key
             if ready and key not in self._prompts and key not in under_way:

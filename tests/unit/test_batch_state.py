@@ -402,6 +402,16 @@ def test_a_gang_that_must_go_waits_for_the_clip_of_its_finisher_and_gives_it_no_
     assert set(here.ended.values()) == {"done"}
 
 
+def test_a_prompt_that_a_finisher_encodes_on_a_node_that_goes_is_not_given_to_another():
+    here = world(num_clips=1, num_gangs=2, num_finishers=2, num_apart=0)
+    until(here, lambda: any(here.encoding.values()) and len(here.encoding) == 2)
+    (finisher,) = (number for number, keys in here.encoding.items() if keys)
+    here.tell(events.NodesDraining(here.state.gangs[here.stands_with[finisher]].nodes))
+    assert here.done["EncodePrompt"] == 1
+    here.run_out()
+    assert here.ended == {"c0": "done"}
+
+
 def test_who_waits_for_a_place_is_told_of_once_and_again_after_minutes():
     here = world(num_gangs=1)
     here.tell(events.Tick(), PLACE_S - 1)
