@@ -9,6 +9,7 @@ from typing import Any
 from cineray.jobs.console.progress import RenderProgress
 from cineray.jobs.output.commit import Doubt, commit_clip, find_clip
 from cineray.jobs.output.folder import OutputError, OutputFolder
+from cineray.jobs.output.hardware import begin_peak, hardware
 from cineray.jobs.output.lease import Lease, LeasedError
 from cineray.jobs.output.record import clip_record, clip_warnings, fingerprint_of, render_options
 from cineray.jobs.output.results import ClipResult, ResultLog, Status
@@ -92,12 +93,14 @@ def _render(batch: Batch, request: ClipRequest, fingerprint: str, options: dict[
     adapter = batch.model.adapter
     warnings = [*clip_warnings(request), *adapter.unused(request), *adapter.cut_prompts(batch.model.pipe, request)]
     batch.progress.warn(request.id, warnings)
+    device = batch.model.options.device
+    begin_peak(device)
     clip = render_clip(batch.model, request, batch.progress.step, keeper)
     record = clip_record(
         request, fingerprint, batch.model, options, clip, resumed_at=keeper.resumed_at, warnings=warnings
     )
     batch.lease.check()
-    commit_clip(batch.folder, request, fingerprint, clip, record, batch.lossless)
+    commit_clip(batch.folder, request, fingerprint, clip, record, batch.lossless, hardware(device))
     with suppress(OSError):  # the clip is committed, whatever lies there
         state.unlink(missing_ok=True)
     return record

@@ -223,11 +223,12 @@ def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
         # read when ray is imported: it would listen on every interface, whatever address it is given
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     from cineray.jobs.gangs.actors import actors_of
-    from cineray.jobs.gangs.cluster import connected, missing_resources, plan_fleet
+    from cineray.jobs.gangs.cluster import connected, nodes_now
     from cineray.jobs.gangs.driver import RayBatch
     from cineray.jobs.gangs.events import StartRequested
     from cineray.jobs.gangs.messages import RunSpec
     from cineray.jobs.gangs.metrics import RunMetrics
+    from cineray.jobs.gangs.placement import crossing, finishers_for, missing_room, plan_fleet
     from cineray.jobs.gangs.progress import GangProgress
     from cineray.jobs.gangs.queue import ClipQueue
     from cineray.jobs.gangs.slots import Slots
@@ -238,7 +239,6 @@ def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
     if options.is_local:
         check_device(asked.load_options.device)
     identity = identify(asked.checkpoint)
-    fleet = plan_fleet(asked.load_options.device, options.num_gangs, options.layout.world_size, options.num_finishers)
     spec = RunSpec(
         model=asked.checkpoint.name,
         options=asked.load_options,
@@ -247,12 +247,18 @@ def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
         run=options,
     )
     began = time.monotonic()
-    with connected(None if options.is_local else options.address, fleet):
-        missing = missing_resources(fleet)
+    num_actors = options.num_gangs * options.layout.world_size + finishers_for(options.num_gangs, options.num_finishers)
+    with connected(None if options.is_local else options.address, num_actors):
+        nodes = list(nodes_now().values())
+        device, num_gangs = asked.load_options.device, options.num_gangs
+        fleet = plan_fleet(device, options.layout, num_gangs, options.num_finishers, nodes, options.is_local)
+        missing = missing_room(fleet, nodes)
         if missing and options.is_local:
             raise InputError(missing)
         slots = Slots.of(spec, fleet, actors_of())
-        state = BatchState(fleet.num_gangs, fleet.num_finishers, options.hang_s, clips_ahead(fleet.num_gangs))
+        state = BatchState(
+            fleet.num_gangs, fleet.num_finishers, options.hang_s, clips_ahead(fleet.num_gangs), fleet.num_apart
+        )
 
         def render(work: Work) -> RunReport:
             results = ResultLog()
@@ -260,6 +266,10 @@ def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
             with GangProgress(work.num_clips) as progress:
                 if missing:
                     progress.say(f"{missing}; waiting: an autoscaler may bring one")
+                if asked.load_options.offload == "model":
+                    progress.say("--offload model: finishers offload; a rank's transformer is in use all the time")
+                if slow := crossing(options.layout, fleet.group):
+                    progress.say(slow)
                 batch = RayBatch(
                     spec=spec,
                     state=state,

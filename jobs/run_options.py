@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cineray.distributed.layout import Layout
+from cineray.distributed.layout import Layout, parse_layout
 from cineray.jobs.output.lease import MIN_TTL_S, TTL_S
 from cineray.pipeline.request import InputError
 
@@ -15,6 +15,7 @@ class RunOptions:
 
     Args:
         sp: ranks that share the tokens of one clip.
+        layout_name: layout of one gang, as `parse_layout` reads it; in place of `sp` and `cfg_parallel`.
         address: of a Ray cluster; "local" or None for this machine.
         num_finishers: actors that encode prompts and decode; None for one per four gangs.
         hang_s: a gang whose step takes longer is killed.
@@ -24,6 +25,7 @@ class RunOptions:
 
     sp: int = 1
     cfg_parallel: bool = False
+    layout_name: str | None = None
     num_gangs: int = 1
     address: str | None = None
     num_finishers: int | None = None
@@ -35,6 +37,7 @@ class RunOptions:
         for name, value in (("sp", self.sp), ("gangs", self.num_gangs), ("finishers", self.num_finishers or 1)):
             if not 1 <= value <= MAX_ACTORS:
                 raise InputError(f"--{name} must be 1 to {MAX_ACTORS}, got {value}")
+        self._check_layout()
         if not self.hang_s > 0:
             raise InputError(f"--hang-timeout must be above 0, got {self.hang_s:g}")
         if not self.lease_s >= MIN_TTL_S:
@@ -45,9 +48,26 @@ class RunOptions:
         if not self.checkpoint_s >= 0:
             raise InputError(f"--checkpoint-every must be 0 or more, got {self.checkpoint_s:g}")
 
+    def _check_layout(self) -> None:
+        if self.layout_name is None:
+            return
+        if self.sp != 1 or self.cfg_parallel:
+            raise InputError("give --layout, or --sp and --cfg-parallel, not both")
+        try:
+            layout = parse_layout(self.layout_name)
+        except ValueError as error:
+            said = str(error)
+            raise InputError(f"--{said}" if said.startswith("layout") else f"--layout: {said}") from None
+        if layout.gangs > 1:
+            raise InputError(f"--layout {layout.text} is that of one gang; leave gangs{layout.gangs} out, give --gangs")
+        if layout.world_size > MAX_ACTORS:
+            raise InputError(f"--layout {layout.text} takes {layout.world_size} ranks; {MAX_ACTORS} are the most")
+
     @property
     def layout(self) -> Layout:
         """Layout of one gang."""
+        if self.layout_name is not None:
+            return parse_layout(self.layout_name)
         return Layout(cfg=2 if self.cfg_parallel else 1, ulysses=self.sp)
 
     @property

@@ -13,6 +13,7 @@ _WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME"
 # 1.3 times (320 tokens, two cores).
 ONE_THREAD_PARAMETERS = 20_000_000
 ONE = 1
+LOADING_PROCESSES = 8  # that load at once on one machine: a rank per GPU of the largest
 
 
 def wait_passively(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -47,6 +48,15 @@ def rank_threads(environment: Mapping[str, str] = os.environ) -> int:
     Ray itself sets OMP_NUM_THREADS to an actor's number of CPUs, which is one.
     """
     return _asked_for(environment) or ONE
+
+
+def loading_threads(device: str, environment: Mapping[str, str] = os.environ) -> int:
+    """Threads of a process that loads weights, which are cast on the CPU: with CUDA its share of all cores.
+
+    On a CPU the same as to render: ranks may be as many as cores.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or ONE
+    return max(rank_threads(environment), cores // LOADING_PROCESSES) if device == "cuda" else rank_threads(environment)
 
 
 def _asked_for(environment: Mapping[str, str]) -> int | None:

@@ -23,11 +23,13 @@ from typing import Any
 
 import click
 
+from cineray.distributed.layout import Layout
 from cineray.jobs.gangs.actors import Finisher, GangRank, actors_of
-from cineray.jobs.gangs.cluster import connected, plan_fleet
+from cineray.jobs.gangs.cluster import connected, nodes_now
 from cineray.jobs.gangs.driver import RayBatch
 from cineray.jobs.gangs.messages import ClipFault, Denoised, Preempted, RunSpec, Task
 from cineray.jobs.gangs.metrics import RunMetrics
+from cineray.jobs.gangs.placement import plan_fleet
 from cineray.jobs.gangs.progress import GangProgress
 from cineray.jobs.gangs.queue import ClipQueue
 from cineray.jobs.gangs.slots import Slots
@@ -133,7 +135,6 @@ def dispatch(clips: int, gangs: int, finishers: int, model: str) -> None:
     with tempfile.TemporaryDirectory(prefix="cineray-bench-") as short:
         folder = OutputFolder(Path(short) / "out")
         manifest = write_manifest(Path(short) / "m.jsonl", clips, 20)
-        fleet = plan_fleet("cpu", gangs, 1, finishers)
         spec = RunSpec(
             model=model,
             options=LoadOptions(),
@@ -141,12 +142,13 @@ def dispatch(clips: int, gangs: int, finishers: int, model: str) -> None:
             lossless=False,
             run=RunOptions(num_gangs=gangs),
         )
-        with Lease(folder.state) as lease, connected(None, fleet), GangProgress(clips) as progress:
+        with Lease(folder.state) as lease, connected(None, gangs + finishers), GangProgress(clips) as progress:
+            fleet = plan_fleet("cpu", Layout(), gangs, finishers, list(nodes_now().values()), is_one_machine=True)
             slots = Slots.of(spec, fleet, actors_of(NoOpRank, NoOpFinisher))
             results = ResultLog()
             batch = RayBatch(
                 spec=spec,
-                state=BatchState(fleet.num_gangs, fleet.num_finishers, hang_s=300.0, depth=2 * gangs + 2),
+                state=BatchState(gangs, finishers, hang_s=300.0, depth=2 * gangs + 2, num_apart=fleet.num_apart),
                 slots=slots,
                 folder=folder,
                 lease=lease,

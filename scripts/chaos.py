@@ -221,7 +221,7 @@ def pixels(out: Path) -> dict[str, str]:
         clip, mark, _ = video.name.rsplit(".", 2)
         assert clip not in found, f"{clip} is committed twice"
         sidecar = json.loads(video.with_suffix(".json").read_text())
-        for name in ("timings", "video"):  # not known to the video
+        for name in ("timings", "hardware", "video"):  # not known to the video
             sidecar.pop(name, None)
         assert sidecar == read_metadata(video), f"{video.name}: the sidecar is not the video's"
         assert (sidecar["id"], sidecar["fingerprint"]) == (clip, mark)

@@ -156,6 +156,12 @@ _RUN_OPTIONS = [  # by the names of RunOptions
     click.option("--sp", type=int, default=_RUN.sp, show_default=True, metavar="N", help="Ranks that share one clip."),
     click.option("--cfg-parallel", is_flag=True, help="The guidance branches on two halves of a gang (Wan)."),
     click.option(
+        "--layout",
+        "layout_name",
+        metavar="LAYOUT",
+        help="How a gang shares a clip, as ring2xulysses4; instead of --sp and --cfg-parallel.",
+    ),
+    click.option(
         "--gangs",
         "num_gangs",
         type=int,

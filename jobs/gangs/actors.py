@@ -7,6 +7,7 @@ that nothing is lost with an actor.
 
 import os
 import threading
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ class GangRank:
     """One rank of a gang. The name begins its lines in the log."""
 
     def __init__(self, name: str, spec: RunSpec) -> None:
-        _begin_process()
+        _begin_process(spec)
         from cineray.jobs.gangs.rank_work import RankWork
 
         self._name = name
@@ -40,9 +41,7 @@ class GangRank:
         return self._name
 
     def place(self) -> WorkerLocation:
-        context = ray.get_runtime_context()
-        devices = context.get_accelerator_ids().get("GPU", [])
-        return WorkerLocation(node_id=context.get_node_id(), device=",".join(devices), pid=os.getpid())
+        return _location()
 
     def open_rendezvous(self) -> tuple[str, int]:
         return self._work.open_rendezvous(ray.util.get_node_ip_address())
@@ -72,7 +71,7 @@ class Finisher:
     """What is done to a clip before and after the gangs."""
 
     def __init__(self, name: str, spec: RunSpec) -> None:
-        _begin_process()
+        _begin_process(spec)
         from cineray.jobs.gangs.finisher_work import FinisherWork
 
         self._name = name
@@ -80,6 +79,9 @@ class Finisher:
 
     def __repr__(self) -> str:
         return self._name
+
+    def place(self) -> WorkerLocation:
+        return _location()
 
     def load(self) -> None:
         self._work.load()
@@ -96,12 +98,31 @@ class Finisher:
         threading.Event().wait()
 
 
-def _begin_process() -> None:
+def _location() -> WorkerLocation:
+    context = ray.get_runtime_context()
+    devices = context.get_accelerator_ids().get("GPU", [])
+    return WorkerLocation(node_id=context.get_node_id(), device=",".join(devices), pid=os.getpid())
+
+
+def _begin_process(spec: RunSpec) -> None:
     """Prepares an actor's process, before it imports torch. Its lines reach the driver's terminal through Ray's log."""
     begin_printing()
     wait_passively()
+    if spec.options.device == "cuda":
+        grow_segments()
 
 
+def grow_segments(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Lets PyTorch's memory on a GPU grow in place, so that less of it is lost between blocks; what is set stays.
+
+    A rank and a finisher may share a GPU, and neither can use what the other has cached
+    (docs.pytorch.org/docs/stable/notes/cuda.html, expandable_segments).
+    """
+    if not _ALLOCATOR.intersection(environment):
+        environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+
+_ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
 # calls of the named groups run beside the main one, in threads of their own
 RANK_GROUPS = {"control": 1, "life": 1}
 FINISHER_GROUPS = {"encode": 1, "life": 1}

@@ -7,60 +7,29 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import ray
-from ray._private.state import state
+from ray._private.state import available_resources_per_node, state
 
 from cineray.jobs.gangs.cluster_address import check_address
-from cineray.jobs.gangs.gang_slot import Resources
-from cineray.jobs.gangs.state import finishers_for
+from cineray.jobs.gangs.placement import NodeRoom
 from cineray.jobs.private_folder import private_folder
 from cineray.jobs.stopping import Stopped, kept_handlers
 from cineray.pipeline.request import InputError
 
 # latents and prompts cross as files; the store holds control messages alone (Ray's least is 75 MiB)
 OBJECT_STORE_BYTES = 100 * 2**20
-GPU_SHARE_OF_FINISHER = 0.1  # of a GPU, beside a rank; so ranks ask for the rest
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fleet:
-    """How many actors, and what each takes.
-
-    Args:
-        ranks_per_gang: on one node.
-    """
-
-    num_gangs: int
-    ranks_per_gang: int
-    num_finishers: int
-    rank: Resources
-    finisher: Resources
-
-
-def plan_fleet(device: str, num_gangs: int, ranks_per_gang: int, num_finishers: int | None) -> Fleet:
-    """One CPU per actor; with CUDA one GPU per rank, whose tenth may serve a finisher.
-
-    Args:
-        num_finishers: None for what the number of gangs asks for.
-    """
-    gpus = 1.0 if device == "cuda" else 0.0
-    return Fleet(
-        num_gangs=num_gangs,
-        ranks_per_gang=ranks_per_gang,
-        num_finishers=num_finishers or finishers_for(num_gangs),
-        rank=Resources(num_cpus=1, num_gpus=gpus * (1 - GPU_SHARE_OF_FINISHER)),
-        finisher=Resources(num_cpus=1, num_gpus=gpus * GPU_SHARE_OF_FINISHER),
-    )
 
 
 @contextmanager
-def connected(address: str | None, fleet: Fleet) -> Iterator[None]:
+def connected(address: str | None, num_actors: int) -> Iterator[None]:
     """Joins the cluster at `address`, or starts a Ray of this process's own that listens on localhost alone.
 
     A process that has joined one already stays there.
+
+    Args:
+        num_actors: that a Ray of its own has CPUs for.
 
     Raises:
         InputError: there is no cluster at the address.
@@ -75,7 +44,7 @@ def connected(address: str | None, fleet: Fleet) -> Iterator[None]:
     try:
         if address is None:
             with private_folder() as folder, _own_token(folder):
-                _start(folder, fleet)
+                _start(folder, num_actors)
                 try:
                     yield
                 finally:
@@ -87,16 +56,15 @@ def connected(address: str | None, fleet: Fleet) -> Iterator[None]:
         ray.shutdown()
 
 
-def _start(folder: Path, fleet: Fleet) -> None:
+def _start(folder: Path, num_cpus: int) -> None:
     """A Ray of this process's own. `folder` keeps others out; what Ray makes below it, anybody could write."""
-    num_ranks = fleet.num_gangs * fleet.ranks_per_gang
     # a small /dev/shm is no reason for advice: nearly nothing goes through the store
     logging.getLogger("ray._private.services").setLevel(logging.ERROR)
     try:
         with _ray_handles_signals_meanwhile():
             ray.init(
                 address="local",
-                num_cpus=int(num_ranks * fleet.rank.num_cpus + fleet.num_finishers * fleet.finisher.num_cpus),
+                num_cpus=num_cpus,
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 logging_level=logging.WARNING,
@@ -176,18 +144,25 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def missing_resources(fleet: Fleet) -> str | None:
-    """Why no node that is up now could hold a gang; None if one can."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    need = {name: amount * fleet.ranks_per_gang for name, amount in fleet.rank.bundle.items()}
-    if any(all(node.get(name, 0) >= amount for name, amount in need.items()) for node in nodes):
-        return None
-    largest = {name: max((float(node.get(name, 0)) for node in nodes), default=0.0) for name in need}
-    each = _text(fleet.rank.bundle)
-    return (
-        f"no machine has room for a gang of {fleet.ranks_per_gang} ranks, each of which takes {each}: the largest has "
-        f"{_text(largest)}; use a smaller --sp, or a larger machine"
-    )
+def nodes_now() -> dict[str, NodeRoom]:
+    """The nodes that are up and what of them is free, by id. What is free may be a moment old."""
+    free = _free_by_node()
+    up = [node for node in ray.nodes() if node["Alive"]]
+    return {node["NodeID"]: _room(node["Resources"], free.get(node["NodeID"], node["Resources"])) for node in up}
+
+
+def _room(total: dict[str, float], free: dict[str, float]) -> NodeRoom:
+    def known(amounts: dict[str, float]) -> dict[str, float]:
+        return {name: float(amounts.get(name, 0.0)) for name in ("CPU", "GPU")}
+
+    return NodeRoom(total=known(total), free=known(free))
+
+
+def _free_by_node() -> dict[str, dict[str, float]]:
+    try:
+        return available_resources_per_node()
+    except Exception:  # noqa: BLE001  # private: no public call tells it by node
+        return {}
 
 
 def draining_nodes() -> frozenset[str]:
@@ -196,7 +171,3 @@ def draining_nodes() -> frozenset[str]:
         return frozenset(state.get_draining_nodes())
     except Exception:  # noqa: BLE001  # private: Ray Train's PreemptionWatcher reads it, there is no public way
         return frozenset()
-
-
-def _text(resources: dict[str, float]) -> str:
-    return " and ".join(f"{amount:g} {name}" for name, amount in resources.items())

@@ -6,21 +6,23 @@ Each clip goes through encode (finisher), denoise (gang), decode and commit (fin
 
 import signal
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import ray
 
 from cineray.jobs.gangs import effects, events
-from cineray.jobs.gangs.cluster import draining_nodes
+from cineray.jobs.gangs.cluster import draining_nodes, nodes_now
 from cineray.jobs.gangs.finisher_slot import FinisherSlot
-from cineray.jobs.gangs.gang_slot import GangSlot
+from cineray.jobs.gangs.gang_slot import GangSlot, scheduling_state
+from cineray.jobs.gangs.members import GangStage, Stage
 from cineray.jobs.gangs.messages import RunSpec
 from cineray.jobs.gangs.metrics import RunMetrics
+from cineray.jobs.gangs.placement import make_room, wait_reason
 from cineray.jobs.gangs.progress import GangProgress
 from cineray.jobs.gangs.queue import ClipQueue
 from cineray.jobs.gangs.slots import Slots
-from cineray.jobs.gangs.state import BatchState, GangStage, Stage
+from cineray.jobs.gangs.state import BatchState
 from cineray.jobs.output.folder import OutputFolder
 from cineray.jobs.output.lease import Lease
 from cineray.jobs.output.results import ClipResult, ResultLog
@@ -50,6 +52,7 @@ class RayBatch:
     _draining: frozenset[str] = frozenset()
     _spent_s: tuple[float, float] = (0.0, 0.0)
     _next_s: dict[str, float] = field(default_factory=dict)
+    _found: list[events.Event] = field(default_factory=list)
 
     @property
     def gangs_busy(self) -> float | None:
@@ -124,6 +127,8 @@ class RayBatch:
                 self._draining = draining
                 self._handle(events.NodesDraining(draining))
         self._handle(events.Tick())
+        found, self._found = self._found, []
+        self._handle(*found)
         if self._is_due("status", STATUS_S):
             self._write_status()
         if self._is_due("show", SHOW_S):
@@ -152,14 +157,16 @@ class RayBatch:
         if self.slots.perform(effect):
             return
         match effect:
+            case effects.ExplainWait(gang, waited_s):
+                self._explain_wait(gangs[gang], waited_s)
             case effects.AssignClip(gang, name, unread):
                 self._assign(gangs[gang], name, unread)
             case effects.RequestStop(gang):
                 gangs[gang].request_stop()
             case effects.EncodePrompt(finisher, name):
                 finishers[finisher].encode(tasks[name])
-            case effects.FinishClip(finisher, name):
-                finishers[finisher].finish(tasks[name])
+            case effects.FinishClip(finisher, name, ranks):
+                finishers[finisher].finish(replace(tasks[name], ranks=ranks))
             case effects.ForgetPrompt(key):
                 self.folder.delete_prompt(key)
             case effects.RecordFailure(name, status, reasons):
@@ -170,6 +177,17 @@ class RayBatch:
                 self.folder.log_event(event, **fields)
             case effects.Say(message):
                 self.progress.say(message)
+
+    def _explain_wait(self, gang: GangSlot, waited_s: float) -> None:
+        nodes = nodes_now()
+        state = scheduling_state(gang.placement)
+        reason = wait_reason(gang.group.bundle, gang.group.num_nodes, list(nodes.values()), state)
+        self.progress.say(f"{gang.name} has waited {waited_s:.0f} s for a place: {reason}")
+        self.folder.log_event("waiting", actor=gang.name, waited_s=round(waited_s), reason=reason)
+        places = {slot.number: slot.node_id for slot in self.slots.finishers if slot.node_id is not None}
+        in_the_way = make_room(gang.group, self.slots.finishers[0].fleet.apart.bundle, nodes, places)
+        if in_the_way:
+            self._found.append(events.FinishersInTheWay(in_the_way))
 
     def _assign(self, gang: GangSlot, name: str, unread: tuple[str, ...]) -> None:
         task = self.queue.warned(name, unread)

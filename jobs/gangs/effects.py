@@ -20,6 +20,14 @@ class KillGang:
 
 
 @dataclass(frozen=True, slots=True)
+class ExplainWait:
+    """Say what a gang is missing that has waited for its place for so long."""
+
+    gang: int
+    waited_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class AssignClip:
     """Let an idle gang denoise a clip; `warnings` say what of its prompts was not read."""
 
@@ -37,9 +45,10 @@ class RequestStop:
 
 @dataclass(frozen=True, slots=True)
 class BuildFinisher:
-    """Start a finisher."""
+    """Start a finisher, in the placement group of a gang that has its place; None: in a place of its own."""
 
     finisher: int
+    gang: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +68,11 @@ class EncodePrompt:
 
 @dataclass(frozen=True, slots=True)
 class FinishClip:
-    """Let a finisher decode and commit a clip whose latents are on disk."""
+    """Let a finisher decode and commit a clip whose latents are on disk; `ranks` say what they were computed on."""
 
     finisher: int
     clip: str
+    ranks: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +127,7 @@ class Abort:
 Effect = (
     BuildGang
     | KillGang
+    | ExplainWait
     | AssignClip
     | RequestStop
     | BuildFinisher

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from cineray.jobs.gangs.retry import RankOutcome
 
@@ -67,12 +67,14 @@ class GangEnded:
         outcomes: of its ranks, if not all of them answered; None where all did.
         preempted_at: the step after which the clip was preempted; None where its latents are on disk.
         is_kept: the state of that step is on disk.
+        ranks: what its ranks computed on, where the latents are on disk.
     """
 
     gang: int
     outcomes: tuple[RankOutcome, ...] | None = None
     preempted_at: int | None = None
     is_kept: bool = False
+    ranks: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,20 @@ class PromptMissing:
 
     gang: int
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FinisherPlaced:
+    """A finisher has its place and begins to load its part of the model."""
+
+    finisher: int
+
+
+@dataclass(frozen=True, slots=True)
+class FinishersInTheWay:
+    """A gang waits for room that these finishers take, which have places of their own."""
+
+    finishers: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +117,12 @@ class PromptEncoded:
 
 @dataclass(frozen=True, slots=True)
 class PromptFailed:
-    """A prompt cannot be encoded."""
+    """A prompt could not be encoded; "memory": for want of it."""
 
     finisher: int
     key: str
     reason: str
+    fault: Literal["input", "memory"] = "input"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +136,12 @@ class VideoCommitted:
 
 @dataclass(frozen=True, slots=True)
 class VideoFailed:
-    """A clip's latents cannot be decoded or written."""
+    """A clip's latents could not be decoded or written; "memory": for want of it."""
 
     finisher: int
     clip: str
     reason: str
+    fault: Literal["input", "memory"] = "input"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +192,8 @@ Event = (
     | StepReached
     | GangEnded
     | PromptMissing
+    | FinisherPlaced
+    | FinishersInTheWay
     | FinisherReady
     | PromptEncoded
     | PromptFailed

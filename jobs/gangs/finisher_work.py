@@ -1,25 +1,30 @@
 """What is done to a clip before and after the gangs: text encoding; decoding, writing and committing."""
 
-from contextlib import suppress
+import threading
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cineray.jobs.console.terminal import tell
+from cineray.jobs.gangs.faults import explain_shortage, fault_of, free_memory, with_memory
 from cineray.jobs.gangs.messages import ClipFault, RunSpec, Task
 from cineray.jobs.output.commit import commit_clip
 from cineray.jobs.output.folder import OutputError, OutputFolder
+from cineray.jobs.output.hardware import begin_peak, hardware
 from cineray.jobs.output.record import clip_record, policy_text, render_options
 from cineray.jobs.output.step_keeper import MAX_NOTES_BYTES
-from cineray.jobs.threads import rank_threads
+from cineray.jobs.threads import loading_threads, rank_threads
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.model import LoadedModel, load_model
 from cineray.pipeline.media.video import check_ffmpeg
-from cineray.pipeline.render import DenoisedClip, decode_clip
-from cineray.pipeline.request import explain
+from cineray.pipeline.render import DenoisedClip, RenderedClip, decode_clip
+from cineray.pipeline.request import ClipRequest, explain
 from cineray.pipeline.resume.encoded_prompts import encode_prompt, is_encoded
 from cineray.pipeline.resume.step_state import read_step_state
+
+TILED = "the GPU had too little memory to decode it whole; it was decoded in tiles, which may show at their borders"
 
 
 class FinisherWork:
@@ -28,12 +33,18 @@ class FinisherWork:
     def __init__(self, spec: RunSpec) -> None:
         self._spec = spec
         self._model: LoadedModel | None = None
+        # accelerate's hooks move the parts of a pipeline between CPU and GPU, and are all made anew after a decode:
+        # with them one call at a time; else a prompt is encoded while a clip is decoded
+        self._one_call: AbstractContextManager[Any] = (
+            nullcontext() if spec.options.offload == "none" else threading.Lock()
+        )
 
     def load(self) -> None:
-        torch.set_num_threads(rank_threads())
         check_ffmpeg()
+        torch.set_num_threads(loading_threads(self._spec.options.device))
         checkpoint = open_checkpoint(self._spec.model)
         self._model = load_model(checkpoint, self._spec.options, skip_components=checkpoint.model.denoiser_parts)
+        torch.set_num_threads(rank_threads())
 
     def encode(self, task: Task) -> tuple[str, ...] | ClipFault:
         """Leaves the encoded prompts on disk; returns what of them is not read, a sentence for each."""
@@ -41,16 +52,16 @@ class FinisherWork:
         torch.set_num_threads(rank_threads())
         folder = OutputFolder.existing(self._spec.out)
         path = folder.prompt_path(task.prompt_key)
+        model = self._model
         try:
-            cut = self._model.adapter.cut_prompts(self._model.pipe, task.request)
+            cut = model.adapter.cut_prompts(model.pipe, task.request)
             if not is_encoded(path):
-                with folder.translated_os_errors(f"keeping the prompt of clip {task.request.id}"):
-                    encode_prompt(self._model, task.request, path)
+                with folder.translated_os_errors(f"keeping the prompt of clip {task.request.id}"), self._one_call:
+                    with_memory(lambda: encode_prompt(model, task.request, path))
         except OutputError:
             raise
         except Exception as reason:  # noqa: BLE001  # whatever it is, the other clips go on
-            folder.check(f"the prompt of clip {task.request.id} was encoded")  # a fault of the folder is not the clip's
-            return ClipFault(reason=explain(reason))
+            return _fault(reason, folder, f"the prompt of clip {task.request.id} was encoded")
         return tuple(cut)
 
     def finish(self, task: Task) -> dict[str, Any] | ClipFault | None:
@@ -63,14 +74,15 @@ class FinisherWork:
             OutputError: the output folder is full or gone.
         """
         assert self._model is not None
-        folder, request = OutputFolder.existing(self._spec.out), task.request
+        folder, request, device = OutputFolder.existing(self._spec.out), task.request, self._spec.options.device
+        begin_peak(device)
         path = folder.step_path(request.id, task.fingerprint)
         found = self._read_latents(path, task)
         if found is None:
             return None
         clip, resumed_at = found
         try:
-            rendered = decode_clip(self._model, clip, request)
+            rendered, is_tiled = self._decode(clip, request)
             if rendered.frames.shape[:3] != (request.num_frames, request.height, request.width):
                 _tell_unused(request.id, f"they decode to frames of shape {rendered.frames.shape}")
                 return None
@@ -83,17 +95,34 @@ class FinisherWork:
                 rendered,
                 self._spec.run.layout,
                 resumed_at,
-                task.warnings,
+                (*task.warnings, *([TILED] if is_tiled else [])),
             )
-            commit_clip(folder, request, task.fingerprint, rendered, record, self._spec.lossless)
+            used = hardware(device) | ({"ranks": list(task.ranks)} if task.ranks else {})
+            commit_clip(folder, request, task.fingerprint, rendered, record, self._spec.lossless, used)
         except OutputError:
             raise
         except Exception as reason:  # noqa: BLE001  # whatever it is, the other clips go on
-            folder.check(f"clip {request.id} was written")
-            return ClipFault(reason=explain(reason))
+            return _fault(reason, folder, f"clip {request.id} was written")
         with suppress(OSError):  # the clip is committed, whatever lies there
             path.unlink(missing_ok=True)
         return record
+
+    def _decode(self, clip: DenoisedClip, request: ClipRequest) -> tuple[RenderedClip, bool]:
+        """The frames, and whether memory was so short that they were decoded in tiles though nobody asked for it."""
+        assert self._model is not None
+        model, vae = self._model, self._model.pipe.vae
+        with self._one_call:
+            try:
+                return with_memory(lambda: decode_clip(model, clip, request)), False
+            except Exception as error:
+                if fault_of(error) != "memory" or self._spec.options.vae_tiling:
+                    raise
+            free_memory()
+            vae.enable_tiling()
+            try:
+                return decode_clip(model, clip, request), True
+            finally:
+                vae.disable_tiling()
 
     def _read_latents(self, path: Path, task: Task) -> tuple[DenoisedClip, list[int]] | None:
         """The denoised clip that lies on disk, and where it went on after a stop."""
@@ -115,6 +144,24 @@ class FinisherWork:
         latents = state.latents.to(self._model.pipe._execution_device)
         clip = DenoisedClip(latents=latents, trace=trace, encode_s=notes.encode_s, denoise_s=notes.denoise_s)
         return clip, list(notes.resumed_at)
+
+
+def _fault(error: Exception, folder: OutputFolder, doing: str) -> ClipFault:
+    """What an error says of the clip.
+
+    Raises:
+        Exception: the error itself: the device is not well, and would not be for the next clip.
+        OutputError: the folder is at fault.
+    """
+    fault = fault_of(error)
+    if fault == "machine" and isinstance(error, RuntimeError):
+        raise error
+    if fault == "memory":
+        reason = explain_shortage(error)
+        free_memory()
+        return ClipFault(reason=reason, fault="memory")
+    folder.check(doing)  # a fault of the folder is not the clip's
+    return ClipFault(reason=explain(error))
 
 
 def _tell_unused(clip_id: str, reason: str) -> None:

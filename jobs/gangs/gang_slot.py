@@ -10,13 +10,30 @@ from typing import Any, Literal
 
 import ray
 from ray import exceptions
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cineray.jobs.gangs.events import Event, GangEnded, GangPlaced, GangReady, PromptMissing, StepReached
-from cineray.jobs.gangs.messages import ClipFault, NoPrompt, Preempted, RunSpec, StepCount, Task, WorkerLocation
+from cineray.jobs.gangs.messages import (
+    ClipFault,
+    Denoised,
+    NoPrompt,
+    Preempted,
+    RunSpec,
+    StepCount,
+    Task,
+    WorkerLocation,
+)
+from cineray.jobs.gangs.placement import GangGroup, Resources
 from cineray.jobs.gangs.retry import RankOutcome
-from cineray.pipeline.request import InputError
+from cineray.jobs.output.hardware import summed_up
+from cineray.pipeline.loading.errors import LoadingError
+from cineray.pipeline.request import InputError, explain
 
 # the last three are no subclasses of RayActorError
 DEATHS = (
@@ -29,29 +46,19 @@ GRACE_S = 2.0  # after one rank's error: the death of another arrives 0.02 s (sa
 Stage = Literal["placing", "rendezvous", "joining", "idle", "busy", "gone"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Resources:
-    """What one rank takes of a node."""
-
-    num_cpus: float
-    num_gpus: float
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        return {name: n for name, n in (("CPU", self.num_cpus), ("GPU", self.num_gpus)) if n}
-
-
 @dataclass(slots=True)
 class GangSlot:
     """The actors of one slot and the calls that they have not answered yet.
 
     Attributes:
+        resources: what one rank takes of the group.
         task: the clip that the gang has, while busy.
         answers: how each rank's part of the current call ended, by rank.
     """
 
     number: int
     spec: RunSpec
+    group: GangGroup
     resources: Resources
     actor: Any = field(repr=False)  # of `Actors`
     stage: Stage = "gone"
@@ -74,7 +81,12 @@ class GangSlot:
 
     @property
     def num_ranks(self) -> int:
-        return self.spec.run.layout.world_size
+        return self.group.num_ranks
+
+    @property
+    def placement(self) -> PlacementGroup | None:
+        """The placement group of the gang that is there, or is to come."""
+        return self._group
 
     def refs(self) -> list[Any]:
         """Everything that the loop waits for."""
@@ -83,7 +95,8 @@ class GangSlot:
     def build(self) -> None:
         """Asks Ray for a place and starts the ranks there; they come up when there is room."""
         self.num_built += 1
-        self._group = placement_group([self.resources.bundle] * self.num_ranks, strategy="STRICT_PACK")
+        # one bundle is on one node; several bundles each on another one
+        self._group = placement_group([self.group.bundle] * self.group.num_nodes, strategy="STRICT_SPREAD")
         self._ranks = [
             self.actor.options(
                 name=f"cineray-{self.name}-r{index}-{self.num_built}-{self._group.id.hex()[:6]}",
@@ -92,7 +105,7 @@ class GangSlot:
                 max_restarts=0,
                 max_task_retries=0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    placement_group=self._group, placement_group_bundle_index=index
+                    placement_group=self._group, placement_group_bundle_index=self.group.node_of(index)
                 ),
             ).remote(f"{self.name}/r{index}", self.spec)
             for index in range(self.num_ranks)
@@ -166,7 +179,7 @@ class GangSlot:
         """Goes on after a call that every rank answered."""
         if self.stage == "placing":
             places: list[WorkerLocation] = [self.answers[index] for index in range(self.num_ranks)]
-            order = sorted(range(self.num_ranks), key=lambda i: (places[i].node_id, places[i].device, i))
+            order = sorted(range(self.num_ranks), key=lambda i: (places[i].order, i))
             self._ranks = [self._ranks[i] for i in order]
             self._lives = {ref: order.index(i) for ref, i in self._lives.items()}
             self._pids = tuple(places[i].pid for i in order)
@@ -180,6 +193,7 @@ class GangSlot:
             self._call("joining", lambda rank: rank.join.remote(ranks[id(rank)], host, port))
             return []
         was_joining, answer = self.stage == "joining", self.answers[0]
+        ranks = [rank.hardware for rank in self.answers.values() if isinstance(rank, Denoised) and rank.hardware]
         self._begin("idle")
         self.task = None
         if was_joining:
@@ -188,7 +202,7 @@ class GangSlot:
             return [PromptMissing(self.number, answer.reason)]
         if isinstance(answer, Preempted):
             return [GangEnded(self.number, preempted_at=answer.step, is_kept=answer.kept)]
-        return [GangEnded(self.number)]
+        return [GangEnded(self.number, ranks=tuple(summed_up(ranks)))]
 
     def _outcomes(self) -> tuple[RankOutcome, ...]:
         """How each rank's part ended, as `classify_failure` takes it."""
@@ -225,6 +239,14 @@ class GangSlot:
         self.step_count = None
 
 
+def scheduling_state(group: PlacementGroup | None) -> str:
+    """What Ray says of a placement group that has no place yet, as NO_RESOURCES or INFEASIBLE."""
+    try:
+        return str(placement_group_table(group)["stats"]["scheduling_state"])
+    except Exception:  # noqa: BLE001  # it tells more than is needed, and its form is Ray's own
+        return "unknown"
+
+
 def forget(refs: list[Any]) -> None:
     """Lets go of calls whose answers nobody wants; else Ray would print their errors."""
     for ref in refs:
@@ -232,14 +254,16 @@ def forget(refs: list[Any]) -> None:
 
 
 def outcome(ref: Any) -> Any:
-    """What a call that is ready returned; a RankOutcome if it failed, an InputError if that was the reason."""
+    """What a call that is ready returned; a RankOutcome if it failed, an InputError if that would fail anywhere."""
     try:
         return ray.get(ref)
     except DEATHS as death:
         return RankOutcome(kind="died", reason=_first_line(death))
     except exceptions.RayTaskError as error:
-        if isinstance(error.cause, InputError):
+        if isinstance(error.cause, InputError) and not isinstance(error.cause, LoadingError):
             return InputError(*error.cause.lines)
+        if isinstance(error.cause, LoadingError):
+            return RankOutcome(kind="raised", reason=explain(error.cause))
         return RankOutcome(kind="raised", reason=f"{type(error.cause).__name__}: {_first_line(error.cause)}")
     except exceptions.RayError as error:
         return RankOutcome(kind="raised", reason=f"{type(error).__name__}: {_first_line(error)}")

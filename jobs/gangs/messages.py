@@ -1,8 +1,9 @@
 """What the driver and its actors tell each other: plain values. Latents and prompts cross as files."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cineray.jobs.run_options import RunOptions
 from cineray.pipeline.loading.options import LoadOptions
@@ -26,12 +27,18 @@ class RunSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """One clip's way through the stages."""
+    """One clip's way through the stages.
+
+    Args:
+        warnings: what was asked for and the pixels will not show.
+        ranks: what its ranks computed on, where they have in this run.
+    """
 
     request: ClipRequest
     fingerprint: str
     prompt_key: str
-    warnings: tuple[str, ...] = ()  # what was asked for and the pixels will not show
+    warnings: tuple[str, ...] = ()
+    ranks: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
@@ -41,18 +48,29 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerLocation:
-    """Where a rank runs; ranks are counted in this order, so that neighbours stand side by side."""
+    """Where a rank runs.
+
+    Args:
+        device: Ray's id of its GPU: a number, or a name such as `MIG-...`; empty on a CPU.
+    """
 
     node_id: str
     device: str
     pid: int
 
+    @property
+    def order(self) -> tuple[str, bool, int, str]:
+        """Ranks are counted in this order, so that neighbours stand side by side."""
+        is_number = self.device.isascii() and self.device.isdecimal()
+        return self.node_id, not is_number, int(self.device) if is_number else 0, self.device
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Denoised:
-    """The latents of a clip are on disk; seconds of this attempt."""
+    """The latents of a clip are on disk; seconds of this attempt, and what this rank computed on."""
 
     busy_s: float
+    hardware: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +87,7 @@ class ClipFault:
     """The clip cannot be rendered; the process is well. `fault` as `RankOutcome` says."""
 
     reason: str
-    fault: Literal["input", "step"] = "input"
+    fault: Literal["input", "step", "memory"] = "input"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from cineray.jobs.console.bars import MAX_BAR_TEXT, ClipBars
 from cineray.jobs.gangs.gang_slot import GangSlot
-from cineray.jobs.gangs.state import GangState
+from cineray.jobs.gangs.members import GangState
 from cineray.jobs.output.results import ClipResult
 from cineray.text import printable
 

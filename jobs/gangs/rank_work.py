@@ -1,35 +1,34 @@
 """What a rank of a gang does: meets the others, loads the weights, denoises clip after clip."""
 
 import os
-import re
 import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cineray.jobs.gangs.faults import Fault, explain_shortage, fault_of, free_memory, with_memory
 from cineray.jobs.gangs.messages import ClipFault, Denoised, NoPrompt, Preempted, RunSpec, StepCount, Task
 from cineray.jobs.output.folder import OutputError, OutputFolder
+from cineray.jobs.output.hardware import begin_peak, hardware
 from cineray.jobs.output.step_keeper import ClipPreempted, StepKeeper
-from cineray.jobs.threads import rank_threads
+from cineray.jobs.threads import loading_threads, rank_threads
+from cineray.pipeline.denoise import StepDone
 from cineray.pipeline.gang import Gang
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.model import LoadedModel, load_model
-from cineray.pipeline.render import denoise_prepared, prepare_clip
+from cineray.pipeline.loading.options import LoadOptions
+from cineray.pipeline.render import PreparedClip, denoise_prepared, prepare_clip
 from cineray.pipeline.request import explain
 from cineray.pipeline.resume.encoded_prompts import EncodedPrompt, read_encoded
 from cineray.pipeline.resume.tensor_file import TensorFileError
 
-# what a step of a clip raises because of its size or its cache; other errors are the clip's if every rank has the same
-CLIP_ERRORS = (ValueError, OSError, torch.OutOfMemoryError)
-# what ranks say of each other and of their devices: gloo, NCCL and CUDA raise plain RuntimeErrors
-_OF_MACHINE = re.compile(
-    r"gloo|nccl|rendezvous|connection|socket|broken pipe|timed? ?out|cuda error|cublas|cudnn|device-side", re.IGNORECASE
-)
 LOCALHOST = "127.0.0.1"  # a node's address in a Ray that listens there alone
 JOIN_TIMEOUT_S = 600.0  # ranks load their weights before they meet; a 28 GB checkpoint from a slow disk
 
@@ -67,8 +66,8 @@ class RankWork:
 
     def join(self, rank: int, host: str, port: int) -> None:
         """Loads the weights and meets the other ranks."""
-        torch.set_num_threads(rank_threads())
-        options = self._spec.options
+        options = rank_options(self._spec.options)
+        torch.set_num_threads(loading_threads(options.device))
         if host == LOCALHOST:
             os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
         if self._store is None:
@@ -77,6 +76,7 @@ class RankWork:
         checkpoint = open_checkpoint(self._spec.model)
         finishers_parts = (*checkpoint.model.encoder_parts, *checkpoint.model.decoder_parts)
         self._model = load_model(checkpoint, options, skip_components=finishers_parts)
+        torch.set_num_threads(rank_threads())
         self._gang = Gang.join(
             self._spec.run.layout,
             rank,
@@ -92,16 +92,10 @@ class RankWork:
         assert self._gang is not None
         assert self._model is not None
         began = time.monotonic()
+        begin_peak(self._spec.options.device)
         steps = task.request.num_inference_steps
         self.step_count = StepCount(fingerprint=task.fingerprint, step=0, num_steps=steps)
         folder = OutputFolder.existing(self._spec.out)
-        keeper = StepKeeper(
-            folder.step_path(task.request.id, task.fingerprint),
-            task.fingerprint,
-            self._gang,
-            self._spec.run.checkpoint_s,
-            self.stop_requested.is_set,
-        )
 
         def on_step(done: int, total: int) -> None:
             self.step_count = StepCount(fingerprint=task.fingerprint, step=done, num_steps=total)
@@ -111,30 +105,41 @@ class RankWork:
                 encoded = self._encoded(folder.prompt_path(task.prompt_key))
             if isinstance(encoded, NoPrompt):
                 return encoded
-            prepared = prepare_clip(self._model, task.request, encoded.tensors)
+            model, tensors = self._model, encoded.tensors
+            prepared = with_memory(lambda: prepare_clip(model, task.request, tensors))
         except OutputError:
             raise
-        except Exception as reason:
-            if is_of_machine(reason):
-                raise
-            folder.check(f"clip {task.request.id} was prepared")  # a fault of the folder is not the clip's
-            return ClipFault(reason=explain(reason))
+        except Exception as reason:  # noqa: BLE001  # `_fault` says whose it is
+            return _fault(reason, folder, f"clip {task.request.id} was prepared", of_clip=("input", "step"))
         try:
-            clip = denoise_prepared(self._model, task.request, prepared, on_step, gang=self._gang, keeper=keeper)
-            if self._gang.is_leader:
-                with folder.translated_os_errors(f"keeping the latents of clip {task.request.id}"):
-                    keeper.save_finished(clip, steps)
+            if self._gang.num_ranks == 1:
+                with_memory(lambda: self._denoise(task, prepared, on_step, folder))
+            else:  # peers wait in the middle of an exchange: none could begin the steps again alone
+                self._denoise(task, prepared, on_step, folder)
         except ClipPreempted as preempted:
             busy_s = time.monotonic() - began
             return Preempted(step=preempted.step, kept=preempted.kept, busy_s=busy_s)
         except OutputError:
             raise
-        except Exception as reason:
-            if is_of_machine(reason):
-                raise
-            folder.check(f"clip {task.request.id} was denoised")
-            return ClipFault(reason=explain(reason), fault="input" if isinstance(reason, CLIP_ERRORS) else "step")
-        return Denoised(busy_s=time.monotonic() - began)
+        except Exception as reason:  # noqa: BLE001  # `_fault` says whose it is
+            return _fault(reason, folder, f"clip {task.request.id} was denoised", of_clip=("input",))
+        return Denoised(busy_s=time.monotonic() - began, hardware=hardware(self._spec.options.device))
+
+    def _denoise(self, task: Task, prepared: PreparedClip, on_step: StepDone, folder: OutputFolder) -> None:
+        """The steps, from where the clip was left on; the first rank keeps the latents."""
+        assert self._gang is not None
+        assert self._model is not None
+        keeper = StepKeeper(
+            folder.step_path(task.request.id, task.fingerprint),
+            task.fingerprint,
+            self._gang,
+            self._spec.run.checkpoint_s,
+            self.stop_requested.is_set,
+        )
+        clip = denoise_prepared(self._model, task.request, prepared, on_step, gang=self._gang, keeper=keeper)
+        if self._gang.is_leader:
+            with folder.translated_os_errors(f"keeping the latents of clip {task.request.id}"):
+                keeper.save_finished(clip, task.request.num_inference_steps)
 
     def _encoded(self, path: Path) -> EncodedPrompt | NoPrompt:
         """The same answer on every rank: one that went back alone would leave the others waiting in the first step."""
@@ -152,13 +157,30 @@ class RankWork:
         return encoded
 
 
-def is_of_machine(error: Exception) -> bool:
-    """Whether an error tells of other ranks or of the device, and so says nothing about the clip."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return False
-    if isinstance(error, ConnectionError | TimeoutError | EOFError | torch.distributed.DistError):
-        return True
-    return isinstance(error, RuntimeError) and _OF_MACHINE.search(str(error)) is not None
+def rank_options(options: LoadOptions) -> LoadOptions:
+    """How a rank loads: its transformer is in use all the time, so there is nothing for `--offload model` to move."""
+    return replace(options, offload="none") if options.offload == "model" else options
+
+
+def _fault(error: Exception, folder: OutputFolder, doing: str, of_clip: Sequence[Fault]) -> ClipFault:
+    """What an error says of the clip.
+
+    Args:
+        of_clip: faults that are the clip's own at this point.
+
+    Raises:
+        Exception: the error itself, which says nothing about the clip.
+        OutputError: the folder is at fault.
+    """
+    fault = fault_of(error)
+    if fault == "machine":
+        raise error
+    if fault == "memory":
+        reason = explain_shortage(error)
+        free_memory()
+        return ClipFault(reason=reason, fault="memory")
+    folder.check(doing)  # a fault of the folder is not the clip's
+    return ClipFault(reason=explain(error), fault="input" if fault in of_clip else "step")
 
 
 def _join_timeout() -> timedelta:

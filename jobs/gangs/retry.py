@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 MAX_STRIKES = 3  # attempts of one clip that ended with a lost gang; then it is quarantined
+MAX_PROMPT_TRIES = 2  # an error of two attempts to encode a prompt, on two finishers if there are, is the prompt's own
 MAX_LOSSES_IN_A_ROW = 4  # of one slot, without a clip done between; then it is retired
 
 
@@ -15,12 +16,13 @@ class RankOutcome:
     Args:
         kind: "answered"; "raised" an error of its own; "died"; "silent": said nothing before the others were judged.
         fault: of what it raised. "input": the clip's, whose input cannot be used; "step": a step of the clip went
-            wrong, for a reason of its own unless every rank says the same; "peers": another rank, or the machine.
+            wrong, for a reason of its own unless every rank says the same; "memory": the device had too little of it;
+            "peers": another rank, or the machine.
     """
 
     kind: Literal["answered", "raised", "died", "silent"]
     reason: str = ""
-    fault: Literal["input", "step", "peers"] = "peers"
+    fault: Literal["input", "step", "memory", "peers"] = "peers"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,10 +30,11 @@ class FailureDecision:
     """What to do with the clip and with the gang.
 
     Args:
-        clip: "strike": it may try again; "failed": the clip itself is at fault, and would be again.
+        clip: "strike": it may try again; "elsewhere": it may, and had better on another gang; "failed": the clip itself
+            is at fault, and would be again.
     """
 
-    clip: Literal["strike", "failed"]
+    clip: Literal["strike", "elsewhere", "failed"]
     reason: str
     keep_gang: bool
 
@@ -48,6 +51,10 @@ def classify_failure(outcomes: Sequence[RankOutcome]) -> FailureDecision:
     if died:
         return FailureDecision(clip="strike", reason="; ".join(died), keep_gang=False)
     raised = [end for end in outcomes if end.kind == "raised"]
+    short = next((end for end in raised if end.fault == "memory"), None)
+    if short is not None:
+        # a rank alone has emptied its memory and is well; peers are left in the middle of an exchange
+        return FailureDecision(clip="elsewhere", reason=short.reason, keep_gang=len(outcomes) == 1)
     all_raised = len(raised) == len(outcomes)
     if raised and all(end.fault == "input" for end in raised):
         return FailureDecision(clip="failed", reason=raised[0].reason, keep_gang=all_raised)

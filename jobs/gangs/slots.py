@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from cineray.jobs.gangs.actors import Actors
-from cineray.jobs.gangs.cluster import Fleet
 from cineray.jobs.gangs.effects import BuildFinisher, BuildGang, Effect, KillFinisher, KillGang
 from cineray.jobs.gangs.finisher_slot import FinisherSlot
 from cineray.jobs.gangs.gang_slot import GangSlot
 from cineray.jobs.gangs.messages import RunSpec
+from cineray.jobs.gangs.placement import Fleet
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +20,11 @@ class Slots:
     @classmethod
     def of(cls, spec: RunSpec, fleet: Fleet, actors: Actors) -> "Slots":
         gangs = [
-            GangSlot(number=number, spec=spec, resources=fleet.rank, actor=actors.rank)
+            GangSlot(number=number, spec=spec, group=fleet.group, resources=fleet.rank, actor=actors.rank)
             for number in range(fleet.num_gangs)
         ]
         finishers = [
-            FinisherSlot(number=number, spec=spec, resources=fleet.finisher, actor=actors.finisher)
+            FinisherSlot(number=number, spec=spec, fleet=fleet, actor=actors.finisher)
             for number in range(fleet.num_finishers)
         ]
         return cls(gangs, finishers)
@@ -36,8 +36,8 @@ class Slots:
                 self.gangs[number].build()
             case KillGang(number):
                 self.gangs[number].destroy()
-            case BuildFinisher(number):
-                self.finishers[number].build()
+            case BuildFinisher(number, gang):
+                self.finishers[number].build(None if gang is None else self.gangs[gang].placement)
             case KillFinisher(number):
                 self.finishers[number].destroy()
             case _:

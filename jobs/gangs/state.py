@@ -9,8 +9,6 @@ A clip goes WAITING -> DENOISING (on a gang) -> DENOISED (latents on disk) -> FI
 
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any, Literal
 
 from cineray.jobs.gangs.effects import (
@@ -21,6 +19,7 @@ from cineray.jobs.gangs.effects import (
     Effect,
     EncodePrompt,
     EndClip,
+    ExplainWait,
     FinishClip,
     ForgetPrompt,
     KillFinisher,
@@ -35,7 +34,9 @@ from cineray.jobs.gangs.events import (
     DrainEnded,
     Event,
     FinisherLost,
+    FinisherPlaced,
     FinisherReady,
+    FinishersInTheWay,
     GangEnded,
     GangPlaced,
     GangReady,
@@ -51,107 +52,27 @@ from cineray.jobs.gangs.events import (
     VideoCommitted,
     VideoFailed,
 )
+from cineray.jobs.gangs.members import PLACE_S, ClipState, FinisherState, GangStage, GangState, Stage
 from cineray.jobs.gangs.prompts import EncodedPrompts, WaitingClips
-from cineray.jobs.gangs.retry import classify_failure, is_hung, is_quarantined, is_retired
+from cineray.jobs.gangs.retry import (
+    MAX_PROMPT_TRIES,
+    MAX_STRIKES,
+    classify_failure,
+    is_hung,
+    is_quarantined,
+    is_retired,
+)
 
-START_S = 1800.0  # a gang that is placed may take so long to load its weights
+START_S = 1800.0  # a gang or a finisher that is placed may take so long to load its weights
+REPEAT_S = 300.0  # between two times that it is said
 FINISH_STEPS = 4  # a decode may take so many times as long as a step
 PER_FINISHER = 3  # latents on disk: one that is decoded, two that wait; then gangs wait
 IN_FINISHER = 2  # clips handed to a finisher: one is decoded, one need not wait for the driver's next turn
-GANGS_PER_FINISHER = 4  # unless the user says otherwise
-
-
-def finishers_for(num_gangs: int) -> int:
-    """How many finishers so many gangs have, unless the user says otherwise."""
-    return -(-num_gangs // GANGS_PER_FINISHER)
 
 
 def clips_ahead(num_gangs: int) -> int:
     """How many clips to have waiting for so many gangs: their prompts are encoded meanwhile."""
     return 2 * num_gangs + 2
-
-
-class Stage(Enum):
-    """The stage of a clip."""
-
-    WAITING = "waiting"
-    DENOISING = "denoising"
-    DENOISED = "denoised"
-    FINISHING = "finishing"
-
-
-class GangStage(Enum):
-    """Where a gang stands. PLACING waits for room, which may take as long as it likes."""
-
-    GONE = "gone"
-    PLACING = "placing"
-    STARTING = "starting"
-    IDLE = "idle"
-    BUSY = "busy"
-
-
-@dataclass(slots=True)
-class ClipState:
-    """The state of one clip that has not ended.
-
-    Attributes:
-        strikes: why earlier attempts were lost.
-        began_s: when its first attempt began; None before.
-    """
-
-    name: str
-    id: str
-    prompt_key: str
-    strikes: list[str]
-    stage: Stage = Stage.WAITING
-    began_s: float | None = None
-
-
-@dataclass(slots=True)
-class GangState:
-    """One gang slot; many gangs may live in it, one after the other.
-
-    Attributes:
-        clip: name of the clip it denoises, while BUSY.
-        changed_s: time of the last sign of progress.
-    """
-
-    number: int
-    stage: GangStage = GangStage.GONE
-    clip: str | None = None
-    step: int | None = None
-    nodes: frozenset[str] = frozenset()
-    changed_s: float = 0.0
-    num_losses_in_a_row: int = 0
-    is_retired: bool = False
-    is_stop_requested: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"gang-{self.number}"
-
-
-@dataclass(slots=True)
-class FinisherState:
-    """One finisher slot.
-
-    Attributes:
-        finishing: names of clips: the one that is decoded, then those that wait in the actor.
-        encoding: prompt keys.
-        changed_s: time of the last sign of progress.
-    """
-
-    number: int
-    stage: str = "gone"  # gone, loading, ready
-    finishing: deque[str] = field(default_factory=deque)
-    encoding: set[str] = field(default_factory=set)
-    changed_s: float = 0.0
-    num_losses_in_a_row: int = 0
-    is_retired: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"finisher-{self.number}"
 
 
 class BatchState:
@@ -160,6 +81,7 @@ class BatchState:
     Args:
         hang_s: a gang whose step takes longer is killed.
         depth: clips to have waiting.
+        num_apart: the first so many finishers have places of their own; None for all.
 
     Attributes:
         waiting, denoised: names of clips, in the order in which they go on.
@@ -169,9 +91,13 @@ class BatchState:
         busy_s, idle_s: of all gangs together; `could_be_busy_s` leaves out the time in which no clip waited.
     """
 
-    def __init__(self, num_gangs: int, num_finishers: int, hang_s: float, depth: int) -> None:
+    def __init__(
+        self, num_gangs: int, num_finishers: int, hang_s: float, depth: int, num_apart: int | None = None
+    ) -> None:
         self.gangs = [GangState(number) for number in range(num_gangs)]
-        self.finishers = [FinisherState(number) for number in range(num_finishers)]
+        self.finishers = [
+            FinisherState(number, is_apart=num_apart is None or number < num_apart) for number in range(num_finishers)
+        ]
         self.clips: dict[str, ClipState] = {}
         self._prompts = EncodedPrompts()
         self.waiting = WaitingClips(self._prompts)
@@ -189,10 +115,11 @@ class BatchState:
         self._draining: frozenset[str] = frozenset()
         self._gangs_in: dict[GangStage, set[int]] = {stage: set() for stage in GangStage}  # but for retired ones
         self._gangs_in[GangStage.GONE] = set(range(num_gangs))
-        self._gangs_on_draining: set[int] = set()
-        self._finishers_gone = set(range(num_finishers))
+        self._leaving: set[int] = set()  # gangs that `_is_leaving` says
+        self._finishers_gone = set(range(num_finishers))  # but for retired ones
         self._num_retired: Counter[str] = Counter()
         self._num_finishing = 0
+        self._prompt_failures: dict[str, list[int]] = {}  # key -> numbers of finishers that could not encode it
         self._last_loss = ""
         self._now_s: float | None = None
         self._effects: list[Effect] = []
@@ -264,7 +191,7 @@ class BatchState:
         gang.nodes, gang.changed_s = event.nodes, now_s
         self._enter(gang, GangStage.STARTING)
         if gang.nodes & self._draining:
-            self._gangs_on_draining.add(gang.number)
+            self._leaving.add(gang.number)
 
     def _on_gang_ready(self, event: GangReady, now_s: float) -> None:
         gang = self.gangs[event.gang]
@@ -283,6 +210,9 @@ class BatchState:
         if event.outcomes is None and clip is not None:
             gang.num_losses_in_a_row = 0
             if event.preempted_at is None:
+                clip.ranks = event.ranks
+                ranks = [dict(rank) for rank in event.ranks]
+                self._do(Log("denoised", {"id": clip.id, "gang": gang.name, "ranks": ranks}))
                 self._release(gang, now_s)
                 self._move(clip, Stage.DENOISED, self.denoised.append)
                 return
@@ -291,11 +221,16 @@ class BatchState:
             kept = {"step": event.preempted_at, "kept": event.is_kept}
             self._do(Log("yielded", {"id": clip.id, "gang": gang.name, **kept}))
             self._do(Say(f"{clip.id}: preempted after step {event.preempted_at} by {gang.name}"))
-            self._kill(gang, now_s)
+            self._put_down(gang, now_s)
             return
         decision = classify_failure(event.outcomes or ())
         if clip is not None and decision.clip == "failed":
             self._fail(clip, decision.reason, now_s)
+            if decision.keep_gang:
+                self._release(gang, now_s)
+                return
+        elif clip is not None and decision.clip == "elsewhere":
+            self._move_elsewhere(clip, gang.name, decision.reason, now_s)
             if decision.keep_gang:
                 self._release(gang, now_s)
                 return
@@ -313,19 +248,52 @@ class BatchState:
         self.waiting.prompt_lost(clip.prompt_key)
         self._strike(clip, f"{gang.name}: {event.reason}", now_s)
 
-    def _on_finisher_ready(self, event: FinisherReady, _now_s: float) -> None:
-        self.finishers[event.finisher].stage = "ready"
+    def _on_finisher_placed(self, event: FinisherPlaced, now_s: float) -> None:
+        finisher = self.finishers[event.finisher]
+        finisher.stage, finisher.changed_s = "loading", now_s
 
-    def _on_prompt_encoded(self, event: PromptEncoded, _now_s: float) -> None:
-        self.finishers[event.finisher].encoding.discard(event.key)
+    def _on_finishers_in_the_way(self, event: FinishersInTheWay, now_s: float) -> None:
+        for number in event.finishers:
+            finisher = self.finishers[number]
+            if finisher.is_apart and finisher.stage != "gone":
+                self._do(Say(f"{finisher.name} makes room for a gang, and will stand with one"))
+                finisher.is_apart = False
+                self._empty(finisher, "made room for a gang", now_s, is_excused=True)
+
+    def _on_finisher_ready(self, event: FinisherReady, now_s: float) -> None:
+        finisher = self.finishers[event.finisher]
+        finisher.stage, finisher.changed_s = "ready", now_s
+        stands_with = None if finisher.gang is None else self.gangs[finisher.gang].name
+        self._do(Log("ready", {"actor": finisher.name, "with": stands_with}))
+
+    def _on_prompt_encoded(self, event: PromptEncoded, now_s: float) -> None:
+        finisher = self.finishers[event.finisher]
+        finisher.encoding.discard(event.key)
+        finisher.changed_s = now_s
+        self._prompt_failures.pop(event.key, None)
         for old in self._prompts.add(event.key, event.warnings):
             self._do(ForgetPrompt(old))
         self.waiting.prompt_added(event.key)
 
     def _on_prompt_failed(self, event: PromptFailed, now_s: float) -> None:
-        self.finishers[event.finisher].encoding.discard(event.key)
+        """Another finisher tries; where that fails too, the clips that wait for the prompt are let go."""
+        finisher = self.finishers[event.finisher]
+        finisher.encoding.discard(event.key)
+        finisher.changed_s = now_s
+        failures = self._prompt_failures.setdefault(event.key, [])
+        failures.append(event.finisher)
+        is_short = event.fault == "memory"
+        if len(failures) < (MAX_STRIKES if is_short else MAX_PROMPT_TRIES):
+            self._do(Log("retrying", {"prompt": event.key, "actor": finisher.name, "reason": event.reason}))
+            self._do(Say(f"a prompt will be encoded again, {finisher.name} could not: {event.reason}"))
+            self.waiting.prompt_lost(event.key)
+            return
+        del self._prompt_failures[event.key]
         for name in self.waiting.with_prompt(event.key):
-            self._fail(self.clips[name], event.reason, now_s)
+            if is_short:
+                self._quarantine(self.clips[name], f"its prompt does not fit: {event.reason}", now_s)
+            else:
+                self._fail(self.clips[name], event.reason, now_s)
 
     def _on_video_committed(self, event: VideoCommitted, now_s: float) -> None:
         finisher, clip = self._finished(event.finisher, event.clip, now_s)
@@ -333,8 +301,11 @@ class BatchState:
         self._end(clip, "done", now_s, record=event.record)
 
     def _on_video_failed(self, event: VideoFailed, now_s: float) -> None:
-        _, clip = self._finished(event.finisher, event.clip, now_s)
-        self._fail(clip, event.reason, now_s)
+        finisher, clip = self._finished(event.finisher, event.clip, now_s)
+        if event.fault == "memory":
+            self._move_elsewhere(clip, finisher.name, event.reason, now_s, to_finish=True)
+        else:
+            self._fail(clip, event.reason, now_s)
 
     def _on_latents_missing(self, event: LatentsMissing, now_s: float) -> None:
         finisher, clip = self._finished(event.finisher, event.clip, now_s)
@@ -345,12 +316,12 @@ class BatchState:
 
     def _on_nodes_draining(self, event: NodesDraining, _now_s: float) -> None:
         self._draining = event.nodes
-        self._gangs_on_draining = {gang.number for gang in self.gangs if gang.nodes & self._draining}
         for gang in self.gangs:
             if gang.nodes & self._draining and not gang.is_stop_requested:
                 gang.is_stop_requested = True
                 if gang.stage is GangStage.BUSY:
                     self._do(RequestStop(gang.number))
+        self._leaving = {gang.number for gang in self.gangs if self._is_leaving(gang)}
 
     def _on_stop_requested(self, event: StopRequested, now_s: float) -> None:
         """Every gang preempts its clip after the step it is in; finishers end the clips they have."""
@@ -360,7 +331,7 @@ class BatchState:
             if gang.stage is GangStage.BUSY:
                 gang.is_stop_requested = True
                 self._do(RequestStop(gang.number))
-            elif gang.stage is not GangStage.GONE:
+            elif gang.stage is not GangStage.GONE and not self._hosts_work(gang):
                 self._kill(gang, now_s)
 
     def _on_drain_ended(self, _event: DrainEnded, _now_s: float) -> None:
@@ -376,10 +347,27 @@ class BatchState:
                 if gang.clip is not None:
                     self._strike(self.clips[gang.clip], f"{gang.name}: {reason}", now_s)
                 self._lose(gang, reason, now_s)
+            waited_s = now_s - gang.changed_s
+            if gang.stage is GangStage.PLACING and waited_s >= gang.explain_s:
+                gang.explain_s = waited_s + REPEAT_S
+                self._do(ExplainWait(gang.number, waited_s))
         for finisher in self.finishers:
-            limit_s = FINISH_STEPS * self._hang_s
-            if finisher.finishing and is_hung(now_s, finisher.changed_s, limit_s):
+            is_loading = finisher.stage == "loading" or (finisher.stage == "placing" and not finisher.is_apart)
+            limit_s = START_S if is_loading else FINISH_STEPS * self._hang_s
+            is_watched = is_loading or finisher.finishing or finisher.encoding
+            if is_watched and is_hung(now_s, finisher.changed_s, limit_s):
                 self._lose_finisher(finisher, f"no sign of progress for {limit_s:g} s", now_s)
+            self._look_elsewhere(finisher, now_s)
+
+    def _look_elsewhere(self, finisher: FinisherState, now_s: float) -> None:
+        """A finisher that finds no place of its own stands with a gang, as soon as one has its place."""
+        waits = finisher.stage == "placing" and finisher.is_apart
+        if waits and now_s - finisher.changed_s >= PLACE_S and any(gang.is_placed for gang in self.gangs):
+            self._do(
+                Say(f"{finisher.name} has found no place of its own for {PLACE_S:g} s, and will stand with a gang")
+            )
+            finisher.is_apart = False
+            self._empty(finisher, "no place", now_s, is_excused=True)
 
     # ---- what clips and gangs go through
 
@@ -406,11 +394,8 @@ class BatchState:
         if not is_excused:
             clip.strikes.append(reason)
             if is_quarantined(len(clip.strikes)):
-                self._do(RecordFailure(clip.name, "quarantined", tuple(clip.strikes)))
-                for gang in self.gangs:
-                    gang.num_losses_in_a_row = 0  # this clip explains them
-                said = f"{len(clip.strikes)} attempts were lost; the last: {reason}"
-                self._end(clip, "quarantined", now_s, said)
+                clip.strikes.pop()
+                self._quarantine(clip, reason, now_s)
                 return
             self._do(RecordFailure(clip.name, "retrying", tuple(clip.strikes)))
         self._do(Log("retrying", {"id": clip.id, "strikes": len(clip.strikes), "reason": reason}))
@@ -419,6 +404,22 @@ class BatchState:
             self._move(clip, Stage.DENOISED, self.denoised.appendleft)
         else:
             self._wait_first(clip)
+
+    def _quarantine(self, clip: ClipState, reason: str, now_s: float) -> None:
+        clip.strikes.append(reason)
+        self._do(RecordFailure(clip.name, "quarantined", tuple(clip.strikes)))
+        for gang in self.gangs:
+            gang.num_losses_in_a_row = 0  # this clip explains them
+        said = f"{len(clip.strikes)} attempts were lost; the last: {reason}"
+        self._end(clip, "quarantined", now_s, said)
+
+    def _move_elsewhere(self, clip: ClipState, actor: str, reason: str, now_s: float, to_finish: bool = False) -> None:
+        """Memory was too short for the clip: another gang or finisher has more, or nobody in its way."""
+        clip.avoids = actor
+        clip.num_shortages += 1
+        if clip.num_shortages > 1:
+            reason = f"the clip does not fit: {reason}"
+        self._strike(clip, f"{actor}: {reason}", now_s, to_finish=to_finish)
 
     def _fail(self, clip: ClipState, reason: str, now_s: float) -> None:
         """The clip's own input is at fault: another attempt would end alike."""
@@ -467,23 +468,55 @@ class BatchState:
 
     def _kill(self, gang: GangState, now_s: float) -> None:
         gang.clip, gang.step, gang.changed_s = None, None, now_s
-        gang.nodes, gang.is_stop_requested = frozenset(), False
         self._enter(gang, GangStage.GONE)
-        self._gangs_on_draining.discard(gang.number)
+        for finisher in self.finishers:
+            if finisher.gang == gang.number:
+                self._take_along(finisher, gang, now_s)
+        gang.nodes, gang.is_stop_requested = frozenset(), False
+        self._leaving.discard(gang.number)
         self._do(KillGang(gang.number))
+
+    def _put_down(self, gang: GangState, now_s: float) -> None:
+        """The gang is not needed where it stands; it goes when no finisher that stands with it is at a clip."""
+        if self._hosts_work(gang):
+            self._release(gang, now_s)
+        else:
+            self._kill(gang, now_s)
+
+    def _hosts_work(self, gang: GangState) -> bool:
+        return any(finisher.gang == gang.number and finisher.finishing for finisher in self.finishers)
+
+    def _take_along(self, finisher: FinisherState, gang: GangState, now_s: float) -> None:
+        """A finisher ends with the gang that it stands with.
+
+        The clip that it decodes bears no blame, but not for ever: a decode that takes the machine along does so again.
+        """
+        is_excused = True
+        if finisher.finishing:
+            clip = self.clips[finisher.finishing[0]]
+            clip.num_interrupted += 1
+            is_excused = self._is_leaving(gang) or clip.num_interrupted <= MAX_STRIKES
+        self._empty(finisher, f"{gang.name}, which it stood with, has ended", now_s, is_excused=is_excused)
+
+    def _is_leaving(self, gang: GangState) -> bool:
+        """Whether the gang takes no clip any more where it stands."""
+        return gang.is_stop_requested or bool(gang.nodes & self._draining)
 
     def _lose_finisher(self, finisher: FinisherState, reason: str, now_s: float) -> None:
         self._last_loss = reason
         finisher.num_losses_in_a_row += 1
         finisher.is_retired = is_retired(finisher.num_losses_in_a_row)
-        if finisher.is_retired:
-            self._num_retired["finisher"] += 1
-        else:
-            self._finishers_gone.add(finisher.number)
+        self._num_retired["finisher"] += finisher.is_retired
         self._do(Log("lost", {"actor": finisher.name, "reason": reason}))
         self._do(Say(f"{finisher.name} was lost: {reason}"))
+        self._empty(finisher, reason, now_s)
+
+    def _empty(self, finisher: FinisherState, reason: str, now_s: float, is_excused: bool = False) -> None:
+        """The finisher ends; its clips and prompts are handed out anew."""
         names = list(finisher.finishing)
-        finisher.stage = "gone"
+        finisher.stage, finisher.gang = "gone", None
+        if not finisher.is_retired:
+            self._finishers_gone.add(finisher.number)
         finisher.finishing.clear()
         self._num_finishing -= len(names)
         for key in finisher.encoding:
@@ -492,7 +525,8 @@ class BatchState:
         for name in reversed(names[1:]):  # had not begun
             self._move(self.clips[name], Stage.DENOISED, self.denoised.appendleft)
         if names:
-            self._strike(self.clips[names[0]], f"{finisher.name}: {reason}", now_s, to_finish=True)
+            clip = self.clips[names[0]]
+            self._strike(clip, f"{finisher.name}: {reason}", now_s, is_excused=is_excused, to_finish=True)
         self._do(KillFinisher(finisher.number))
 
     # ---- scheduling
@@ -502,7 +536,7 @@ class BatchState:
             return
         self._build(now_s)
         if self.aborted is None:
-            self._encode_prompts()
+            self._encode_prompts(now_s)
             self._hand_to_finishers(now_s)
             self._hand_to_gangs(now_s)
 
@@ -512,46 +546,73 @@ class BatchState:
                 self.aborted = f"every {kind} was lost several times in a row, at last: {self._last_loss}"
                 self._do(Abort(self.aborted))
                 return
-        for finisher in [self.finishers[number] for number in sorted(self._finishers_gone)]:
-            finisher.stage, finisher.changed_s = "loading", now_s
-            self._do(BuildFinisher(finisher.number))
-        self._finishers_gone.clear()
         for gang in [self.gangs[number] for number in sorted(self._gangs_in[GangStage.GONE])]:
-            gang.changed_s = now_s
+            # first, as who asks Ray first for a place has it first
+            gang.changed_s, gang.explain_s = now_s, PLACE_S
             self._enter(gang, GangStage.PLACING)
             self._do(BuildGang(gang.number))
+        for finisher in [self.finishers[number] for number in sorted(self._finishers_gone)]:
+            host = None if finisher.is_apart else self._host(finisher, now_s)
+            if finisher.is_apart or host is not None:
+                finisher.stage, finisher.changed_s = "placing", now_s
+                finisher.gang = None if host is None else host.number
+                self._finishers_gone.discard(finisher.number)
+                self._do(BuildFinisher(finisher.number, finisher.gang))
 
-    def _encode_prompts(self) -> None:
-        ready = [finisher for finisher in self.finishers if finisher.stage == "ready"] if self.waiting.unencoded else []
+    def _host(self, finisher: FinisherState, now_s: float) -> GangState | None:
+        """The gang that a finisher stands with: one and the same, or where that has no place, the one with fewest."""
+        first = self.gangs[finisher.number % len(self.gangs)]
+        if first.is_placed and not self._is_leaving(first):
+            return first
+        if first.stage is GangStage.PLACING and now_s - first.changed_s < PLACE_S:
+            return None
+        placed = [gang for gang in self.gangs if gang.is_placed and not self._is_leaving(gang)]
+        hosted = Counter(other.gang for other in self.finishers)
+        return min(placed, key=lambda gang: hosted[gang.number], default=None)
+
+    def _takes_work(self, finisher: FinisherState) -> bool:
+        is_leaving = finisher.gang is not None and self._is_leaving(self.gangs[finisher.gang])
+        return finisher.stage == "ready" and not is_leaving
+
+    def _encode_prompts(self, now_s: float) -> None:
+        ready = [f for f in self.finishers if self._takes_work(f)] if self.waiting.unencoded else []
         if not ready:
             return
         for name, key in self.waiting.take_unencoded():
-            if key not in self._prompts and not any(key in finisher.encoding for finisher in ready):
-                finisher = min(ready, key=lambda finisher: len(finisher.encoding))
+            if key not in self._prompts and not any(key in finisher.encoding for finisher in self.finishers):
+                failed = self._prompt_failures.get(key, ())
+                finisher = min(ready, key=lambda finisher: (finisher.number in failed, len(finisher.encoding)))
+                if not (finisher.finishing or finisher.encoding):
+                    finisher.changed_s = now_s
                 finisher.encoding.add(key)
                 self._do(EncodePrompt(finisher.number, name))
 
     def _hand_to_finishers(self, now_s: float) -> None:
-        for finisher in self.finishers if self.denoised else ():
-            while finisher.stage == "ready" and self.denoised and len(finisher.finishing) < IN_FINISHER:
-                clip = self.clips[self.denoised.popleft()]
-                if not finisher.finishing:
+        ready = [finisher for finisher in self.finishers if self._takes_work(finisher)] if self.denoised else []
+        for finisher in ready:
+            while self.denoised and len(finisher.finishing) < IN_FINISHER:
+                others = len(ready) - 1
+                name = next((n for n in self.denoised if not self._avoids(n, finisher, others)), None)
+                if name is None:
+                    break
+                self.denoised.remove(name)
+                clip = self.clips[name]
+                if not (finisher.finishing or finisher.encoding):
                     finisher.changed_s = now_s
                 finisher.finishing.append(clip.name)
                 self._num_finishing += 1
                 self._move(clip, Stage.FINISHING)
-                self._do(FinishClip(finisher.number, clip.name))
+                self._do(FinishClip(finisher.number, clip.name, clip.ranks))
 
     def _hand_to_gangs(self, now_s: float) -> None:
         idle = self._gangs_in[GangStage.IDLE]
-        if not idle or self._is_behind:
+        for gang in [self.gangs[number] for number in sorted(idle & self._leaving)]:
+            self._put_down(gang, now_s)
+        if not idle or self._is_behind or self.waiting.next() is None:
             return
-        wanted = idle if self.waiting.next() is not None else idle & self._gangs_on_draining
-        for gang in [self.gangs[number] for number in sorted(wanted)]:
-            if gang.number in self._gangs_on_draining:
-                self._kill(gang, now_s)
-                continue
-            name = self.waiting.next()
+        others = len(idle) + len(self._gangs_in[GangStage.BUSY]) - 1
+        for gang in [self.gangs[number] for number in sorted(idle - self._leaving)]:
+            name = self._next_clip(gang, others)
             if name is None:
                 continue
             clip = self.clips[name]
@@ -561,6 +622,18 @@ class BatchState:
             gang.clip, gang.step, gang.changed_s = name, None, now_s
             self._enter(gang, GangStage.BUSY)
             self._do(AssignClip(gang.number, name, self._prompts.warnings(clip.prompt_key)))
+
+    def _next_clip(self, gang: GangState, num_others: int) -> str | None:
+        """The first waiting clip with its prompt that need not wait for another gang."""
+        name = self.waiting.next()
+        if name is None or not self._avoids(name, gang, num_others):
+            return name
+        ready = (name for name in self.waiting if self.clips[name].prompt_key in self._prompts)
+        return next((name for name in ready if not self._avoids(name, gang, num_others)), None)
+
+    def _avoids(self, name: str, actor: GangState | FinisherState, num_others: int) -> bool:
+        """Whether a clip that did not fit into this one's memory had better wait for one of the others."""
+        return self.clips[name].avoids == actor.name and num_others > 0
 
     @property
     def _is_behind(self) -> bool:
@@ -589,6 +662,8 @@ _HANDLERS = {
     StepReached: BatchState._on_step_reached,
     GangEnded: BatchState._on_gang_ended,
     PromptMissing: BatchState._on_prompt_missing,
+    FinisherPlaced: BatchState._on_finisher_placed,
+    FinishersInTheWay: BatchState._on_finishers_in_the_way,
     FinisherReady: BatchState._on_finisher_ready,
     PromptEncoded: BatchState._on_prompt_encoded,
     PromptFailed: BatchState._on_prompt_failed,

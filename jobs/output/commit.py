@@ -10,6 +10,7 @@ import hashlib
 import os
 import stat
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,8 +89,12 @@ def commit_clip(
     clip: "RenderedClip",
     record: dict[str, Any],
     lossless: bool,
+    hardware: Mapping[str, Any] | None = None,
 ) -> Path:
     """Returns the committed video: this one, or the one that another process had committed before.
+
+    Args:
+        hardware: stands in the sidecar, not in the video's tag: the same clip has the same bytes.
 
     Raises:
         EntryError: something that is not cineray's has appeared under the clip's name.
@@ -99,7 +104,7 @@ def commit_clip(
     doing, is_first = f"writing clip {request.id}", True
     while True:
         try:
-            return _write_and_commit(folder, request, fingerprint, clip, record, lossless)
+            return _write_and_commit(folder, request, fingerprint, clip, record, lossless, hardware)
         except (VideoError, OSError):
             has_vanished = not os.path.lexists(folder.path / ".tmp")
             folder.check(doing)  # a fault of the folder is not the clip's
@@ -117,6 +122,7 @@ def _write_and_commit(
     clip: "RenderedClip",
     record: dict[str, Any],
     lossless: bool,
+    hardware: Mapping[str, Any] | None = None,
 ) -> Path:
     video = folder.video_path(request, fingerprint)
     stands = find_clip(folder, request, fingerprint)
@@ -131,13 +137,14 @@ def _write_and_commit(
         try:
             if clip.trace is not None:
                 folder.write_json(trace.name, clip.trace.to_dict(), indent=None)
-            timings = clip_timings(clip, time.monotonic() - rendered)
-            folder.write_json(sidecar.name, record | {"timings": timings, "video": proof})
+            about = {} if hardware is None else {"hardware": dict(hardware)}
+            about |= {"timings": clip_timings(clip, time.monotonic() - rendered), "video": proof}
+            folder.write_json(sidecar.name, record | about)
             is_committed = folder.commit(temporary, video, replace=isinstance(stands, Doubt))
             if not is_committed:  # one has appeared in the meantime, and the sidecar is of ours
                 folder.delete(sidecar)
                 if not isinstance(find_clip(folder, request, fingerprint), dict):
-                    folder.write_json(sidecar.name, record | {"timings": timings, "video": proof})
+                    folder.write_json(sidecar.name, record | about)
                     folder.commit(temporary, video, replace=True)
                 is_committed = True
         finally:

@@ -10,8 +10,9 @@ from itertools import count, islice
 from typing import Any
 
 from cineray.jobs.gangs import effects, events
+from cineray.jobs.gangs.placement import finishers_for
 from cineray.jobs.gangs.retry import RankOutcome
-from cineray.jobs.gangs.state import FINISH_STEPS, START_S, BatchState, clips_ahead, finishers_for
+from cineray.jobs.gangs.state import FINISH_STEPS, START_S, BatchState, clips_ahead
 from cineray.jobs.simulate.assumptions import Assumptions, PlannedClip, RankDeath
 from cineray.jobs.simulate.attempt import Attempt, steps_per_save
 from cineray.jobs.simulate.fleet import Clip, Finisher, Fleet, Gang, Node
@@ -38,7 +39,7 @@ class SimulatedBatch:
         deaths: Iterable[RankDeath] = (),
         on_end: Callable[[int], None] = lambda _: None,
     ) -> None:
-        num_finishers = assumed.num_finishers or finishers_for(assumed.gangs)
+        num_finishers = finishers_for(assumed.gangs, assumed.num_finishers)
         self.state = BatchState(assumed.gangs, num_finishers, assumed.hang_s, clips_ahead(assumed.gangs))
         self.ledger = Ledger()
         self.now_s = 0.0
@@ -298,6 +299,7 @@ class SimulatedBatch:
     def _start_finisher(self, finisher: Finisher, life: int) -> None:
         if finisher.life == life and finisher.is_wanted and finisher.node.takes_actors:
             finisher.is_wanted, finisher.is_there = False, True
+            self._tell(events.FinisherPlaced(finisher.number))
             self._in(self._assumed.finisher_start_s, self._finisher_ready, finisher, life)
 
     def _finisher_ready(self, finisher: Finisher, life: int) -> None:

@@ -24,6 +24,7 @@ from cineray.pipeline.adapters import (
 )
 from cineray.pipeline.adapters.cache_plan import plan_cache
 from cineray.pipeline.adapters.protocol import Defaults, ModelConfigs
+from cineray.pipeline.loading.errors import LoadingError, is_passing
 from cineray.pipeline.loading.parts import MAX_CONFIG_BYTES, check_configs, check_folder
 from cineray.pipeline.loading.weight_header import reason_of
 from cineray.pipeline.request import InputError, SizeRule
@@ -73,7 +74,8 @@ class Checkpoint:
         try:
             check_folder(self.adapter, self.parts, folder)
         except (OSError, ValueError) as error:
-            raise _refused(self.name, reason_of(error) if isinstance(error, OSError) else str(error)) from None
+            reason = reason_of(error) if isinstance(error, OSError) else str(error)
+            raise _refused(self.name, reason, error) from None
 
 
 def open_checkpoint(model: str, models: Models = MODELS) -> Checkpoint:
@@ -113,7 +115,7 @@ def open_checkpoint(model: str, models: Models = MODELS) -> Checkpoint:
     except InputError:
         raise
     except ValueError as error:
-        raise _refused(model, str(error)) from None
+        raise _refused(model, str(error), error) from None
     checkpoint = Checkpoint(
         name=model,
         source=source,
@@ -136,11 +138,12 @@ def _is_folder(source: str) -> bool:
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null character
         return False
     except OSError as error:
-        raise _refused(source, f"cannot be read: {error.strerror}") from None
+        raise _refused(source, f"cannot be read: {error.strerror}", error) from None
 
 
-def _refused(model: str, reason: str) -> InputError:
-    return InputError(f"model {printable(model, 200)}: {reason}")
+def _refused(model: str, reason: str, error: Exception) -> InputError:
+    kind = LoadingError if is_passing(error) else InputError
+    return kind(f"model {printable(model, 200)}: {reason}")
 
 
 def _shipped_at(model: str, names: Mapping[str, KnownCheckpoint]) -> KnownCheckpoint | None:
@@ -190,6 +193,7 @@ def download(repository: str, file: str) -> str:
         RepositoryNotFoundError,
     )
 
+    kind = InputError
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its retries would fill the screen: what matters is said once, below
     try:
@@ -201,6 +205,7 @@ def download(repository: str, file: str) -> str:
     except HFValidationError:
         reason = "is neither a folder nor a valid hub id owner/name"
     except (LocalEntryNotFoundError, OSError):
+        kind = LoadingError
         reason = (
             "is neither a local folder nor in the hub cache, and the hub cannot be reached; "
             "check the network, or give the path of a downloaded folder"
@@ -209,7 +214,7 @@ def download(repository: str, file: str) -> str:
         reason = f"has no {file} on the hub, so it is not a diffusers checkpoint"
     finally:
         logging.set_verbosity(verbosity)
-    raise InputError(f"model {printable(repository, 200)} {reason}")
+    raise kind(f"model {printable(repository, 200)} {reason}")
 
 
 _SAMPLE_BYTES = 64 * 1024

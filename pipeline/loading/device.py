@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cineray.pipeline.request import InputError
+from cineray.pipeline.loading.errors import LoadingError
 
 
 def default_device() -> str:
@@ -15,9 +15,9 @@ def default_device() -> str:
 
 
 def check_device(device: str) -> None:
-    """Raises InputError where this machine has no such device."""
+    """Raises LoadingError, an InputError, where this machine has no such device."""
     if device == "cuda" and not sees_cuda():
-        raise InputError("device cuda: this PyTorch sees no CUDA GPU; use --device cpu, or install a CUDA build")
+        raise LoadingError("device cuda: this PyTorch sees no CUDA GPU; use --device cpu, or install a CUDA build")
 
 
 def sees_cuda() -> bool:

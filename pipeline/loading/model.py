@@ -11,6 +11,7 @@ import torch
 from cineray.pipeline.adapters import Adapter
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.device import check_device
+from cineray.pipeline.loading.errors import LoadingError, is_passing
 from cineray.pipeline.loading.loaded_weights import check_finite, check_names, check_scheduler, check_vocabulary
 from cineray.pipeline.loading.options import LoadOptions, check_installed
 from cineray.pipeline.loading.prepare import compile_blocks, expert_transformers, fuse_loras, quantize, set_attention
@@ -46,6 +47,7 @@ def load_model(checkpoint: Checkpoint, options: LoadOptions, skip_components: Se
     Raises:
         InputError: a file is missing or broken, the weights are not those that the configuration asks for or are not
             finite, the download failed, or there is no such device.
+        LoadingError: of these, what tells of this machine or of the hub: another machine may load it.
     """
     import diffusers
     import transformers
@@ -69,7 +71,8 @@ def load_model(checkpoint: Checkpoint, options: LoadOptions, skip_components: Se
             raise
         reason = printable(" ".join(str(error).split()) or type(error).__name__, 400)
         name, place = printable(checkpoint.name, 200), printable(folder, 200)
-        raise InputError(f"model {name}: loading from {place} failed: {reason}") from error
+        kind = LoadingError if is_passing(error) else InputError
+        raise kind(f"model {name}: loading from {place} failed: {reason}") from error
     identity = identify(checkpoint)
     return LoadedModel(
         checkpoint=checkpoint, pipe=pipe, options=options, digest=identity.digest, revision=identity.revision

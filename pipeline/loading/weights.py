@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cineray.pipeline.loading.checkpoint import Checkpoint, download, weights_digest
+from cineray.pipeline.loading.errors import LoadingError, is_passing
 from cineray.pipeline.request import InputError
 from cineray.text import printable
 
@@ -34,7 +35,8 @@ def identify(checkpoint: Checkpoint) -> Identity:
     try:
         digest = weights_digest(folder)
     except OSError as error:
-        raise InputError(f"model {printable(checkpoint.name, 200)}: cannot be read: {error.strerror}") from None
+        kind = LoadingError if is_passing(error) else InputError
+        raise kind(f"model {printable(checkpoint.name, 200)}: cannot be read: {error.strerror}") from None
     return Identity(digest=digest, revision=None)
 
 
@@ -56,7 +58,8 @@ def local_folder(checkpoint: Checkpoint) -> Path:
         folder = Path(pipeline_class.download(checkpoint.source, revision=commit, use_safetensors=True))
     except Exception as error:  # network, disk, hub: all end here
         reason = printable(" ".join(str(error).split()), 400)
-        raise InputError(f"model {printable(checkpoint.name, 200)}: download from the hub failed: {reason}") from error
+        kind = LoadingError if is_passing(error) else InputError
+        raise kind(f"model {printable(checkpoint.name, 200)}: download from the hub failed: {reason}") from error
     checkpoint.check_files(folder)
     return folder
 

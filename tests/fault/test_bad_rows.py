@@ -11,7 +11,7 @@ from cineray.jobs.console.progress import RenderProgress
 from cineray.jobs.gangs.finisher_work import FinisherWork
 from cineray.jobs.gangs.messages import ClipFault, Denoised, RunSpec
 from cineray.jobs.gangs.queue import ClipQueue
-from cineray.jobs.gangs.rank_work import RankWork, is_of_machine
+from cineray.jobs.gangs.rank_work import RankWork
 from cineray.jobs.gangs.retry import RankOutcome, classify_failure
 from cineray.jobs.in_process import Batch, render_batch
 from cineray.jobs.output.folder import OutputError, OutputFolder
@@ -235,6 +235,7 @@ def test_the_queue_gives_a_clip_what_is_to_be_said_of_it(work, new_request):
 
 STEP = RankOutcome(kind="raised", reason="KeyError: 'x'", fault="step")
 INPUT = RankOutcome(kind="raised", reason="OSError: broken image", fault="input")
+SHORT = RankOutcome(kind="raised", reason="out of memory", fault="memory")
 PEERS = RankOutcome(kind="raised", reason="Connection reset by peer")
 
 
@@ -250,29 +251,16 @@ PEERS = RankOutcome(kind="raised", reason="Connection reset by peer")
         ([PEERS, PEERS], "strike", False),
         ([STEP, RankOutcome(kind="died", reason="SIGKILL")], "strike", False),
         ([INPUT, INPUT], "failed", True),
+        ([SHORT], "elsewhere", True),
+        ([SHORT, SHORT], "elsewhere", False),
+        ([RankOutcome(kind="silent")] * 3 + [SHORT], "elsewhere", False),
+        ([SHORT, STEP], "elsewhere", False),
+        ([SHORT, RankOutcome(kind="died", reason="SIGKILL")], "strike", False),
     ],
 )
 def test_an_error_of_a_step_is_the_clips_if_every_rank_says_the_same(ends, clip, keep_gang):
     verdict = classify_failure(ends)
     assert (verdict.clip, verdict.keep_gang) == (clip, keep_gang)
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (ConnectionResetError("x"), True),
-        (TimeoutError(), True),
-        (torch.distributed.DistBackendError("x"), True),
-        (RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"), True),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
-        (RuntimeError("The size of tensor a (4) must match the size of tensor b (5)"), False),
-        (torch.OutOfMemoryError("CUDA out of memory. CUDA error"), False),
-        (KeyError("socket"), False),
-        (OSError("image file is truncated"), False),
-    ],
-)
-def test_what_says_nothing_about_a_clip(error, expected):
-    assert is_of_machine(error) is expected
 
 
 def test_a_run_that_saw_fewer_clips_than_it_was_promised_is_not_complete():

@@ -5,10 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cineray.jobs.gangs import effects, events
+from cineray.jobs.gangs.members import Stage
 from cineray.jobs.gangs.retry import RankOutcome
-from cineray.jobs.gangs.state import BatchState, Stage
+from cineray.jobs.gangs.state import BatchState
 
 DIED = (RankOutcome(kind="died", reason="killed"), RankOutcome(kind="silent"))
+SHORT = RankOutcome(kind="raised", reason="out of memory: needs 5 GiB, has 1 GiB", fault="memory")
 
 
 @dataclass
@@ -18,6 +20,7 @@ class World:
     Attributes:
         placing, starting, idle: gangs by what they do; `busy` the clip that each of the others denoises.
         finishing: clips in each finisher that is up, `encoding` its prompts.
+        stands_with: the gang in whose group a finisher stands that has no place of its own.
         ended: how each clip ended.
     """
 
@@ -32,6 +35,7 @@ class World:
     loading: set[int] = field(default_factory=set)
     finishing: dict[int, list[str]] = field(default_factory=dict)
     encoding: dict[int, list[str]] = field(default_factory=dict)
+    stands_with: dict[int, int] = field(default_factory=dict)
     ended: dict[str, str] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
     done: Counter[str] = field(default_factory=Counter)
@@ -67,6 +71,7 @@ class World:
                 for there in (self.placing, self.starting, self.idle, self.asked):
                     there.discard(gang)
                 self.busy.pop(gang, None)
+                assert gang not in self.stands_with.values()  # else Ray would end them unheard
             case effects.AssignClip(gang, clip):
                 assert gang in self.idle  # so it has no clip
                 assert clip not in self.busy.values()
@@ -75,13 +80,17 @@ class World:
             case effects.RequestStop(gang):
                 assert gang in self.busy
                 self.asked.add(gang)
-            case effects.BuildFinisher(finisher):
+            case effects.BuildFinisher(finisher, gang):
                 assert finisher not in self.loading | set(self.finishing)
                 self.loading.add(finisher)
+                if gang is not None:
+                    assert gang in self.starting | self.idle | set(self.busy)  # its ranks hold their GPUs
+                    self.stands_with[finisher] = gang
             case effects.KillFinisher(finisher):
                 self.loading.discard(finisher)
                 self.finishing.pop(finisher, None)
                 self.encoding.pop(finisher, None)
+                self.stands_with.pop(finisher, None)
             case effects.EncodePrompt(finisher, clip):
                 assert self.keys[clip] not in [key for keys in self.encoding.values() for key in keys]
                 self.encoding[finisher].append(self.keys[clip])
@@ -127,6 +136,8 @@ class World:
             else:
                 can(events.GangEnded(gang, preempted_at=3, is_kept=True), lambda g=gang: self.busy.pop(g))
         for finisher in sorted(self.loading):
+            if with_harm:
+                can(events.FinisherPlaced(finisher))
             can(
                 events.FinisherReady(finisher),
                 lambda f=finisher: (
@@ -156,16 +167,25 @@ class World:
                 lambda g=gang: (self.busy.pop(g), self.idle.add(g)),
             )
             can(
+                events.GangEnded(gang, outcomes=(SHORT,)),
+                lambda g=gang: (self.busy.pop(g), self.idle.add(g)),
+            )
+            can(events.GangEnded(gang, outcomes=(SHORT, RankOutcome(kind="silent"))), lambda g=gang: self._bury(g))
+            can(
                 events.PromptMissing(gang, "no such file"),
                 lambda g=gang: (self.busy.pop(g), self.idle.add(g)),
             )
         for finisher in sorted(self.finishing):
             can(events.FinisherLost(finisher, "killed"))
+            can(events.FinishersInTheWay((finisher,)))
             for key in self.encoding[finisher][:1]:
-                can(events.PromptFailed(finisher, key, "odd"), lambda f=finisher, k=key: self.encoding[f].remove(k))
+                forget = lambda f=finisher, k=key: self.encoding[f].remove(k)  # noqa: E731
+                can(events.PromptFailed(finisher, key, "odd"), forget)
+                can(events.PromptFailed(finisher, key, SHORT.reason, "memory"), forget)
             for name in self.finishing[finisher][:1]:
                 remove = lambda f=finisher, n=name: self.finishing[f].remove(n)  # noqa: E731
                 can(events.VideoFailed(finisher, name, "no frames"), remove)
+                can(events.VideoFailed(finisher, name, SHORT.reason, "memory"), remove)
                 can(events.LatentsMissing(finisher, name), remove)
         can(events.NodesDraining(frozenset({"node0"})))
         can(events.NodesDraining(frozenset()))

@@ -3,20 +3,21 @@
 from collections import Counter
 
 import pytest
-from gang_world import DIED, World
+from gang_world import DIED, SHORT, World
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cineray.jobs.gangs import events
+from cineray.jobs.gangs.members import PLACE_S, GangStage
 from cineray.jobs.gangs.retry import MAX_LOSSES_IN_A_ROW, MAX_STRIKES, RankOutcome
-from cineray.jobs.gangs.state import IN_FINISHER, PER_FINISHER, START_S, BatchState, GangStage
+from cineray.jobs.gangs.state import IN_FINISHER, PER_FINISHER, REPEAT_S, START_S, BatchState
 
 HANG_S = 10.0
 
 
-def world(num_clips=4, num_gangs=2, num_finishers=1, prompts=1, depth=6, strikes=()):
+def world(num_clips=4, num_gangs=2, num_finishers=1, prompts=1, depth=6, strikes=(), num_apart=None):
     clips = [events.NewClip(f"c{i}", f"c{i}", f"p{i % prompts}", strikes) for i in range(num_clips)]
-    made = World(BatchState(num_gangs, num_finishers, HANG_S, depth), clips)
+    made = World(BatchState(num_gangs, num_finishers, HANG_S, depth, num_apart), clips)
     made.read()
     return made
 
@@ -38,10 +39,11 @@ def until(world, condition):
     st.integers(1, 2),
     st.integers(0, 8),
     st.integers(1, 3),
+    st.integers(0, 2),
 )
-def test_no_clip_is_lost_or_ends_twice_whatever_happens(data, num_gangs, num_finishers, num_clips, prompts):
+def test_no_clip_is_lost_or_ends_twice_whatever_happens(data, num_gangs, num_finishers, num_clips, prompts, num_apart):
     """`World` checks after every event; in the end, every clip has ended or the run has said why not."""
-    here = world(num_clips, num_gangs, num_finishers, prompts)
+    here = world(num_clips, num_gangs, num_finishers, prompts, num_apart=num_apart)
     for _ in range(data.draw(st.integers(0, 60))):
         if here.state.is_over:
             break
@@ -236,14 +238,212 @@ def test_a_decode_that_stands_still_costs_the_finisher():
     assert 0 in here.loading
 
 
-def test_clips_of_a_prompt_that_cannot_be_encoded_fail_together():
-    here = world(num_clips=4, prompts=2)
-    until(here, lambda: bool(here.encoding.get(0)))
+def test_clips_of_a_prompt_that_two_finishers_cannot_encode_fail_together():
+    here = world(num_clips=4, prompts=2, num_finishers=2)
+    until(here, lambda: bool(here.encoding.get(0)) and 1 in here.encoding)
     key = here.encoding[0].pop(0)
     here.tell(events.PromptFailed(0, key, "KeyError: 7"))
+    assert not here.ended
+    assert key in here.encoding[1]  # another one tries
+    here.encoding[1].remove(key)
+    here.tell(events.PromptFailed(1, key, "KeyError: 7"))
     assert sorted(here.ended.values()) == ["failed", "failed"]
     here.run_out()
     assert sorted(here.ended.values()) == ["done", "done", "failed", "failed"]
+
+
+def test_a_prompt_that_one_finisher_could_not_encode_costs_no_clip():
+    here = world(num_clips=2)
+    until(here, lambda: bool(here.encoding.get(0)))
+    here.tell(events.PromptFailed(0, here.encoding[0].pop(0), "KeyError: 7"))
+    here.run_out()
+    assert set(here.ended.values()) == {"done"}
+    assert here.records == {}
+
+
+def test_a_prompt_that_memory_is_too_short_for_is_nobodys_fault():
+    here = world(num_clips=2)
+    for _ in range(MAX_STRIKES):
+        until(here, lambda: bool(here.encoding.get(0)))
+        here.tell(events.PromptFailed(0, here.encoding[0].pop(0), SHORT.reason, "memory"))
+    assert set(here.ended.values()) == {"quarantined"}
+
+
+def test_a_clip_that_a_gang_has_no_memory_for_goes_to_another_and_is_never_bad_input():
+    here = world(num_clips=2)
+    until(here, lambda: here.busy.get(0) == "c0" and 1 in here.busy)
+    here.busy.pop(0)
+    here.idle.add(0)
+    here.tell(events.GangEnded(0, outcomes=(SHORT,)))
+    assert here.done["KillGang"] == 0  # a rank alone has emptied its memory
+    assert 0 in here.idle  # though the clip waits: it goes to the other gang
+    assert list(here.state.waiting) == ["c0"]
+    here.busy.pop(1)
+    here.idle.add(1)
+    here.tell(events.GangEnded(1))
+    assert here.busy == {1: "c0"}
+    here.run_out()
+    assert here.ended == {"c0": "done", "c1": "done"}
+
+
+def test_the_peers_of_a_rank_without_memory_are_built_again():
+    here = world(num_clips=1, num_gangs=1)
+    until(here, lambda: 0 in here.busy)
+    here.busy.pop(0)
+    here.tell(events.GangEnded(0, outcomes=(RankOutcome(kind="silent"), SHORT)))
+    assert here.done["KillGang"] == 1
+    assert here.state.clips["c0"].strikes == [f"gang-0: {SHORT.reason}"]
+
+
+def test_after_two_shortages_alike_it_is_said_that_the_clip_does_not_fit():
+    here = world(num_clips=1, num_gangs=1)
+    for _ in range(MAX_STRIKES):
+        until(here, lambda: 0 in here.busy)
+        here.busy.pop(0)
+        here.idle.add(0)
+        here.tell(events.GangEnded(0, outcomes=(SHORT,)))
+    assert here.ended == {"c0": "quarantined"}
+    assert "c0: will try again (1 strikes): gang-0: out of memory: needs 5 GiB, has 1 GiB" in here.said
+    assert "the clip does not fit: out of memory: needs 5 GiB, has 1 GiB" in here.said[-1]
+    assert not here.state.gangs[0].is_retired
+
+
+def test_a_finisher_without_memory_puts_the_clip_back_for_another():
+    here = world(num_clips=4, num_finishers=2, depth=8)
+    until(here, lambda: bool(here.finishing.get(0)) and 1 in here.finishing)
+    name = here.finishing[0].pop(0)
+    here.tell(events.VideoFailed(0, name, SHORT.reason, "memory"))
+    assert name in here.finishing[1]
+    here.run_out()
+    assert set(here.ended.values()) == {"done"}
+
+
+def test_finishers_without_a_place_of_their_own_wait_for_gangs_and_share_them_evenly():
+    here = world(num_gangs=2, num_finishers=2, num_apart=0)
+    assert not here.loading
+    here.placing.discard(1)
+    here.starting.add(1)
+    here.tell(events.GangPlaced(1, frozenset({"node1"})))
+    assert here.stands_with == {1: 1}  # finisher-0 waits for its own gang, for a while
+    here.placing.discard(0)
+    here.starting.add(0)
+    here.tell(events.GangPlaced(0, frozenset({"node0"})))
+    assert here.stands_with == {0: 0, 1: 1}
+    here.run_out()
+    assert set(here.ended.values()) == {"done"}
+
+
+def test_a_finisher_whose_gang_finds_no_place_stands_with_another():
+    here = world(num_gangs=2, num_finishers=1, num_apart=0)
+    here.placing.discard(1)
+    here.starting.add(1)
+    here.tell(events.GangPlaced(1, frozenset({"node1"})))
+    assert not here.loading
+    here.tell(events.Tick(), PLACE_S)
+    assert here.stands_with == {0: 1}
+
+
+def test_a_lost_gang_takes_its_finisher_along_and_both_are_built_again():
+    here = world(num_clips=6, num_gangs=1, num_apart=0, depth=10)
+    until(here, lambda: len(here.finishing.get(0, ())) == 2)
+    first, second = here.finishing[0]
+    if 0 not in here.busy:
+        until(here, lambda: 0 in here.busy)
+    here.busy.pop(0)
+    here.tell(events.GangEnded(0, outcomes=DIED))
+    assert not here.stands_with
+    assert list(here.state.denoised)[:2] == [first, second]
+    assert here.state.clips[first].strikes == []  # the gang's end was not its fault
+    assert here.state.finishers[0].num_losses_in_a_row == 0
+    here.placing.discard(0)
+    here.starting.add(0)
+    here.tell(events.GangPlaced(0, frozenset({"node0"})))
+    assert here.stands_with == {0: 0}
+    here.run_out()
+    assert set(here.ended.values()) == {"done"}
+
+
+def test_a_decode_that_takes_its_gang_along_each_time_is_quarantined_in_the_end():
+    here = world(num_clips=1, num_gangs=1, num_apart=0)
+    for _ in range(3 * MAX_STRIKES):
+        until(here, lambda: bool(here.ended) or bool(here.finishing.get(0)) or here.state.is_over)
+        if here.ended or here.state.is_over:
+            break
+        here.idle.discard(0)
+        here.state.gangs[0].num_losses_in_a_row = 0  # other clips are done between
+        here.tell(events.GangEnded(0, outcomes=DIED))
+    assert here.ended == {"c0": "quarantined"}
+
+
+def test_a_stop_lets_a_finisher_end_its_clip_that_stands_with_an_idle_gang():
+    here = world(num_clips=1, num_gangs=1, num_apart=0)
+    until(here, lambda: bool(here.finishing.get(0)))
+    here.tell(events.StopRequested(15))
+    assert here.finishing[0]
+    assert not here.state.is_over
+    here.run_out()
+    assert here.ended == {"c0": "done"}
+
+
+def test_a_gang_that_must_go_waits_for_the_clip_of_its_finisher_and_gives_it_no_other():
+    here = world(num_clips=6, num_gangs=1, num_apart=0, depth=10)
+    until(here, lambda: bool(here.finishing.get(0)) and 0 in here.busy)
+    num_finishing = len(here.finishing[0])
+    here.tell(events.NodesDraining(frozenset({"node0"})))
+    here.busy.pop(0)
+    here.idle.add(0)  # its ranks are there, and told to stop
+    here.tell(events.GangEnded(0, preempted_at=3, is_kept=True))
+    assert here.done["KillGang"] == 0
+    assert len(here.finishing[0]) == num_finishing
+    while here.finishing.get(0):
+        here.tell(events.VideoCommitted(0, here.finishing[0].pop(0)))
+    assert here.done["KillGang"] == 1
+    here.run_out()
+    assert set(here.ended.values()) == {"done"}
+
+
+def test_a_prompt_that_a_finisher_encodes_on_a_node_that_goes_is_not_given_to_another():
+    here = world(num_clips=1, num_gangs=2, num_finishers=2, num_apart=0)
+    until(here, lambda: any(here.encoding.values()) and len(here.encoding) == 2)
+    (finisher,) = (number for number, keys in here.encoding.items() if keys)
+    here.tell(events.NodesDraining(here.state.gangs[here.stands_with[finisher]].nodes))
+    assert here.done["EncodePrompt"] == 1
+    here.run_out()
+    assert here.ended == {"c0": "done"}
+
+
+def test_who_waits_for_a_place_is_told_of_once_and_again_after_minutes():
+    here = world(num_gangs=1)
+    here.tell(events.Tick(), PLACE_S - 1)
+    assert here.done["ExplainWait"] == 0
+    for _ in range(10):
+        here.tell(events.Tick(), 1.0)
+    assert here.done["ExplainWait"] == 1
+    here.tell(events.Tick(), REPEAT_S)
+    assert here.done["ExplainWait"] == 2
+
+
+def test_a_finisher_that_finds_no_place_of_its_own_or_is_in_the_way_stands_with_a_gang():
+    here = world(num_gangs=1)
+    until(here, lambda: 0 in here.starting)
+    here.tell(events.Tick(), PLACE_S)
+    assert here.stands_with == {0: 0}
+    here = world(num_gangs=1)
+    until(here, lambda: bool(here.finishing.get(0)))
+    here.tell(events.FinishersInTheWay((0,)))
+    assert here.stands_with == {0: 0}
+    here.run_out()
+    assert set(here.ended.values()) == {"done"}
+
+
+def test_a_finisher_that_never_ends_loading_or_encoding_is_lost():
+    here = world(num_gangs=1)
+    here.tell(events.FinisherPlaced(0))
+    here.tell(events.Tick(), START_S + 1)
+    assert here.done["KillFinisher"] == 1
+    until(here, lambda: bool(here.encoding.get(0)))
+    here.tell(events.Tick(), 4 * HANG_S + 1)
+    assert here.done["KillFinisher"] == 2
 
 
 def test_time_is_counted_where_gangs_could_have_worked():

@@ -51,6 +51,7 @@ def test_prompts_become_playable_clips_with_sidecars(render):
     assert record["model"]["pipeline"] == "WanPipeline"
     sidecar = json.loads(next(out.glob("1.*.json")).read_text())
     assert sidecar.pop("timings").keys() == {"encode_s", "denoise_s", "decode_s", "write_s"}
+    assert sidecar.pop("hardware").keys() == {"host", "cpu", "peak_bytes"}
     assert sidecar.pop("video").keys() == {"bytes", "mtime_ns", "sha256"}
     assert sidecar == record
     assert "[2/2]" in stderr

@@ -1,0 +1,110 @@
+"""One clip, one gang slot, one finisher slot: where each of them stands, as `BatchState` moves it on."""
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+PLACE_S = 60.0  # without a place; then it is said what is missing, and who waits for a certain place takes another
+
+
+class Stage(Enum):
+    """The stage of a clip."""
+
+    WAITING = "waiting"
+    DENOISING = "denoising"
+    DENOISED = "denoised"
+    FINISHING = "finishing"
+
+
+class GangStage(Enum):
+    """Where a gang stands. PLACING waits for room, which may take as long as it likes."""
+
+    GONE = "gone"
+    PLACING = "placing"
+    STARTING = "starting"
+    IDLE = "idle"
+    BUSY = "busy"
+
+
+@dataclass(slots=True)
+class ClipState:
+    """The state of one clip that has not ended.
+
+    Attributes:
+        strikes: why earlier attempts were lost.
+        began_s: when its first attempt began; None before.
+        avoids: name of the gang or finisher whose memory it did not fit into.
+        num_shortages: attempts that memory was too short for.
+        num_interrupted: decodes that ended with the gang that the finisher stood with.
+        ranks: what its ranks computed on, once it is denoised.
+    """
+
+    name: str
+    id: str
+    prompt_key: str
+    strikes: list[str]
+    stage: Stage = Stage.WAITING
+    began_s: float | None = None
+    avoids: str | None = None
+    num_shortages: int = 0
+    num_interrupted: int = 0
+    ranks: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(slots=True)
+class GangState:
+    """One gang slot; many gangs may live in it, one after the other.
+
+    Attributes:
+        clip: name of the clip it denoises, while BUSY.
+        changed_s: time of the last sign of progress.
+        explain_s: after so long a wait for a place it is said what is missing.
+    """
+
+    number: int
+    stage: GangStage = GangStage.GONE
+    clip: str | None = None
+    step: int | None = None
+    nodes: frozenset[str] = frozenset()
+    changed_s: float = 0.0
+    explain_s: float = PLACE_S
+    num_losses_in_a_row: int = 0
+    is_retired: bool = False
+    is_stop_requested: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"gang-{self.number}"
+
+    @property
+    def is_placed(self) -> bool:
+        return self.stage in (GangStage.STARTING, GangStage.IDLE, GangStage.BUSY)
+
+
+@dataclass(slots=True)
+class FinisherState:
+    """One finisher slot.
+
+    Attributes:
+        is_apart: it has a place of its own, which takes nothing that gangs need; else it stands in a gang's group.
+        gang: in whose group it stands, and with which it ends; None while gone, or in a place of its own.
+        finishing: names of clips: the one that is decoded, then those that wait in the actor.
+        encoding: prompt keys.
+        changed_s: time of the last sign of progress.
+    """
+
+    number: int
+    is_apart: bool = True
+    gang: int | None = None
+    stage: str = "gone"  # gone, placing, loading, ready
+    finishing: deque[str] = field(default_factory=deque)
+    encoding: set[str] = field(default_factory=set)
+    changed_s: float = 0.0
+    num_losses_in_a_row: int = 0
+    is_retired: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"finisher-{self.number}"
