@@ -17,6 +17,8 @@ from cineray.caching.policies.dicache import DiCacheConfig, DiCachePolicy, expec
 from cineray.caching.profile import DiCacheProfile
 from cineray.pipeline.adapters.cache_plan import plan_cache
 
+pytestmark = pytest.mark.slow
+
 LOOK = replace(SEEN, change_sum=4.0, accumulated=0.0, num_skips_in_a_row=0)  # 0.04 of change, at step 20 of 50
 RUN = DiCacheConfig(threshold=0.095, look="run")
 WAN = {"num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16}

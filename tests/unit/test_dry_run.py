@@ -7,6 +7,8 @@ import pytest
 
 from cineray.jobs.cli.main import main
 
+pytestmark = pytest.mark.process
+
 SMALL = ["--width", "32", "--height", "32", "--frames", "5", "--steps", "1", "--fps", "8"]
 
 

@@ -21,6 +21,8 @@ from cineray.pipeline.footprint.operations import forward_flop
 from cineray.pipeline.footprint.published import published, published_checkpoint, published_names
 from cineray.pipeline.footprint.subject import load_fake, num_parameters
 
+pytestmark = pytest.mark.slow
+
 WAN, HUNYUAN = "wan2.1-t2v-14b", "hunyuan-video"
 
 

@@ -18,6 +18,8 @@ from cineray.jobs.output.folder import OutputFolder
 from cineray.jobs.report import clips as report_clips
 from cineray.jobs.report.clips import CHANGED_VIDEO, LOST_RECORD, natural
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def rendered(checkpoint_folder, tmp_path_factory):
