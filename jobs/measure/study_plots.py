@@ -50,6 +50,8 @@ def _draw(found: Measured, draw: Callable[[Any, Sequence[Cell], Measured], None]
         axes.set_title(f"{model}: {found.sizes.get(model, '')}", fontsize=8)
         draw(axes, [cell for cell in found.full if cell.model == model], found)
         axes.spines[["top", "right"]].set_visible(False)
+        if draw is not _stages:
+            axes.set_ylim(bottom=0)  # now that everything is drawn, the top is known
     figure.suptitle(f"{title}, measured on {found.where}", fontsize=10)
     content = BytesIO()
     about = {"Title": title} | ({"Date": None} if kind == "svg" else {})
@@ -76,7 +78,7 @@ def _throughput(axes: Any, cells: Sequence[Cell], found: Measured) -> None:
             marker="_",
             s=160,
             color=COLOURS[number % len(COLOURS)],
-            label="as many gangs of one rank, reckoned" if number == 0 and rows else None,
+            label="as many gangs of one rank, reckoned, in the same colours" if number == 0 and rows else None,
         )
     axes.set_ylabel("clips per hour, all ranks together")
     axes.legend(fontsize=7)
@@ -108,7 +110,6 @@ def _lines(axes: Any, cells: Sequence[Cell], value: Callable[[Cell], float], fir
         )
     axes.set_xticks(range(len(labels)), labels)
     axes.set_xlim(-0.4, len(labels) - 0.6)
-    axes.set_ylim(bottom=0)
     axes.set_xlabel("layout (ranks of one clip; gangsN: N clips at a time)")
     axes.grid(axis="y", linewidth=0.3)
     if cells:

@@ -80,7 +80,10 @@ def time_on_rank(rank: int, num_ranks: int, init_method: str, visit: Visit) -> N
     """Renders the clips of a visit; the first rank of each gang adds its rows to the log."""
     options = visit.sample.options
     device = f"cuda:{rank}" if options.device == "cuda" else "cpu"
-    with Gang.join(visit.layout, rank, num_ranks, device=device, init_method=init_method) as gang:
+    # decoded whole by the first rank, on GPUs too: a plan counts it as what one rank does while the others wait
+    with Gang.join(
+        visit.layout, rank, num_ranks, device=device, init_method=init_method, parallel_decode=False
+    ) as gang:
         checkpoint = open_checkpoint(visit.sample.model)
         model = load_model(checkpoint, options, skip_components=checkpoint.model.encoder_parts)
         warm = replace(visit.todo[0], steps=min(WARM_UP_STEPS, visit.todo[0].steps), cache="none")
