@@ -48,7 +48,7 @@ def begin_log(path: Path, setups: Mapping[str, Setup]) -> None:
     Raises:
         InputError: rows of another setup are there; or the file cannot be read or written.
     """
-    known = {line["model"]: line["setup"] for line in _lines(path) if isinstance(line.get("setup"), dict)}
+    known = {line.get("model"): line["setup"] for line in _lines(path) if isinstance(line.get("setup"), dict)}
     for model, setup in setups.items():
         if model not in known:
             append_line(path, {"model": model, "setup": dict(setup)})

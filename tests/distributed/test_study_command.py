@@ -9,7 +9,7 @@ from cineray.jobs.cli.main import _run
 from cineray.jobs.measure.study_log import read_rows
 from cineray.jobs.planning.study_file import read_study
 
-SMALL = ["a red circle", "--width", "32", "--height", "32", "--frames", "5", "--steps", "2", "--device", "cpu"]
+SMALL = ["a red circle", "--width", "32", "--height", "48", "--frames", "5", "--steps", "4", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +22,14 @@ def model(tmp_path_factory):
 def test_it_measures_what_is_missing_and_keeps_what_is_there(model, tmp_path, capsys):
     out, log = tmp_path / "study", tmp_path / "study" / "rows.jsonl"
     words = ["study", *SMALL, "--model", model, "--repeats", "1", "--out", str(out), "--json"]
-    caches = ["--cache", "none", "--cache", "interval(interval=2)"]
+    caches = ["--cache", "none", "--cache", "dicache(threshold=1)"]
     code = _run([*words, *caches, "--layouts", "1"])
     said = capsys.readouterr()
     assert code == 0, said.err
     assert json.loads(said.out.splitlines()[-1])["laws"] == []
     assert not (out / "study.json").exists()  # one number of ranks is no law
     before = read_rows(log)
-    assert [(p.cache, p.steps) for p in before] == [("none", 2), ("interval(interval=2)", 2), ("none", 1)]
+    assert [(p.cache, p.steps) for p in before] == [("none", 4), ("dicache(threshold=1)", 4), ("none", 2)]
 
     log.write_bytes(log.read_bytes()[:-40])  # as a process leaves it that is killed while it writes
     kept = read_rows(log)
@@ -58,7 +58,7 @@ def test_it_measures_what_is_missing_and_keeps_what_is_there(model, tmp_path, ca
     fits = read_study(out / "study.json", content["cells"][0]["model"]).fits
     assert [(fit.cache, fit.gpu, len(fit.rows)) for fit in fits] == [
         ("none", "cpu", 2),
-        ("interval(interval=2)", "cpu", 2),
+        ("dicache(threshold=1)", "cpu", 2),
     ]
 
     assert _run([*words, "--layouts", "1", "--seed", "7"]) == 2
