@@ -113,7 +113,7 @@ def _plan(
         for cache in caches[-1:] if clips.manifest == Path("-") else caches:  # a schedule may be of other steps
             _, checked = read_requests(clips, run_defaults(clips, checkpoint, cache, None), checkpoint, most)
             requests = list(checked)
-        samples.append(take_sample(checkpoint, load_options(clips), requests, num_clips))
+        samples.append(take_sample(checkpoint, load_options(clips, checkpoint), requests, num_clips))
     return StudyPlan(samples=tuple(samples), layouts=wanted, caches=caches, repeats=repeats)
 
 

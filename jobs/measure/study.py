@@ -246,7 +246,7 @@ def _setup(sample: Sample) -> dict[str, Any]:
     return {
         "weights": digest,
         "clips": hashlib.sha256(" ".join(clips).encode()).hexdigest()[:16],
-        "options": pixels | {"offload": options.offload},
+        "options": pixels | {"offload": options.offload, "attention": options.attention, "compile": options.compile},
         "device": device_title(options.device),
         "cores": num_cores(),
         "threads": rank_threads(),

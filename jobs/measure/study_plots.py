@@ -60,7 +60,7 @@ def _draw(found: Measured, draw: Callable[[Any, Sequence[Cell], Measured], None]
     return content.getvalue()
 
 
-def _latency(axes: Any, cells: Sequence[Cell], found: Measured) -> None:
+def _latency(axes: Any, cells: Sequence[Cell], _: Measured) -> None:
     _lines(axes, cells, lambda cell: cell.clip_s)
     axes.set_ylabel("time of one clip (s)")
 
@@ -84,7 +84,7 @@ def _throughput(axes: Any, cells: Sequence[Cell], found: Measured) -> None:
     axes.legend(fontsize=7)
 
 
-def _cache_gain(axes: Any, cells: Sequence[Cell], found: Measured) -> None:
+def _cache_gain(axes: Any, cells: Sequence[Cell], _: Measured) -> None:
     cached = [cell for cell in cells if cache_gain(cell, cells) is not None]
     axes.axhline(1.0, color="#888888", linewidth=0.8, linestyle=":")
     _lines(axes, cached, lambda cell: cache_gain(cell, cells) or 0.0, first=1)
@@ -121,7 +121,7 @@ def _layouts(cells: Sequence[Cell]) -> list[str]:
     return list(dict.fromkeys(cell.layout.text for cell in by_ranks))
 
 
-def _stages(axes: Any, cells: Sequence[Cell], found: Measured) -> None:
+def _stages(axes: Any, cells: Sequence[Cell], _: Measured) -> None:
     names = [f"{cell.cache.split('(')[0][:20]}, {cell.layout.text}" for cell in cells]
     left = [0.0] * len(cells)
     for stage in STAGES:

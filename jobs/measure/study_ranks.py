@@ -59,7 +59,9 @@ class Visit:
     scratch: Path
 
 
-def encode_on_rank(rank: int, num_ranks: int, init_method: str, sample: SentSample, scratch: Path) -> tuple[float, ...]:
+def encode_on_rank(
+    _rank: int, _num_ranks: int, _init_method: str, sample: SentSample, scratch: Path
+) -> tuple[float, ...]:
     checkpoint = open_checkpoint(sample.model)
     model = load_model(checkpoint, sample.options, skip_components=checkpoint.model.denoiser_parts)
     model.adapter.encode(model.pipe, sample.clips[0])  # warm
@@ -101,7 +103,7 @@ def _time_clip(gang: Gang, model: LoadedModel, visit: Visit, todo: Todo) -> Time
     timed = replace(gang, attention=attention) if gang.device.type == "cpu" else gang
     dist.barrier()
     began = time.monotonic()
-    denoised = denoise_clip(model, request, lambda done, total: None, gang=timed, encoded=encoded)
+    denoised = denoise_clip(model, request, lambda *_: None, gang=timed, encoded=encoded)
     decode_began = time.monotonic()
     clip = decode_clip_on_gang(gang, model, denoised, request)
     decoded = time.monotonic()

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import build_wan
 
-from cineray.jobs.cli.main import _run
+from cineray.jobs.cli.main import main
 from cineray.jobs.measure.study_log import read_rows
 from cineray.jobs.planning.study_file import read_study
 
@@ -23,7 +23,7 @@ def test_it_measures_what_is_missing_and_keeps_what_is_there(model, tmp_path, ca
     out, log = tmp_path / "study", tmp_path / "study" / "rows.jsonl"
     words = ["study", *SMALL, "--model", model, "--repeats", "1", "--out", str(out), "--json"]
     caches = ["--cache", "none", "--cache", "dicache(threshold=1)"]
-    code = _run([*words, *caches, "--layouts", "1"])
+    code = main([*words, *caches, "--layouts", "1"])
     said = capsys.readouterr()
     assert code == 0, said.err
     assert json.loads(said.out.splitlines()[-1])["laws"] == []
@@ -34,7 +34,7 @@ def test_it_measures_what_is_missing_and_keeps_what_is_there(model, tmp_path, ca
     log.write_bytes(log.read_bytes()[:-40])  # as a process leaves it that is killed while it writes
     kept = read_rows(log)
     assert len(kept) == 2
-    code = _run([*words, *caches, "--layouts", "1,2,gangs2"])
+    code = main([*words, *caches, "--layouts", "1,2,gangs2"])
     said = capsys.readouterr()
     assert code == 0, said.err
     rows = read_rows(log)
@@ -53,7 +53,7 @@ def test_it_measures_what_is_missing_and_keeps_what_is_there(model, tmp_path, ca
     assert {row.gang for row in rows.values() if row.layout == "gangs2"} == {0, 1}
 
     done = log.read_bytes()
-    assert _run([*words, *caches, "--layouts", "1,2,gangs2"]) == 0
+    assert main([*words, *caches, "--layouts", "1,2,gangs2"]) == 0
     assert log.read_bytes() == done  # nothing was left to measure
     fits = read_study(out / "study.json", content["cells"][0]["model"]).fits
     assert [(fit.cache, fit.gpu, len(fit.rows)) for fit in fits] == [
@@ -61,6 +61,6 @@ def test_it_measures_what_is_missing_and_keeps_what_is_there(model, tmp_path, ca
         ("dicache(threshold=1)", "cpu", 2),
     ]
 
-    assert _run([*words, "--layouts", "1", "--seed", "7"]) == 2
+    assert main([*words, "--layouts", "1", "--seed", "7"]) == 2
     assert "measured with other clips; choose another --out" in capsys.readouterr().err
     assert log.read_bytes() == done

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cineray.distributed.layout import Layout, parse_layout
-from cineray.jobs.cli.main import _run
+from cineray.jobs.cli.main import main
 from cineray.jobs.measure.study import Sample, StudyPlan, visits, wanted_places
 from cineray.jobs.measure.study_law import StudiedClips, fit_law, gpu_name, heldout_errors, study_of
 from cineray.jobs.measure.study_log import append_line, append_row, begin_log, read_rows
@@ -125,7 +125,7 @@ def test_a_plan_takes_the_seconds_of_a_study(tmp_path, monkeypatch, capsys):
     (tmp_path / "study.json").write_text(study.model_dump_json())
     words = ["plan", "--model", WAN, "--width", "1280", "--height", "720", "--gpu", "h100", "--num-gpus", "8"]
     for cache, factor in (("none", 1.0), ("dicache", 0.5)):
-        assert _run([*words, "--cache", cache, "--study", "study.json", "--json"]) == 0
+        assert main([*words, "--cache", cache, "--study", "study.json", "--json"]) == 0
         layouts = json.loads(capsys.readouterr().out.splitlines()[-1])["layouts"]
         on_eight = next(
             row for row in layouts if (row["gangs"], row["ulysses"]) == (1, 8) and row["decode"] == "finisher"
@@ -284,7 +284,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys,
     monkeypatch.chdir(tmp_path)
     lines = [{"prompt": PROMPT, "frames": frames} for frames in (5, 9)]
     (tmp_path / "sizes.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    assert _run(["study", *words, "--device", "cpu", "--steps", "2", "--out", "out"]) == 2
+    assert main(["study", *words, "--device", "cpu", "--steps", "2", "--out", "out"]) == 2
     errors = capsys.readouterr().err.strip().splitlines()
     assert said in errors[-1]
     assert errors[-1].startswith("cineray")
@@ -293,6 +293,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys,
 
 def test_a_file_is_no_folder(tmp_path, capsys):
     (tmp_path / "out").write_text("mine")
-    assert _run(["study", PROMPT, "--device", "cpu", "--steps", "2", "--out", str(tmp_path / "out")]) == 2
+    assert main(["study", PROMPT, "--device", "cpu", "--steps", "2", "--out", str(tmp_path / "out")]) == 2
     assert "is a file; give a folder" in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "mine"
