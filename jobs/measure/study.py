@@ -213,8 +213,7 @@ def _measure(sample: Sample, plan: StudyPlan, log: Path, scratch: Path, on_visit
         todo = _missing(sample, plan, layout, repeat, read_rows(log).keys())
         if not todo:
             continue
-        if text_s is None:
-            text_s = _run(encode_on_rank, 1, sample, sent, scratch)[0]
+        text_s = text_s or tuple(_run(encode_on_rank, 1, sample, sent, scratch)[0])  # once, if at all
         visit = Visit(sample=sent, layout=layout, todo=todo, text_s=text_s, log=log, scratch=scratch)
         _run(time_on_rank, layout.world_size, sample, visit)
 

@@ -16,12 +16,11 @@ from cineray.distributed.attention import JointSequence, Kernel, SequenceAttenti
 from cineray.distributed.layout import Layout
 from cineray.jobs.measure.study_log import append_row
 from cineray.jobs.measure.study_rows import TimedClip
-from cineray.jobs.output.record import trace_summary
 from cineray.pipeline.gang import Gang
 from cineray.pipeline.loading.checkpoint import Checkpoint, open_checkpoint
 from cineray.pipeline.loading.model import LoadedModel, LoadOptions, load_model
 from cineray.pipeline.media.video import write_video
-from cineray.pipeline.render import decode_clip_on_gang, denoise_clip
+from cineray.pipeline.render import RenderedClip, decode_clip_on_gang, denoise_clip
 from cineray.pipeline.request import ClipRequest
 from cineray.pipeline.resume.encoded_prompts import encode_prompt, read_encoded
 
@@ -133,8 +132,12 @@ def _time_clip(gang: Gang, model: LoadedModel, visit: Visit, todo: Todo) -> Time
         decode_s=decode_s,
         write_s=write_s,
         idle_s=max(0.0, clip_s - busy_s / len(ranks)),
-        computed_share=1.0 if clip is None else float(trace_summary(request, clip)["cost"]),
+        computed_share=_computed_share(clip),
     )
+
+
+def _computed_share(clip: RenderedClip | None) -> float:
+    return 1.0 if clip is None or clip.trace is None else float(clip.trace.summary()["cost"])
 
 
 def _is_exchange_seen(gang: Gang) -> bool:

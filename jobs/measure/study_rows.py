@@ -138,7 +138,7 @@ def _cell(rows: Sequence[TimedClip]) -> Cell:
 
 def _stages(rows: Sequence[TimedClip], ranks: int, clip_s: float) -> dict[str, float]:
     """Mean seconds of a rank in each stage, in the proportions of all rows together."""
-    total = dict.fromkeys(STAGES, 0.0)
+    total: dict[str, float] = dict.fromkeys(STAGES, 0.0)
     for row in rows:
         exchange_s = row.exchange_s or 0.0
         shared = {
