@@ -6,8 +6,10 @@ import pytest
 from conftest import build_wan
 
 from cineray.jobs.cli.main import main
+from cineray.jobs.measure.study import num_cores
 from cineray.jobs.measure.study_log import read_rows
 from cineray.jobs.planning.study_file import read_study
+from cineray.jobs.threads import rank_threads
 
 SMALL = ["a red circle", "--width", "32", "--height", "48", "--frames", "5", "--steps", "4", "--device", "cpu"]
 
@@ -42,9 +44,9 @@ def test_it_measures_what_is_missing_and_keeps_what_is_there(model, tmp_path, ca
     assert len(rows) == 3 * (1 + 1 + 2)
     content = json.loads(said.out.splitlines()[-1])
     assert [(c["cache"], c["layout"]) for c in content["cells"]][:3] == [
-        ("none", n) for n in ("1", "gangs2", "ulysses2")
+        ("none", n) for n in ("1", "ulysses2", "gangs2")
     ]
-    assert {"study.md", "study.csv", "study.json", "latency.png", "cache_gain.svg"} <= {p.name for p in out.iterdir()}
+    assert {"study.md", "study.csv", "latency.png", "cache_gain.svg"} <= {p.name for p in out.iterdir()}
     assert all(abs(sum(cell["stages"].values()) - cell["clip_s"]) < 1e-6 for cell in content["cells"])
     cached = next(c for c in content["cells"] if c["cache"] != "none")
     assert cached["computed_share"] < 1
@@ -55,11 +57,12 @@ def test_it_measures_what_is_missing_and_keeps_what_is_there(model, tmp_path, ca
     done = log.read_bytes()
     assert main([*words, *caches, "--layouts", "1,2,gangs2"]) == 0
     assert log.read_bytes() == done  # nothing was left to measure
-    fits = read_study(out / "study.json", content["cells"][0]["model"]).fits
-    assert [(fit.cache, fit.gpu, len(fit.rows)) for fit in fits] == [
-        ("none", "cpu", 2),
-        ("dicache(threshold=1)", "cpu", 2),
-    ]
+    has_law = num_cores() // rank_threads() > 1  # on one core no two ranks run side by side
+    assert (out / "study.json").exists() == has_law
+    if has_law:
+        fits = read_study(out / "study.json", content["cells"][0]["model"]).fits
+        shown = [(fit.cache, fit.gpu, len(fit.rows)) for fit in fits]
+        assert shown == [("none", "cpu", 2), ("dicache(threshold=1)", "cpu", 2)]
 
     assert main([*words, "--layouts", "1", "--seed", "7"]) == 2
     assert "measured with other clips; choose another --out" in capsys.readouterr().err
