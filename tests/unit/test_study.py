@@ -27,7 +27,12 @@ from cineray.jobs.measure.study_rows import (
     weak_scaling,
 )
 from cineray.jobs.measure.study_tables import Measured, markdown
-from cineray.jobs.planning.gpus import known_gpus
+from cineray.jobs.planning.anchors import published
+from cineray.jobs.planning.evidence import ClipKind, Evidence
+from cineray.jobs.planning.exchange import Shape, WorkOf
+from cineray.jobs.planning.gpus import find_gpu, known_gpus
+from cineray.jobs.planning.study_file import read_study
+from cineray.pipeline.footprint.forecast import forecast
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.options import LoadOptions
 from cineray.pipeline.request import ClipRequest, InputError
@@ -118,20 +123,21 @@ def test_a_card_is_known_by_its_makers_name(device, name):
     assert gpu_name(device, list(known_gpus())) == name
 
 
-def test_a_plan_takes_the_seconds_of_a_study(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_plan_takes_the_seconds_of_a_study(tmp_path):
     cells = cells_of([*rows_of("1", "8"), *rows_of("1", "8", cache="dicache", factor=0.5)])
-    study = study_of(cells, {WAN: CLIPS}, "2026-11-26T12:00:00Z")
-    (tmp_path / "study.json").write_text(study.model_dump_json())
-    words = ["plan", "--model", WAN, "--width", "1280", "--height", "720", "--gpu", "h100", "--num-gpus", "8"]
+    written = study_of(cells, {WAN: CLIPS}, "2026-11-26T12:00:00Z")
+    (tmp_path / "study.json").write_text(written.model_dump_json())
+    study = read_study(tmp_path / "study.json", WAN)
+    assert study == written
+    evidence = Evidence(find_gpu("h100"), WorkOf(forecast), published().tables, [study])
     for cache, factor in (("none", 1.0), ("dicache", 0.5)):
-        assert main([*words, "--cache", cache, "--study", "study.json", "--json"]) == 0
-        layouts = json.loads(capsys.readouterr().out.splitlines()[-1])["layouts"]
-        on_eight = next(
-            row for row in layouts if (row["gangs"], row["ulysses"]) == (1, 8) and row["decode"] == "finisher"
-        )
-        assert on_eight["clip_s"] == pytest.approx(FIXED_S + factor * (WORK_S / 8 + EXCHANGE_S), rel=0.01)
-        assert "measured on NVIDIA H100" in on_eight["source"]
+        kind = ClipKind(Shape(WAN, 1280, 720, 81), steps=50, num_branches=2, cache=cache, policy=cache)
+        timed = evidence.estimate(kind, Layout(ulysses=8), "finisher")
+        assert timed.clip_s == pytest.approx(FIXED_S + factor * (WORK_S / 8 + EXCHANGE_S))
+        assert timed.source == "measured on NVIDIA H100"
+        half = evidence.estimate(replace(kind, steps=25), Layout(ulysses=8), "finisher")
+        assert half.clip_s == pytest.approx(FIXED_S + factor * (WORK_S / 8 + EXCHANGE_S) / 2)
+        assert half.source.startswith("fitted to measured clips on NVIDIA H100")
 
 
 # -- cells and tables
