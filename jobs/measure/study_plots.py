@@ -81,7 +81,7 @@ def _throughput(axes: Any, cells: Sequence[Cell], found: Measured) -> None:
             label="as many gangs of one rank, reckoned, in the same colours" if number == 0 and rows else None,
         )
     axes.set_ylabel("clips per hour, all ranks together")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
 def _cache_gain(axes: Any, cells: Sequence[Cell], _: Measured) -> None:
