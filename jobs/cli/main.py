@@ -20,6 +20,7 @@ from cineray.jobs.cli.options import ClipArguments, FolderPath, clip_options, js
 from cineray.jobs.cli.plan import plan
 from cineray.jobs.cli.report import report
 from cineray.jobs.cli.simulate import simulate
+from cineray.jobs.cli.study import study
 from cineray.jobs.console.terminal import (
     UndeliveredError,
     begin_printing,
@@ -162,7 +163,7 @@ def models(as_json: bool) -> int:
     return EXIT_DONE
 
 
-for command in (status, report, compare, submit, calibrate, bench, verify, plan, simulate):
+for command in (status, report, compare, submit, calibrate, bench, verify, study, plan, simulate):
     cineray.add_command(command)
 
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -140,16 +140,43 @@ def manifest_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def with_clip_arguments(**values: Any) -> Any:
-        asked = ClipArguments(
-            prompts=values.pop("prompts", ()),
-            manifest=values.pop("manifest"),
-            model=values.pop("model"),
-            clip={name: values.pop(name) for name in _CLIP_OPTIONS},
-            loading={name: values.pop(name) for name in _LOAD_OPTIONS},
-        )
+        asked = _taken(values, values.pop("model"))
         return command(asked, **values)
 
     return _added([*_SOURCE_OPTIONS, *_CLIP_OPTIONS.values(), *_LOAD_OPTIONS.values()], with_clip_arguments)
+
+
+def models_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """As `clip_options` for one model or several: the command receives a `ClipArguments` for each, as a tuple."""
+
+    @functools.wraps(command)
+    def with_each_model(models: tuple[str, ...], **values: Any) -> Any:
+        first = _taken(values, models[0])
+        return command(tuple(replace(first, model=model) for model in models), **values)
+
+    several = click.option(
+        "--model",
+        "models",
+        multiple=True,
+        default=("tiny-wan",),
+        show_default=True,
+        metavar="NAME|DIR",
+        help="A name of `cineray models`, a diffusers folder or a hub id; once for each model.",
+    )
+    return _PROMPTS(
+        _added([_SOURCE_OPTIONS[0], several, *_CLIP_OPTIONS.values(), *_LOAD_OPTIONS.values()], with_each_model)
+    )
+
+
+def _taken(values: dict[str, Any], model: str) -> ClipArguments:
+    """The clips' options, out of all that were typed."""
+    return ClipArguments(
+        prompts=values.pop("prompts", ()),
+        manifest=values.pop("manifest"),
+        model=model,
+        clip={name: values.pop(name) for name in _CLIP_OPTIONS},
+        loading={name: values.pop(name) for name in _LOAD_OPTIONS},
+    )
 
 
 _RUN_OPTIONS = [  # by the names of RunOptions

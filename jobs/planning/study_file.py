@@ -12,9 +12,10 @@ A study file is a JSON object:
 
 One fit is of one (model, size, steps, device, cache). `fixed_s` is on one rank while the others wait, `work_s` all of
 the denoising on one GPU. A layout with an exchange of its own in `exchanges` takes fixed_s + work_s / ranks +
-exchange_s; one without takes the exchange of the shipped tables. `heldout_error` is the largest relative error of a row
-that the fit did not see, null where there were too few. `rows` are the timed clips themselves (means of `num_clips`): a
-plan gives a layout that has a row that row's seconds, as they are.
+exchange_s, so it holds whatever keeps the ranks from an even share; one without takes the exchange of the shipped
+tables. `heldout_error` is the largest relative error of a row that the fit did not see, null where there were too few.
+`rows` are the timed clips themselves (medians of `num_clips`): a plan gives a layout that has a row that row's seconds,
+as they are.
 """
 
 from __future__ import annotations
