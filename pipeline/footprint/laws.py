@@ -124,6 +124,22 @@ def laws_of(model: str) -> Laws:
     )
 
 
+def errors_of(row: Row) -> tuple[float, float]:
+    """Relative errors of the laws on a row: of its largest transient, and of its operations (0 where no law tells)."""
+    laws, size = laws_of(row["model"]), (row["width"], row["height"], row["frames"])
+    flop = 0.0
+    if row["part"] == "denoise":
+        full = _with_tokens(row)
+        said = laws.step_bytes(full["here"], full["everywhere"], parse_layout(row["layout"]), full["is_cached"])
+    elif row["part"] == "encode-image":
+        said = laws.image_encode_bytes(*size)
+    else:
+        full = _with_how(row)
+        said = laws.decode_bytes(*size, full["how"], full["num_ranks"])
+        flop = laws.decode_flop(*size, full["how"], full["num_ranks"]) / row["flop"] - 1
+    return said / max(row["phases"].values()) - 1, flop
+
+
 def _with_tokens(row: Row) -> Row:
     checkpoint, layout = published_checkpoint(row["model"]), parse_layout(row["layout"])
     clip = ClipRequest(
