@@ -19,7 +19,7 @@ from rich.progress import track
 
 from cineray.pipeline.footprint.cases import Case, cases, run
 from cineray.pipeline.footprint.forecast import forecast
-from cineray.pipeline.footprint.laws import TABLE
+from cineray.pipeline.footprint.laws import TABLE, errors_of, read_table
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -83,7 +83,22 @@ CARDS = (("24 GB", 25.3), ("48 GB", 48.3), ("80 GB", 85.0), ("141 GB", 151.0))  
 
 
 def markdown() -> str:
-    """The table of memory by model, size, layout, policy and way to decode."""
+    """The tables of the document: errors of the laws, then memory by model, size, layout, policy and way to decode."""
+    return f"{errors()}\n\n{memory_by_part()}"
+
+
+def errors() -> str:
+    """The largest errors on rows that no law was made from, by what ran."""
+    lines = ["| runs held out | number | largest error of bytes | of operations |", "|---|---|---|---|"]
+    for part in ("denoise", "decode", "tiled", "encode-image"):
+        found = [errors_of(row) for row in read_table() if row["is_held_out"] and row["part"] == part]
+        of_bytes, of_flop = (max((error[i] for error in found), key=abs) for i in (0, 1))
+        said = f"{of_flop:+.1%}" if any(error[1] for error in found) else "closed form"
+        lines.append(f"| {part} | {len(found)} | {of_bytes:+.1%} | {said} |")
+    return "\n".join(lines)
+
+
+def memory_by_part() -> str:
     lines = [
         "| model, size, frames | ulysses | cache | decode | weights | step | cached | VAE | text | total | fits |",
         "|---|---|---|---|---|---|---|---|---|---|---|",

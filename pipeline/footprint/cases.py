@@ -76,14 +76,16 @@ def run(case: Case, num_layers: int | None = NUM_LAYERS) -> dict[str, Any]:
                 model.pipe.vae.enable_tiling()
             taken = decode_on(gpu, model, request_of(case), parse_layout(case.layout).world_size)
             return row | {"weights": taken.weights_bytes, "phases": taken.phase_bytes, "flop": taken.flop}
-        takes_image = published(case.model).has("image_encoder")
-        parts = ("transformer", "vae", "image_encoder", "image_processor") if takes_image else ("transformer", "vae")
         if case.part == "load":
-            model = load_fake(case.model, parts)
+            load_fake(case.model, published_checkpoint(case.model).model.denoiser_parts)
             return row | {"weights": gpu.ledger.live_bytes, "phases": {}}
         if case.part == "encode-text":
-            taken = encode_text_on(gpu, load_fake(case.model, ("text_encoder", "text_encoder_2")))
+            taken = encode_text_on(gpu, load_fake(case.model, published_checkpoint(case.model).model.encoder_parts))
             return row | {"weights": taken.weights_bytes, "phases": taken.phase_bytes, "flop": taken.flop}
+        takes_image = published(case.model).has("image_encoder")
+        parts = ("transformer", *(("image_encoder", "image_processor") if takes_image else ()))
+        if case.part == "encode-image":
+            parts = (*parts, "vae")
         request = request_of(case, _blank_picture(folder, case) if takes_image else None)
         return row | _denoise(gpu, case, load_fake(case.model, parts, num_layers), request)
 

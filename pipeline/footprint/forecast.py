@@ -39,16 +39,16 @@ class MemoryByPart:
     """Bytes on the GPU that has most to hold: the one with the gang's first rank and a finisher.
 
     Args:
-        weights: of all that a rank loads: the transformer, the VAE, and for image-to-video the image encoder.
-        activations: the largest transient on a rank beside weights and cache: of a step, or of the encoding of a first
-            frame.
+        weights: of the transformer, which is all that a rank loads.
+        activations: the largest transient of a step on a rank, beside weights and cache.
         cache: tensors that the cache holds on a rank.
-        vae: the decode's transient, latents and video included; a finisher's VAE itself as well.
-        text_encoder: weights and the transient of encoding one prompt.
+        vae: its weights and its largest transient: of the decode, latents and video included, or of the encoding of a
+            first frame.
+        text_encoder: weights of the text encoders (and of the image encoder) and the transient of one prompt.
         total: what the card must have. A finisher decodes one clip while the ranks are at the next, so its parts come
             on top: (weights + activations + cache + vae + text_encoder) x SAFETY_FACTOR + FIXED_BYTES. Where the gang
-            decodes by itself, step and decode take turns: (weights + max(activations + cache, vae) + text_encoder) x
-            SAFETY_FACTOR + FIXED_BYTES.
+            decodes by itself, step and decode take turns: (weights + VAE's weights + max(activations + cache, its
+            transient) + text_encoder) x SAFETY_FACTOR + FIXED_BYTES.
     """
 
     weights: int
@@ -92,14 +92,14 @@ def forecast(
     cache: str,
     decode: str = "auto",
 ) -> tuple[MemoryByPart, Work]:
-    """What a clip takes, in bfloat16 (Wan's VAE in float32), with guidance where the model has a branch for it.
+    """What a clip takes, in the types that CUDA loads by default, with guidance where the model has a branch for it.
 
     Args:
         model: a name that `published_names` lists.
         cfg, ring, ulysses: degrees of the gang's layout.
         cache: a policy as on the command line.
         decode: "finisher": whole, beside rank 0; "tiled": so in tiles; "gang": by rows on every rank; "auto": as
-            `cineray render` does today, "finisher".
+            `cineray render` does on GPUs, "tiled" where the model asks for it, else "finisher".
 
     Raises:
         InputError: no published configuration, a size that the model cannot render, a layout or a cache that does not
@@ -126,25 +126,21 @@ def forecast(
     else:
         held = (held or 0) // cfg
     step = laws.step_bytes(here, num_tokens, layout, is_cached=plan is not None)
-    activations = max(step, laws.image_encode_bytes(width, height, frames) - held)
-    how, num_ranks = _HOW["finisher" if decode == "auto" else decode], layout.ranks_per_gang
-    if how != "rows":
-        num_ranks = 1
+    if decode == "auto":
+        decode = "tiled" if checkpoint.adapter.tiles_on_gpus else "finisher"
+    how, num_ranks = _HOW[decode], layout.ranks_per_gang if decode == "gang" else 1
     if how == "rows" and num_ranks == 1:
         how = "whole"
-    vae = laws.decode_bytes(width, height, frames, how, num_ranks)
-    rank = activations + held
-    if decode == "gang":
-        beside = max(rank, vae)
-    else:
-        vae += laws.vae_weights
-        beside = rank + vae
-    total = round((laws.rank_weights + beside + laws.text_encoder_bytes) * SAFETY_FACTOR) + FIXED_BYTES
+    decoding = laws.decode_bytes(width, height, frames, how, num_ranks)
+    decoding = max(decoding, laws.image_encode_bytes(width, height, frames))
+    beside = max(step + held, decoding) if decode == "gang" else step + held + decoding
+    parts = laws.rank_weights + laws.vae_weights + beside + laws.text_encoder_bytes
+    total = round(parts * SAFETY_FACTOR) + FIXED_BYTES
     memory = MemoryByPart(
         weights=laws.rank_weights,
-        activations=activations,
+        activations=step,
         cache=held,
-        vae=vae,
+        vae=laws.vae_weights + decoding,
         text_encoder=laws.text_encoder_bytes,
         total=total,
     )

@@ -31,8 +31,8 @@ class Laws:
     """The laws of one model, from the table's rows.
 
     Args:
-        rank_weights: bytes of all that a rank loads: transformer, VAE and image encoder.
-        text_encoder_bytes: weights of the text encoders and the transient of one prompt.
+        rank_weights: bytes of the transformer.
+        text_encoder_bytes: weights of the text encoders, and of an image encoder, and the transient of one prompt.
         text_flop: operations of encoding one prompt.
         vae_weights: bytes.
     """
@@ -58,7 +58,7 @@ class Laws:
         return _largest_phase(rows, known, wanted)
 
     def image_encode_bytes(self, width: int, height: int, frames: int) -> int:
-        """The transient of encoding a first frame on a rank; 0 for text-to-video."""
+        """The transient of encoding a first frame; 0 for text-to-video."""
         if not self._images:
             return 0
         return _largest_phase(
@@ -108,9 +108,11 @@ def laws_of(model: str) -> Laws:
         config = published(model).config(name)
         return [r for r in rows if r["part"] == part and published(r["model"]).config(name) == config]
 
-    load, text = alike("load", "transformer")[0], alike("encode-text", "text_encoder")[0]
-    decodes = [*alike("decode", "vae"), *alike("tiled", "vae")]
+    load = alike("load", "transformer")[0]
     takes_image = published(model).has("image_encoder")
+    texts = alike("encode-text", "text_encoder")
+    text = next(row for row in texts if published(row["model"]).has("image_encoder") == takes_image)
+    decodes = [*alike("decode", "vae"), *alike("tiled", "vae")]
     return Laws(
         rank_weights=load["weights"],
         text_encoder_bytes=text["weights"] + max(text["phases"].values()),
@@ -120,6 +122,22 @@ def laws_of(model: str) -> Laws:
         _decodes=tuple(_with_how(row) for row in decodes),
         _images=tuple(alike("encode-image", "vae")) if takes_image else (),
     )
+
+
+def errors_of(row: Row) -> tuple[float, float]:
+    """Relative errors of the laws on a row: of its largest transient, and of its operations (0 where no law tells)."""
+    laws, size = laws_of(row["model"]), (row["width"], row["height"], row["frames"])
+    flop = 0.0
+    if row["part"] == "denoise":
+        full = _with_tokens(row)
+        said = laws.step_bytes(full["here"], full["everywhere"], parse_layout(row["layout"]), full["is_cached"])
+    elif row["part"] == "encode-image":
+        said = laws.image_encode_bytes(*size)
+    else:
+        full = _with_how(row)
+        said = laws.decode_bytes(*size, full["how"], full["num_ranks"])
+        flop = laws.decode_flop(*size, full["how"], full["num_ranks"]) / row["flop"] - 1
+    return said / max(row["phases"].values()) - 1, flop
 
 
 def _with_tokens(row: Row) -> Row:

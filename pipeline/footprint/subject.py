@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,14 +9,14 @@ from torch import nn
 
 from cineray.pipeline.footprint.fake_gpu import GPU
 from cineray.pipeline.footprint.published import Published, published, published_checkpoint
-from cineray.pipeline.loading.model import LoadedModel
+from cineray.pipeline.loading.model import DTYPES, LoadedModel, vae_dtype_name
 from cineray.pipeline.loading.options import LoadOptions
 
 DTYPE = torch.bfloat16  # what LoadOptions says for CUDA
 
 
 def load_fake(model: str, parts: tuple[str, ...], num_layers: int | None = None) -> LoadedModel:
-    """A named checkpoint on the fake GPU; call it within `fake_gpu`.
+    """A named checkpoint on the fake GPU, as `load_model` loads it; call it within `fake_gpu`.
 
     Args:
         parts: of the pipeline, beside the scheduler, that are there; the others are None.
@@ -29,18 +28,35 @@ def load_fake(model: str, parts: tuple[str, ...], num_layers: int | None = None)
     import diffusers
 
     found, checkpoint = published(model), published_checkpoint(model)
-    index = found.files["model_index.json"]
-    made: dict[str, Any] = {}
-    for name, entry in index.items():
-        if isinstance(entry, list):
-            made[name] = _part(found, name, entry[1], num_layers) if name in (*parts, "scheduler") else None
+    options = LoadOptions(device="cuda")
+    kinds = {name: entry[1] for name, entry in found.files["model_index.json"].items() if isinstance(entry, list)}
+    made: dict[str, Any] = dict.fromkeys(kinds)
+    for name in {*kinds} & {*parts, "scheduler"}:
+        made[name] = _part(found, name, kinds[name], num_layers, options)
+    absent = [name for name in ("vae",) if made[name] is None]  # the pipeline asks it for its scale factors
+    for name in absent:
+        made[name] = _empty(found, name, kinds[name])
     pipe = getattr(diffusers, checkpoint.pipeline_class)(**made)
-    return LoadedModel(
-        checkpoint=checkpoint, pipe=pipe, options=LoadOptions(device="cuda"), digest="fake", revision=None
-    )
+    pipe.register_modules(**dict.fromkeys(absent))
+    checkpoint.adapter.loaded(pipe, options.device)
+    return LoadedModel(checkpoint=checkpoint, pipe=pipe, options=options, digest="fake", revision=None)
 
 
-def _part(found: Published, name: str, kind: str, num_layers: int | None) -> Any:
+def _empty(found: Published, name: str, kind: str, **changes: int) -> Any:
+    """A part on no device at all."""
+    import diffusers
+    import transformers
+
+    config = dict(found.config(name)) | changes
+    with torch.device("meta"):
+        if not hasattr(transformers, kind):
+            return getattr(diffusers, kind).from_config(config)
+        settings = transformers.AutoConfig.for_model(**config)
+        settings._attn_implementation = "sdpa"  # what from_pretrained chooses where a class has it
+        return getattr(transformers, kind)(settings)
+
+
+def _part(found: Published, name: str, kind: str, num_layers: int | None, options: LoadOptions) -> Any:
     import diffusers
     import transformers
 
@@ -48,27 +64,13 @@ def _part(found: Published, name: str, kind: str, num_layers: int | None) -> Any
         return getattr(transformers, kind)()  # its defaults are CLIP's
     if name == "scheduler":
         return getattr(diffusers, kind).from_config(dict(found.files["scheduler/scheduler_config.json"]))
-    config = dict(found.config(name))
-    if name == "transformer" and num_layers is not None:
-        config |= _fewer(config, num_layers)
-    if hasattr(transformers, kind):
-        settings = transformers.AutoConfig.for_model(**config)
-        settings._attn_implementation = "sdpa"  # what from_pretrained chooses where a class has it
-        with torch.device("meta"):
-            module = getattr(transformers, kind)(settings)
-        return on_gpu(module, DTYPE, keep_float32=())
-    with torch.device("meta"):
-        module = getattr(diffusers, kind).from_config(config)
-    dtype = DTYPE if name != "vae" or not is_vae_in_float32(found) else torch.float32
-    return on_gpu(module, dtype, keep_float32=module._keep_in_fp32_modules or ())
-
-
-def is_vae_in_float32(found: Published) -> bool:
-    return published_checkpoint(found.name).adapter.vae_dtype == "float32"
-
-
-def _fewer(config: Mapping[str, Any], num_layers: int) -> dict[str, int]:
-    return {name: num_layers for name in ("num_layers", "num_single_layers") if name in config}
+    if name == "vae":
+        dtype = DTYPES[vae_dtype_name(published_checkpoint(found.name), options)]
+        return on_gpu(_empty(found, name, kind), dtype, keep_float32=())
+    fewer = {n: num_layers for n in ("num_layers", "num_single_layers") if num_layers and n in found.config(name)}
+    module = _empty(found, name, kind, **(fewer if name == "transformer" else {}))
+    kept = module._keep_in_fp32_modules if name == "transformer" else ()  # transformers keeps them for float16 alone
+    return on_gpu(module, DTYPE, keep_float32=kept or ())
 
 
 def on_gpu(module: nn.Module, dtype: torch.dtype, keep_float32: tuple[str, ...] | list[str]) -> nn.Module:
@@ -94,14 +96,6 @@ def on_gpu(module: nn.Module, dtype: torch.dtype, keep_float32: tuple[str, ...] 
 
 def num_parameters(model: str, part: str) -> int:
     """The number of parameters of a part of a named checkpoint, all its layers; on no device at all."""
-    import diffusers
-    import transformers
-
     found = published(model)
-    kind = found.files["model_index.json"][part][1]
-    with torch.device("meta"):
-        if hasattr(transformers, kind):
-            module = getattr(transformers, kind)(transformers.AutoConfig.for_model(**found.config(part)))
-        else:
-            module = getattr(diffusers, kind).from_config(dict(found.config(part)))
+    module = _empty(found, part, found.files["model_index.json"][part][1])
     return sum(parameter.numel() for parameter in module.parameters())
