@@ -148,7 +148,7 @@ def nodes_now() -> dict[str, NodeRoom]:
     """The nodes that are up and what of them is free, by id. What is free may be a moment old."""
     free = _free_by_node()
     up = [node for node in ray.nodes() if node["Alive"]]
-    return {node["NodeID"]: _room(node["Resources"], free.get(node["NodeID"], node["Resources"])) for node in up}
+    return {node["NodeID"]: _room(node["Resources"], free.get(node["NodeID"]) or node["Resources"]) for node in up}
 
 
 def _room(total: dict[str, float], free: dict[str, float]) -> NodeRoom:

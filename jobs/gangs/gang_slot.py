@@ -241,6 +241,8 @@ class GangSlot:
 
 def scheduling_state(group: PlacementGroup | None) -> str:
     """What Ray says of a placement group that has no place yet, as NO_RESOURCES or INFEASIBLE."""
+    if group is None:
+        return "unknown"
     try:
         return str(placement_group_table(group)["stats"]["scheduling_state"])
     except Exception:  # noqa: BLE001  # it tells more than is needed, and its form is Ray's own

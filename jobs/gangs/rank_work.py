@@ -112,7 +112,7 @@ class RankWork:
         except Exception as reason:  # noqa: BLE001  # `_fault` says whose it is
             return _fault(reason, folder, f"clip {task.request.id} was prepared", of_clip=("input", "step"))
         try:
-            if self._gang.num_ranks == 1:
+            if self._gang.mesh.gang.size == 1:
                 with_memory(lambda: self._denoise(task, prepared, on_step, folder))
             else:  # peers wait in the middle of an exchange: none could begin the steps again alone
                 self._denoise(task, prepared, on_step, folder)

@@ -47,7 +47,7 @@ def _empty(found: Published, name: str, kind: str, **changes: int) -> Any:
     import diffusers
     import transformers
 
-    config = dict(found.config(name)) | changes
+    config: dict[str, Any] = dict(found.config(name)) | changes
     with torch.device("meta"):
         if not hasattr(transformers, kind):
             return getattr(diffusers, kind).from_config(config)

@@ -6,9 +6,10 @@ import time
 import pytest
 import ray
 from gang_runs import events as events_of
-from gang_runs import pixels, render, sidecar, wait_for, write_manifest
+from gang_runs import pixels, render, sidecar, write_manifest
 from no_op_gangs import PATIENCE_S, NoOpBatch
 from ray.cluster_utils import Cluster
+from waiting import wait_for
 
 from cineray.distributed.layout import Layout, parse_layout
 from cineray.jobs.gangs import state

@@ -17,10 +17,14 @@ class _Response:
         self.status_code = status_code
 
 
+class _HubError(RuntimeError):
+    def __init__(self, status_code):
+        super().__init__("the hub's words")
+        self.response = _Response(status_code)
+
+
 def hub_error(status):
-    error = RuntimeError("the hub's words")
-    error.response = _Response(status)
-    return error
+    return _HubError(status)
 
 
 def caused_by(cause):
