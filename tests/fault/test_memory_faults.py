@@ -18,6 +18,8 @@ from cineray.jobs.output.folder import OutputFolder
 from cineray.jobs.run_options import RunOptions
 from cineray.pipeline.loading.options import LoadOptions
 
+pytestmark = [pytest.mark.ranks, pytest.mark.process]
+
 SHORT = (
     "CUDA out of memory. Tried to allocate 5.06 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.20 GiB is free."
 )

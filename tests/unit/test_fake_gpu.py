@@ -9,6 +9,8 @@ from torch.nn import functional
 from cineray.pipeline.footprint.exchange_log import disagreement
 from cineray.pipeline.footprint.fake_gpu import GPU, fake_gpu, join_fake_world
 
+pytestmark = pytest.mark.slow
+
 MB = 2**20
 
 

@@ -8,6 +8,8 @@ from cineray.jobs.output.hardware import driver_version, hardware, summed_up
 from cineray.jobs.threads import loading_threads
 from cineray.pipeline.loading.options import LoadOptions
 
+pytestmark = pytest.mark.process
+
 
 @pytest.mark.parametrize(
     ("text", "version"),

@@ -23,6 +23,8 @@ from cineray.pipeline.loading.options import LoadOptions, Lora
 from cineray.pipeline.loading.weights import identify
 from cineray.pipeline.request import InputError
 
+pytestmark = pytest.mark.slow
+
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 

@@ -37,6 +37,8 @@ from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.options import LoadOptions
 from cineray.pipeline.request import ClipRequest, InputError
 
+pytestmark = pytest.mark.slow
+
 WAN = "wan2.1-t2v-14b"
 FIXED_S, WORK_S, EXCHANGE_S = 40.0, 1600.0, 3.0
 CLIPS = StudiedClips(
