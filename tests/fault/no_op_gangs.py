@@ -1,5 +1,6 @@
 """Gangs and finishers on a real Ray whose actors answer at once and render nothing: for what Ray places, and where."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray import cloudpickle
 
 from cineray.distributed.layout import Layout
 from cineray.jobs.gangs import events
@@ -57,6 +59,7 @@ class NoOpBatch:
     def begun(cls, layout: Layout, num_gangs: int, num_finishers: int | None, nodes: Sequence[Any]) -> "NoOpBatch":
         """Asks Ray for all places, with pretended GPUs."""
         fleet = plan_fleet("cuda", layout, num_gangs, num_finishers, nodes)
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import a test
         spec = RunSpec(model="none", options=LoadOptions(), out=Path("none"), lossless=False, run=RunOptions())
         state = BatchState(fleet.num_gangs, fleet.num_finishers, 300.0, 4, fleet.num_apart)
         batch = cls(fleet, state, Slots.of(spec, fleet, actors_of(NoOpRank, NoOpFinisher)))

@@ -1,5 +1,6 @@
 """Ranks and finishers whose memory is too short for a while: nothing is held against a clip, and no pixel changes."""
 
+import sys
 import threading
 from contextlib import suppress
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 import ray
 import torch
 from gang_runs import events, pixels, render, write_manifest
+from ray import cloudpickle
 
 from cineray.jobs.gangs import actors
 from cineray.jobs.gangs.finisher_work import TILED, FinisherWork

@@ -53,17 +53,20 @@ def test_nohup_stays_deaf(checkpoint_folder, tmp_path):
 
 
 STUCK = """
-import ctypes, subprocess, sys, time
+import ctypes, subprocess, sys, threading, time
 from cineray.jobs import stopping
 stopping.UNWIND_S = 1.0
 child = subprocess.Popen(["sleep", "600"])
 with stopping.ending_on_signals():
-    print(child.pid, flush=True)
     if sys.argv[1] == "library":
-        mutex = ctypes.create_string_buffer(64)
-        for _ in range(2):
-            ctypes.CDLL(None).pthread_mutex_lock(mutex)  # the second one waits for ever, whatever signals come
+        mutex, lock, is_next = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock, threading.Event()
+        threading.Thread(target=lambda: (is_next.wait(), print(child.pid, flush=True)), daemon=True).start()
+        lock(mutex)
+        sys.setswitchinterval(3600.0)  # the other thread has its turn, and prints, once this one waits in the library
+        is_next.set()
+        lock(mutex)  # for ever, whatever signals come
     with stopping.stop_requested():
+        print(child.pid, flush=True)
         while True:
             try:
                 time.sleep(600)

@@ -143,6 +143,7 @@ logging.getLogger("cineray.caching.exchange").warning("cache: %s differ", "a\x1b
 """
 
 
+@pytest.mark.process
 def test_what_is_logged_below_jobs_is_told_in_one_line_of_its_own_and_escaped():
     environment = os.environ | {"PYTHONSAFEPATH": "1"}
     run = subprocess.run(
