@@ -21,17 +21,22 @@ def layer_cache_bytes(
         here: image tokens of the rank.
         num_branches: whose histories the rank keeps.
     """
-    copies = plan.config.order + 1 if isinstance(plan, SeriesPlan) else 1
+    is_series = isinstance(plan, SeriesPlan)
+    copies = plan.config.order + 1 if is_series else 1
     elements = sum(
         size
-        for block, name, size in _outputs(config, here)
-        if isinstance(plan, SeriesPlan) or {name, f"{name}-{block}"} & plan.schedule.rows.keys()
+        for block, name, size in _outputs(config, here, is_series)
+        if is_series or {name, f"{name}-{block}"} & plan.schedule.rows.keys()
     )
     return num_branches * copies * elements * element_bytes
 
 
-def _outputs(config: Mapping[str, Any], here: int) -> list[tuple[int, str, int]]:
-    """(block, layer type, elements of its output) of every layer that feeds a residual add."""
+def _outputs(config: Mapping[str, Any], here: int, is_series: bool) -> list[tuple[int, str, int]]:
+    """(block, layer type, elements of its output) of every layer whose output may be kept.
+
+    Args:
+        is_series: of a single-stream block the output projection alone, as `pipeline.caches.taylorseer` has it.
+    """
     channels = config["num_attention_heads"] * config["attention_head_dim"]
     if MODELS[config["_class_name"]].family == "wan":
         blocks = [[(name, here * channels) for name in ("attn1", "attn2", "ffn")]] * config["num_layers"]
@@ -39,5 +44,6 @@ def _outputs(config: Mapping[str, Any], here: int) -> list[tuple[int, str, int]]
         text, joint = HUNYUAN_TEXT_TOKENS * channels, (here + HUNYUAN_TEXT_TOKENS) * channels
         double = [("attn", joint), ("ff", here * channels), ("ff_context", text)]
         single = [("attn", joint), ("proj_mlp", round(config["mlp_ratio"] * joint))]
+        single = [("proj_out", joint)] if is_series else single
         blocks = [double] * config["num_layers"] + [single] * config["num_single_layers"]
     return [(number, name, size) for number, block in enumerate(blocks) for name, size in block]

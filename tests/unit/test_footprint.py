@@ -50,7 +50,8 @@ def rows() -> Iterator[dict]:
             if size == (1280, 720, 81) and row["layout"] in ("1", "ring2xulysses4") and row["cache"] != "none":
                 yield row
         elif row["part"] in ("decode", "tiled") and size == (832, 480, 33) and row["layout"] != "ulysses2":
-            yield row
+            if (row["model"], row["part"]) != (WAN, "tiled"):  # many small tiles: half a minute
+                yield row
 
 
 FIELDS = ("model", "part", "width", "height", "frames", "layout", "cache")
@@ -149,15 +150,15 @@ def logs_of(model: str, layout: str, cache: str, size=(272, 144, 9)) -> list[lis
     return logs
 
 
-@pytest.mark.parametrize("cache", ["none", ALWAYS_SKIPS])
 @pytest.mark.parametrize(
-    ("model", "layout"),
+    ("model", "layout", "cache"),
     [
-        ("wan2.1-t2v-1.3b", "ulysses4"),
-        ("wan2.1-t2v-1.3b", "ring2"),
-        ("wan2.1-t2v-1.3b", "cfg2"),
-        ("wan2.1-t2v-1.3b", "cfg2xring2xulysses2"),
-        (HUNYUAN, "ring2xulysses2"),
+        ("wan2.1-t2v-1.3b", "ulysses2", ALWAYS_SKIPS),
+        ("wan2.1-t2v-1.3b", "ring2", ALWAYS_SKIPS),
+        ("wan2.1-t2v-1.3b", "cfg2", ALWAYS_SKIPS),
+        ("wan2.1-t2v-1.3b", "cfg2xring2xulysses2", ALWAYS_SKIPS),
+        ("wan2.1-t2v-1.3b", "cfg2xring2xulysses2", "none"),
+        (HUNYUAN, "ring2xulysses2", ALWAYS_SKIPS),
     ],
 )
 def test_all_ranks_issue_the_same_exchanges_in_the_same_order(model, layout, cache):
