@@ -1,6 +1,7 @@
 """Real diffusers classes at toy size, with random weights, in ordinary checkpoint folders."""
 
 import os
+import signal
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -164,6 +165,9 @@ WATCH = pytest.StashKey[FastWatch]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[WATCH] = FastWatch()
+    # what starts pytest in the background may have it ignore these, and so would all that tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.hookimpl(tryfirst=True)  # before marks select, and before xdist reads the groups

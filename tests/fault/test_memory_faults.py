@@ -192,6 +192,7 @@ def test_actors_without_memory_for_a_while_render_the_same_pixels(checkpoint_fol
     batch = write_manifest(tmp_path / "m.jsonl", ["a", "b"], 20), tmp_path / "out", checkpoint_folder("wan")
     code, _, said = render(capsys, batch[0], tmp_path / "one", batch[2])
     assert code == 0, said
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import a test
     made = actors.actors_of(ShortRank, ShortFinisher)
     monkeypatch.setattr(actors, "actors_of", lambda: made)
     code, summary, said = render(capsys, *batch, "--sp", 2, "--address", "auto", "--checkpoint-every", 0)

@@ -1,5 +1,7 @@
 """Where a real Ray places gangs and finishers: on pretended GPUs, by actors that do nothing, and once in earnest."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -151,13 +153,20 @@ def test_a_gang_that_waits_for_its_second_node_says_so_and_renders_the_pixels_of
     cluster = nodes({"num_cpus": 1})
 
     def bring_a_node():
+        """In a process of its own: a node of `Cluster` can be started from the main thread alone."""
         wait_for(lambda: any(event["event"] == "waiting" for event in events_of(out)))
-        cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+        start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--address", cluster.address]
+        start += ["--num-cpus", "1", "--object-store-memory", str(STORE_BYTES), "--disable-usage-stats"]
+        coming.append(subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
 
-    coming = threading.Thread(target=bring_a_node)
-    coming.start()
+    coming: list[subprocess.Popen[bytes]] = []
+    bringing = threading.Thread(target=bring_a_node)
+    bringing.start()
     code, _, said = render(capsys, manifest, out, model, "--layout", "ulysses2", "--address", cluster.address)
-    coming.join()
+    bringing.join()
+    for process in coming:
+        process.terminate()
+        process.wait()
     assert code == 0, said
     assert "takes 1 CPU of each of 2 nodes: 1 nodes have so much" in said
     waits = [event for event in events_of(out) if event["event"] == "waiting"]

@@ -44,14 +44,14 @@ def test_parameters_of_the_transformers(model, billions):
 
 def rows() -> Iterator[dict]:
     """A few of the table's: each family, with and without ranks, with a cache."""
+    decoded = ((WAN, "decode"), (HUNYUAN, "decode"), (HUNYUAN, "tiled"))  # Wan's many small tiles take half a minute
     for row in read_table():
         size = (row["width"], row["height"], row["frames"])
         if row["part"] == "denoise" and row["model"] in (WAN, HUNYUAN):
             if size == (1280, 720, 81) and row["layout"] in ("1", "ring2xulysses4") and row["cache"] != "none":
                 yield row
-        elif row["part"] in ("decode", "tiled") and size == (832, 480, 33) and row["layout"] != "ulysses2":
-            if (row["model"], row["part"]) != (WAN, "tiled"):  # many small tiles: half a minute
-                yield row
+        elif (row["model"], row["part"]) in decoded and size == (832, 480, 33) and row["layout"] != "ulysses2":
+            yield row
 
 
 FIELDS = ("model", "part", "width", "height", "frames", "layout", "cache")
