@@ -260,6 +260,8 @@ class SimulatedBatch:
             computed_s = num_kept * attempt.step_s
         else:
             computed_s = spent_s - num_saves * attempt.save_s
+        if clip.name not in self._clips:
+            computed_s = 0.0  # quarantined a moment ago: its steps are kept for nobody
         clip.num_kept += num_kept
         clip.gpu_s += computed_s * self._assumed.ranks_per_gang
         self._spend(Use.SAVING, num_saves * attempt.save_s)
