@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cineray.distributed.layout import Layout, check_layout
 from cineray.jobs.output.folder import OutputFolder, refuse_early
@@ -53,13 +53,14 @@ class RunReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunPlan:
-    """What a run renders with, and where to."""
+    """What a run renders with, and where to; `larger`: gangs that may stand in the place of several at the end."""
 
     checkpoint: Checkpoint
     load_options: LoadOptions
     options: RunOptions
     out: Path
     lossless: bool
+    larger: "tuple[Larger, ...]" = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +72,9 @@ class Work:
     folder: OutputFolder
     lease: Lease
 
+
+if TYPE_CHECKING:
+    from cineray.jobs.planning.choice import Larger
 
 Renderer = Callable[[Work], RunReport]
 T = TypeVar("T")

@@ -6,6 +6,7 @@ from cineray.distributed.layout import Layout, parse_layout
 from cineray.jobs.output.lease import MIN_TTL_S, TTL_S
 from cineray.pipeline.request import InputError
 
+AUTO = "auto"
 MAX_ACTORS = 10_000  # of a kind; the largest clusters of Ray have some thousand nodes
 
 
@@ -15,7 +16,9 @@ class RunOptions:
 
     Args:
         sp: ranks that share the tokens of one clip.
-        layout_name: layout of one gang, as `parse_layout` reads it; in place of `sp` and `cfg_parallel`.
+        layout_name: layout of one gang, as `parse_layout` reads it; in place of `sp` and `cfg_parallel`. AUTO: it is
+            chosen, with the number of gangs, before the run begins.
+        elastic_tail: gangs may grow when there are fewer clips than gangs.
         address: of a Ray cluster; "local" or None for this machine.
         num_finishers: actors that encode prompts and decode; None for one per four gangs.
         hang_s: a gang whose step takes longer is killed.
@@ -32,6 +35,7 @@ class RunOptions:
     hang_s: float = 300.0
     checkpoint_s: float = 60.0
     lease_s: float = TTL_S
+    elastic_tail: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("sp", self.sp), ("gangs", self.num_gangs), ("finishers", self.num_finishers or 1)):
@@ -53,6 +57,10 @@ class RunOptions:
             return
         if self.sp != 1 or self.cfg_parallel:
             raise InputError("give --layout, or --sp and --cfg-parallel, not both")
+        if self.picks_layout:
+            if self.num_gangs != 1:
+                raise InputError("--layout auto chooses the number of gangs, too; leave --gangs out")
+            return
         try:
             layout = parse_layout(self.layout_name)
         except ValueError as error:
@@ -64,8 +72,13 @@ class RunOptions:
             raise InputError(f"--layout {layout.text} takes {layout.world_size} ranks; {MAX_ACTORS} are the most")
 
     @property
+    def picks_layout(self) -> bool:
+        """Whether nobody knows the layout yet."""
+        return self.layout_name == AUTO
+
+    @property
     def layout(self) -> Layout:
-        """Layout of one gang."""
+        """Layout of one gang; of AUTO there is none."""
         if self.layout_name is not None:
             return parse_layout(self.layout_name)
         return Layout(cfg=2 if self.cfg_parallel else 1, ulysses=self.sp)

@@ -4,13 +4,14 @@ import os
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cineray.distributed.layout import Layout
 from cineray.jobs.output.record import fingerprint_of, policy_text, read_record, render_options
+from cineray.jobs.planning.choice import Choice
 from cineray.jobs.planning.schedule import makespan_s
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.options import LoadOptions
@@ -112,6 +113,27 @@ def survey(
     )
 
 
+def committed(out: Path, checkpoint: Checkpoint, options: LoadOptions, lossless: bool) -> Callable[[ClipRequest], bool]:
+    """Says of a clip whether its video is in the folder, by its name alone; of one that cannot be looked up, that not.
+
+    Raises:
+        InputError: the folder cannot be read; no such model.
+    """
+    videos = _videos(out)
+    if not videos:
+        return lambda _: False
+    digest, chosen, pictures = identify(checkpoint).digest, render_options(options, lossless), Pictures()
+
+    def is_there(request: ClipRequest) -> bool:
+        known = videos.get(request.id)
+        try:
+            return known is not None and fingerprint_of(pictures.pinned(request), checkpoint, digest, chosen) in known
+        except (OSError, ValueError, InputError):
+            return False
+
+    return is_there
+
+
 def _videos(out: Path) -> dict[str, set[str]]:
     """Fingerprints of the videos in a folder, by clip id; of links and empty files none."""
     found: dict[str, set[str]] = {}
@@ -170,6 +192,17 @@ def forecast(
         gpu_hours=round(gpu_hours, 4),
         cost=None if price_per_gpu_hour is None else round(gpu_hours * price_per_gpu_hour, 2),
         source=f"forecast from {num_known} clips of this folder",
+    )
+
+
+def by_plan(choice: Choice, price_per_gpu_hour: float | None = None) -> Remaining:
+    """The forecast of a layout that the plan chose."""
+    gpu_hours = choice.makespan_s * choice.layout.world_size / 3600
+    return Remaining(
+        wall_s=round(choice.makespan_s, 1),
+        gpu_hours=round(gpu_hours, 4),
+        cost=None if price_per_gpu_hour is None else round(gpu_hours * price_per_gpu_hour, 2),
+        source=f"forecast by the plan for {choice.layout.text}; {'; '.join(choice.sources)}",
     )
 
 

@@ -52,7 +52,7 @@ def takes_long_to_check(asked: ClipArguments) -> bool:
 def read_requests(
     asked: ClipArguments, defaults: "RunDefaults", checkpoint: "Checkpoint", num_ranks: int = 1
 ) -> tuple[int, Iterable["ClipRequest"]]:
-    """(number of clips, the clips as a stream), all of them checked.
+    """(number of clips, the clips as a stream that can be read again), all of them checked.
 
     Args:
         num_ranks: that share a clip's tokens.
@@ -71,7 +71,7 @@ def read_requests(
     with checking_lines(asked.manifest.name) as on_row:
         checked = check_manifest(asked.manifest, defaults, checkpoint, on_row, num_ranks)
     tell(*(f"cineray: {note}" for note in checked.notes))
-    return checked.num_clips, checked.requests()
+    return checked.num_clips, checked
 
 
 def survey_requests(
@@ -94,7 +94,7 @@ def survey_requests(
         return requests, tuple(refused), len(refused)
     with checking_lines(asked.manifest.name) as on_row:
         checked, bad = survey_manifest(asked.manifest, defaults, checkpoint, on_row, num_ranks)
-    return checked.requests(), tuple(bad.lines()), bad.num_rows
+    return checked, tuple(bad.lines()), bad.num_rows
 
 
 def _refuse_both(asked: ClipArguments) -> None:

@@ -1,11 +1,14 @@
 """What `cineray render --dry-run` prints."""
 
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cineray.jobs.cli.clips import survey_requests
 from cineray.jobs.cli.exit_codes import EXIT_BAD_INPUT, EXIT_DONE
 from cineray.jobs.cli.options import ClipArguments
+from cineray.jobs.cli.settle import settle
 from cineray.jobs.console.terminal import print_json, print_lines, tell
 
 if TYPE_CHECKING:
@@ -15,24 +18,37 @@ if TYPE_CHECKING:
 
 
 def print_survey(
-    asked: ClipArguments, plan: "RunPlan", defaults: "RunDefaults", price: float | None, as_json: bool
+    asked: ClipArguments,
+    plan: "RunPlan",
+    defaults: "RunDefaults",
+    price: float | None,
+    studies: Sequence[Path],
+    as_json: bool,
 ) -> int:
     """Says what a run would do; reads the output folder by its names, loads no weights, writes nothing.
 
     Args:
         price: of a GPU for an hour.
+        studies: files of `cineray study`, for `--layout auto`.
 
     Returns:
         The exit code: 2 where rows are refused, as the run's would be.
     """
-    from cineray.jobs.survey import forecast, survey
+    from cineray.jobs.survey import by_plan, forecast, survey
 
-    num_ranks = plan.options.layout.sequence_ranks
+    picks_layout = plan.options.picks_layout
+    num_ranks = 1 if picks_layout else plan.options.layout.sequence_ranks
     requests, refused, num_refused = survey_requests(asked, defaults, plan.checkpoint, num_ranks)
     found = survey(requests, refused, num_refused, plan.out, plan.checkpoint, plan.load_options, lossless=plan.lossless)
     tell(*(f"cineray: {line}" for line in found.refused))
-    run = plan.options
-    rest = forecast(found, plan.out, plan.load_options.device, run.layout, run.num_gangs, price)
+    run, choice = plan.options, None
+    if picks_layout:
+        settled = settle(plan, requests, studies)
+        run, choice = settled.options, settled.choice
+    if choice is None:
+        rest = forecast(found, plan.out, plan.load_options.device, run.layout, run.num_gangs, price)
+    else:
+        rest = by_plan(choice, price)
     counts = found.to_dict()
     if as_json:
         print_json({**counts, "forecast": rest.to_dict()})

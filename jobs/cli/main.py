@@ -4,7 +4,7 @@ import functools
 import os
 import sys
 import traceback
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -19,6 +19,7 @@ from cineray.jobs.cli.measure import bench, calibrate, verify
 from cineray.jobs.cli.options import ClipArguments, FolderPath, clip_options, json_option, run_options
 from cineray.jobs.cli.plan import plan
 from cineray.jobs.cli.report import report
+from cineray.jobs.cli.settle import settle
 from cineray.jobs.cli.simulate import simulate
 from cineray.jobs.cli.study import study
 from cineray.jobs.console.terminal import (
@@ -51,6 +52,14 @@ def cineray() -> None:
 @click.option("--lossless", is_flag=True, help="MP4s whose decoded RGB frames are exactly the rendered ones.")
 @click.option("--dry-run", is_flag=True, help="Say what is done, new, changed and refused; render nothing.")
 @click.option("--price", type=click.FloatRange(min=0), metavar="USD", help="Of a GPU for an hour, for --dry-run.")
+@click.option(
+    "--study",
+    "studies",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="Of `cineray study`, for --layout auto and --elastic-tail; several times.",
+)
 @run_options
 @json_option
 def render(
@@ -62,6 +71,7 @@ def render(
     lossless: bool,
     dry_run: bool,
     price: float | None,
+    studies: tuple[Path, ...],
     as_json: bool,
 ) -> int:
     """Renders clips from prompts or from a manifest.
@@ -88,11 +98,19 @@ def render(
         checkpoint=checkpoint, load_options=load_options(asked, checkpoint), options=run, out=out, lossless=lossless
     )
     if dry_run:
-        return print_survey(asked, plan, defaults, price, as_json)
+        return print_survey(asked, plan, defaults, price, studies, as_json)
     about = {"defaults": asdict(defaults)}
+    num_ranks = 1 if run.picks_layout else run.layout.sequence_ranks
+    check = functools.partial(read_requests, asked, defaults, checkpoint, num_ranks)
     try:
-        check = functools.partial(read_requests, asked, defaults, checkpoint, run.layout.sequence_ranks)
-        report = render_run(plan, check, takes_long_to_check(asked), about)
+        if run.picks_layout or run.elastic_tail:
+            num_clips, requests = check()
+            settled = settle(plan, requests, studies)
+            plan = replace(plan, options=settled.options, larger=settled.larger)
+            about |= settled.about
+            report = render_run(plan, lambda: (num_clips, settled.requests), False, about)
+        else:
+            report = render_run(plan, check, takes_long_to_check(asked), about)
     except LeasedError as error:
         tell(f"cineray: {error}; wait until it has ended, or give another --out")
         return EXIT_LEASED

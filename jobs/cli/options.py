@@ -186,7 +186,8 @@ _RUN_OPTIONS = [  # by the names of RunOptions
         "--layout",
         "layout_name",
         metavar="LAYOUT",
-        help="How a gang shares a clip, as ring2xulysses4; instead of --sp and --cfg-parallel.",
+        help="How a gang shares a clip, as ring2xulysses4; instead of --sp and --cfg-parallel. auto: what the plan "
+        "says is best for these clips, gangs included.",
     ),
     click.option(
         "--gangs",
@@ -228,6 +229,7 @@ _RUN_OPTIONS = [  # by the names of RunOptions
         metavar="S",
         help="A driver that is silent for so long loses the folder.",
     ),
+    click.option("--elastic-tail", is_flag=True, help="Let gangs grow when there are fewer clips than gangs."),
 ]
 
 

@@ -14,12 +14,14 @@ from ray._private.state import available_resources_per_node, state
 
 from cineray.jobs.gangs.cluster_address import check_address
 from cineray.jobs.gangs.placement import NodeRoom
+from cineray.jobs.planning.machines import Machines
 from cineray.jobs.private_folder import private_folder
 from cineray.jobs.stopping import Stopped, kept_handlers
 from cineray.pipeline.request import InputError
 
 # latents and prompts cross as files; the store holds control messages alone (Ray's least is 75 MiB)
 OBJECT_STORE_BYTES = 100 * 2**20
+_CARD = "accelerator_type:"  # how Ray names a node's GPUs among its resources
 
 
 @contextmanager
@@ -149,6 +151,21 @@ def nodes_now() -> dict[str, NodeRoom]:
     free = _free_by_node()
     up = [node for node in ray.nodes() if node["Alive"]]
     return {node["NodeID"]: _room(node["Resources"], free.get(node["NodeID"]) or node["Resources"]) for node in up}
+
+
+def machines_at(address: str, device: str) -> Machines:
+    """What the nodes of a cluster have that are up now.
+
+    Raises:
+        InputError: there is no cluster at the address.
+    """
+    with connected(address, 0):
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    scarce = "GPU" if device == "cuda" else "CPU"
+    places = tuple(int(node[scarce]) for node in nodes if node.get(scarce, 0) >= 1)
+    cards = {name.removeprefix(_CARD) for node in nodes if node.get("GPU") for name in node if name.startswith(_CARD)}
+    card = cards.pop() if device == "cuda" and len(cards) == 1 else ""  # of several kinds no plan is made
+    return Machines(device=device, card=card, places=places)
 
 
 def _room(total: dict[str, float], free: dict[str, float]) -> NodeRoom:

@@ -154,10 +154,11 @@ class LatentsMissing:
 
 @dataclass(frozen=True, slots=True)
 class FinisherLost:
-    """A finisher died, or could not start."""
+    """A finisher died, or could not start; `is_node_gone`: with its node."""
 
     finisher: int
     reason: str
+    is_node_gone: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,7 +91,7 @@ class FinisherSlot:
         if ref == self._life:
             self._life = None
         if isinstance(answer, RankOutcome):  # it died, or its device is not well: it says of a clip's faults itself
-            return [FinisherLost(self.number, answer.reason)]
+            return [FinisherLost(self.number, answer.reason, answer.is_node_gone)]
         if ref == self._place:
             self._place = None
             location: WorkerLocation = answer

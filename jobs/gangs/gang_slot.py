@@ -260,7 +260,7 @@ def outcome(ref: Any) -> Any:
     try:
         return ray.get(ref)
     except DEATHS as death:
-        return RankOutcome(kind="died", reason=_first_line(death))
+        return RankOutcome(kind="died", reason=_first_line(death), is_node_gone=_is_of_node(death))
     except exceptions.RayTaskError as error:
         if isinstance(error.cause, InputError) and not isinstance(error.cause, LoadingError):
             return InputError(*error.cause.lines)
@@ -269,6 +269,16 @@ def outcome(ref: Any) -> Any:
         return RankOutcome(kind="raised", reason=f"{type(error.cause).__name__}: {_first_line(error.cause)}")
     except exceptions.RayError as error:
         return RankOutcome(kind="raised", reason=f"{type(error).__name__}: {_first_line(error)}")
+
+
+def _is_of_node(death: BaseException) -> bool:
+    """Whether a process died because its node did.
+
+    Of a rank alone its raylet tells, and Ray says "died". Where the raylet is gone too, nobody does, and Ray 2.60 gives
+    up after two seconds with "unavailable"; that a node is dead it knows 15 s later, and says in words.
+    """
+    of_node = (exceptions.NodeDiedError, exceptions.ActorUnavailableError)
+    return isinstance(death, of_node) or "node has died" in str(death)
 
 
 def _first_line(error: BaseException) -> str:

@@ -38,6 +38,9 @@ class ClipState:
         avoids: name of the gang or finisher whose memory it did not fit into.
         num_shortages: attempts that memory was too short for.
         num_interrupted: decodes that ended with the gang that the finisher stood with.
+        num_fruitless: attempts that ended with their node, since the clip's last step that was its farthest.
+        farthest: step that it has reached so far.
+        struck_on: nodes on which an attempt was lost, the nodes themselves staying.
         ranks: what its ranks computed on, once it is denoised.
     """
 
@@ -50,6 +53,9 @@ class ClipState:
     avoids: str | None = None
     num_shortages: int = 0
     num_interrupted: int = 0
+    num_fruitless: int = 0
+    farthest: int = 0
+    struck_on: frozenset[str] = frozenset()
     ranks: tuple[Mapping[str, Any], ...] = ()
 
 

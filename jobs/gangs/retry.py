@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 MAX_STRIKES = 3  # attempts of one clip that ended with a lost gang; then it is quarantined
+MAX_FRUITLESS = 3  # attempts that ended with their node before a step more was done; a further one is a strike
 MAX_PROMPT_TRIES = 2  # an error of two attempts to encode a prompt, on two finishers if there are, is the prompt's own
 MAX_LOSSES_IN_A_ROW = 4  # of one slot, without a clip done between; then it is retired
 
@@ -15,6 +16,7 @@ class RankOutcome:
 
     Args:
         kind: "answered"; "raised" an error of its own; "died"; "silent": said nothing before the others were judged.
+        is_node_gone: it died with its node.
         fault: of what it raised. "input": the clip's, whose input cannot be used; "step": a step of the clip went
             wrong, for a reason of its own unless every rank says the same; "memory": the device had too little of it;
             "peers": another rank, or the machine.
@@ -23,6 +25,7 @@ class RankOutcome:
     kind: Literal["answered", "raised", "died", "silent"]
     reason: str = ""
     fault: Literal["input", "step", "memory", "peers"] = "peers"
+    is_node_gone: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,11 +35,13 @@ class FailureDecision:
     Args:
         clip: "strike": it may try again; "elsewhere": it may, and had better on another gang; "failed": the clip itself
             is at fault, and would be again.
+        is_node_gone: the gang went with a node of its own: that says nothing of the clip, nor of the gang's slot.
     """
 
     clip: Literal["strike", "elsewhere", "failed"]
     reason: str
     keep_gang: bool
+    is_node_gone: bool = False
 
 
 def classify_failure(outcomes: Sequence[RankOutcome]) -> FailureDecision:
@@ -49,7 +54,8 @@ def classify_failure(outcomes: Sequence[RankOutcome]) -> FailureDecision:
     """
     died = [f"rank {rank} died: {end.reason}" for rank, end in enumerate(outcomes) if end.kind == "died"]
     if died:
-        return FailureDecision(clip="strike", reason="; ".join(died), keep_gang=False)
+        is_node_gone = any(end.is_node_gone for end in outcomes)
+        return FailureDecision(clip="strike", reason="; ".join(died), keep_gang=False, is_node_gone=is_node_gone)
     raised = [end for end in outcomes if end.kind == "raised"]
     short = next((end for end in raised if end.fault == "memory"), None)
     if short is not None:

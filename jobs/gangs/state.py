@@ -55,6 +55,7 @@ from cineray.jobs.gangs.events import (
 from cineray.jobs.gangs.members import PLACE_S, ClipState, FinisherState, GangStage, GangState, Stage
 from cineray.jobs.gangs.prompts import EncodedPrompts, WaitingClips
 from cineray.jobs.gangs.retry import (
+    MAX_FRUITLESS,
     MAX_PROMPT_TRIES,
     MAX_STRIKES,
     classify_failure,
@@ -203,6 +204,9 @@ class BatchState:
         gang = self.gangs[event.gang]
         if gang.stage is GangStage.BUSY:
             gang.step, gang.changed_s = event.step, now_s
+            clip = self.clips[gang.clip or ""]
+            if event.step > clip.farthest:
+                clip.farthest, clip.num_fruitless = event.step, 0
 
     def _on_gang_ended(self, event: GangEnded, now_s: float) -> None:
         gang = self.gangs[event.gang]
@@ -235,9 +239,9 @@ class BatchState:
                 self._release(gang, now_s)
                 return
         elif clip is not None:
-            is_excused = bool(gang.nodes & self._draining)
+            is_excused = self._is_excused(clip, gang, decision.is_node_gone)
             self._strike(clip, f"{gang.name}: {decision.reason}", now_s, is_excused=is_excused)
-        self._lose(gang, decision.reason, now_s)
+        self._lose(gang, decision.reason, now_s, is_node_gone=decision.is_node_gone)
 
     def _on_prompt_missing(self, event: PromptMissing, now_s: float) -> None:
         gang = self.gangs[event.gang]
@@ -312,7 +316,7 @@ class BatchState:
         self._strike(clip, f"{finisher.name} found no latents", now_s)
 
     def _on_finisher_lost(self, event: FinisherLost, now_s: float) -> None:
-        self._lose_finisher(self.finishers[event.finisher], event.reason, now_s)
+        self._lose_finisher(self.finishers[event.finisher], event.reason, now_s, event.is_node_gone)
 
     def _on_nodes_draining(self, event: NodesDraining, _now_s: float) -> None:
         self._draining = event.nodes
@@ -345,7 +349,8 @@ class BatchState:
             if watched and is_hung(now_s, gang.changed_s, limit_s):
                 reason = f"no sign of progress for {limit_s:g} s"
                 if gang.clip is not None:
-                    self._strike(self.clips[gang.clip], f"{gang.name}: {reason}", now_s)
+                    clip = self.clips[gang.clip]
+                    self._strike(clip, f"{gang.name}: {reason}", now_s, is_excused=self._is_excused(clip, gang))
                 self._lose(gang, reason, now_s)
             waited_s = now_s - gang.changed_s
             if gang.stage is GangStage.PLACING and waited_s >= gang.explain_s:
@@ -385,6 +390,26 @@ class BatchState:
         gang.stage = stage
         if not gang.is_retired:
             self._gangs_in[stage].add(gang.number)
+
+    def _is_excused(self, clip: ClipState, gang: GangState, is_node_gone: bool = False) -> bool:
+        """Whether the loss of its gang says nothing of the clip.
+
+        It does not where the node went, unless that comes again and again before a step more is done; nor the second
+        time on a node while there are others: then the node may be at fault, and the clip goes elsewhere.
+        """
+        if gang.nodes & self._draining:
+            return True
+        if is_node_gone:
+            clip.num_fruitless += 1
+            return clip.num_fruitless <= MAX_FRUITLESS
+        is_known = bool(gang.nodes & clip.struck_on)
+        clip.struck_on |= gang.nodes
+        return is_known and self._works_apart_from(clip.struck_on)
+
+    def _works_apart_from(self, nodes: frozenset[str]) -> bool:
+        """Whether a gang that takes clips stands on other nodes alone."""
+        working = self._gangs_in[GangStage.IDLE] | self._gangs_in[GangStage.BUSY]
+        return any(not self.gangs[number].nodes & nodes for number in working - self._leaving)
 
     def _strike(
         self, clip: ClipState, reason: str, now_s: float, is_excused: bool = False, to_finish: bool = False
@@ -455,9 +480,9 @@ class BatchState:
         gang.clip, gang.step, gang.changed_s = None, None, now_s
         self._enter(gang, GangStage.IDLE)
 
-    def _lose(self, gang: GangState, reason: str, now_s: float) -> None:
+    def _lose(self, gang: GangState, reason: str, now_s: float, is_node_gone: bool = False) -> None:
         self._last_loss = reason
-        gang.num_losses_in_a_row += 1
+        gang.num_losses_in_a_row += not is_node_gone
         gang.is_retired = is_retired(gang.num_losses_in_a_row)
         self._num_retired["gang"] += gang.is_retired
         self.counts["losses"] += 1
@@ -502,14 +527,14 @@ class BatchState:
         """Whether the gang takes no clip any more where it stands."""
         return gang.is_stop_requested or bool(gang.nodes & self._draining)
 
-    def _lose_finisher(self, finisher: FinisherState, reason: str, now_s: float) -> None:
+    def _lose_finisher(self, finisher: FinisherState, reason: str, now_s: float, is_node_gone: bool = False) -> None:
         self._last_loss = reason
-        finisher.num_losses_in_a_row += 1
+        finisher.num_losses_in_a_row += not is_node_gone
         finisher.is_retired = is_retired(finisher.num_losses_in_a_row)
         self._num_retired["finisher"] += finisher.is_retired
         self._do(Log("lost", {"actor": finisher.name, "reason": reason}))
         self._do(Say(f"{finisher.name} was lost: {reason}"))
-        self._empty(finisher, reason, now_s)
+        self._empty(finisher, reason, now_s, is_excused=is_node_gone)
 
     def _empty(self, finisher: FinisherState, reason: str, now_s: float, is_excused: bool = False) -> None:
         """The finisher ends; its clips and prompts are handed out anew."""
@@ -632,8 +657,11 @@ class BatchState:
         return next((name for name in ready if not self._avoids(name, gang, num_others)), None)
 
     def _avoids(self, name: str, actor: GangState | FinisherState, num_others: int) -> bool:
-        """Whether a clip that did not fit into this one's memory had better wait for one of the others."""
-        return self.clips[name].avoids == actor.name and num_others > 0
+        """Whether a clip that this one's memory was too small for, or its node lost, had better wait for others."""
+        clip = self.clips[name]
+        if isinstance(actor, GangState) and clip.struck_on & actor.nodes:
+            return self._works_apart_from(clip.struck_on)
+        return clip.avoids == actor.name and num_others > 0
 
     @property
     def _is_behind(self) -> bool:

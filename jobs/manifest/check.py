@@ -201,6 +201,10 @@ class CheckedManifest:
     def num_clips(self) -> int:
         return len(self.rows)
 
+    def __iter__(self) -> Iterator[ClipRequest]:
+        """As `requests`, each time from the first one on."""
+        return self.requests()
+
     def requests(self) -> Iterator[ClipRequest]:
         """One at a time, in their order.
 

@@ -15,7 +15,7 @@ import torch
 from cineray.distributed.layout import Layout, check_layout, parse_layout
 from cineray.jobs.console.measure import progress_bar
 from cineray.jobs.measure.local_ranks import run_on_local_ranks
-from cineray.jobs.measure.study_law import StudiedClips, gpu_name
+from cineray.jobs.measure.study_law import StudiedClips
 from cineray.jobs.measure.study_log import (
     COMMAND,
     ROWS_FILE,
@@ -27,7 +27,7 @@ from cineray.jobs.measure.study_ranks import SentSample, Todo, Visit, encode_on_
 from cineray.jobs.measure.study_rows import Place, TimedClip
 from cineray.jobs.out_file import ended_by_sigterm
 from cineray.jobs.output.record import fingerprint_of, render_options, software_versions
-from cineray.jobs.planning.gpus import known_gpus
+from cineray.jobs.planning.gpus import gpu_name
 from cineray.jobs.threads import rank_threads
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.options import LoadOptions
@@ -265,7 +265,7 @@ def studied_clips(sample: Sample) -> StudiedClips:
         steps=sample.steps,
         guided=sample.num_branches > 1,
         device=device,
-        gpu=gpu_name(device, list(known_gpus())) if is_cuda else "cpu",
+        gpu=gpu_name(device) if is_cuda else "cpu",
         num_units=torch.cuda.device_count() if is_cuda else max(1, num_cores() // rank_threads()),
     )
 

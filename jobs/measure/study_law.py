@@ -145,9 +145,3 @@ def _fit(cells: Sequence[Cell], clips: StudiedClips) -> StudyFit:
             for c in cells
         ),
     )
-
-
-def gpu_name(device: str, known: Sequence[str]) -> str:
-    """What `cineray plan` calls a card, by its maker's name: `NVIDIA H100 80GB HBM3` is `h100`; else "other"."""
-    plain = "".join(c for c in device.lower() if c.isalnum())
-    return max((name for name in known if name in plain), key=len, default="other")

@@ -156,7 +156,7 @@ class Evidence:
 
     def _from_studies(self, kind: ClipKind) -> Iterator[Law]:
         for fitted in (f for study in self._studies for f in study.fits):
-            if fitted.gpu != self.gpu.name or fitted.cache not in (kind.cache, kind.policy) or not _is_of(fitted, kind):
+            if fitted.gpu != self.gpu.name or fitted.cache not in (kind.cache, kind.policy) or not is_of(fitted, kind):
                 continue
             rows = {row.layout: (row.clip_s, row.denoise_s) for row in fitted.rows}
             factor = kind.steps / fitted.steps
@@ -344,7 +344,8 @@ def num_branches_of(model: str) -> int:
     return len(published_checkpoint(model).model.branches)
 
 
-def _is_of(fitted: StudyFit, kind: ClipKind) -> bool:
+def is_of(fitted: StudyFit, kind: ClipKind) -> bool:
+    """Whether a study's fit is of such clips; steps and cache apart."""
     shape = Shape(fitted.model, fitted.width, fitted.height, fitted.frames)
     return shape == kind.shape and (2 if fitted.guided else 1) == kind.num_branches
 

@@ -48,6 +48,12 @@ def known_gpus() -> dict[str, Gpu]:
     return {name: Gpu(name=name, **fields) for name, fields in content["gpus"].items()}
 
 
+def gpu_name(device: str) -> str:
+    """What `cineray plan` calls a card: `NVIDIA H100 80GB HBM3`, to Ray `H100`, is `h100`; one unknown is "other"."""
+    plain = "".join(c for c in device.lower() if c.isalnum())
+    return max((name for name in known_gpus() if name in plain), key=len, default="other")
+
+
 def find_gpu(name: str) -> Gpu:
     """A card by name; case, blanks and hyphens do not count: `RTX 4090` is `rtx4090`.
 

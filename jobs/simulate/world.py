@@ -20,6 +20,7 @@ from cineray.jobs.simulate.ledger import HOUR_S, Ledger, Simulated, Use
 
 TICK_S = 1.0  # between two looks of the driver at its watchdogs, at most
 DIED = (RankOutcome(kind="died", reason="lost in the simulation"),)
+WITH_NODE = (RankOutcome(kind="died", reason="its node was lost in the simulation", is_node_gone=True),)
 _IDLE = {"clips": Use.NO_CLIP, "prompts": Use.NO_PROMPT, "finishers": Use.NO_FINISHER, "end": Use.TAIL}
 
 
@@ -149,7 +150,7 @@ class SimulatedBatch:
         node.is_there = False
         for gang in node.gangs:
             if gang.is_there:
-                self._lose_gang(gang, self._assumed.seen_s)
+                self._lose_gang(gang, self._assumed.seen_s, WITH_NODE)
         for finisher in node.finishers:
             if finisher.is_there:
                 finisher.is_there = False
@@ -165,22 +166,23 @@ class SimulatedBatch:
 
     def _kill_rank(self, gang: Gang, seen_s: float) -> None:
         if gang.is_there:
-            self._lose_gang(gang, seen_s)
+            self._lose_gang(gang, seen_s, DIED)
 
-    def _lose_gang(self, gang: Gang, seen_s: float) -> None:
+    def _lose_gang(self, gang: Gang, seen_s: float, outcomes: tuple[RankOutcome, ...]) -> None:
+        self._tell_steps(gang)  # the driver has asked it within the last second
         self._end_attempt(gang)
         self._use(gang, Use.NO_NODE)
         gang.is_there = False
         gang.life += 1
-        self._in(seen_s, self._tell_gang_lost, gang, gang.life)
+        self._in(seen_s, self._tell_gang_lost, gang, gang.life, outcomes)
 
-    def _tell_gang_lost(self, gang: Gang, life: int) -> None:
+    def _tell_gang_lost(self, gang: Gang, life: int, outcomes: tuple[RankOutcome, ...]) -> None:
         if gang.life == life:
-            self._tell(events.GangEnded(gang.number, outcomes=DIED))
+            self._tell(events.GangEnded(gang.number, outcomes=outcomes))
 
     def _tell_finisher_lost(self, finisher: Finisher, life: int) -> None:
         if finisher.life == life:
-            self._tell(events.FinisherLost(finisher.number, DIED[0].reason))
+            self._tell(events.FinisherLost(finisher.number, WITH_NODE[0].reason, is_node_gone=True))
 
     # ---- gangs
 
@@ -211,7 +213,7 @@ class SimulatedBatch:
         seconds = clip.plan.seconds
         step_s = seconds.step_s * gang.node.slowness
         self._use(gang, Use.COMPUTING)
-        gang.clip, gang.told_step = clip, 0
+        gang.clip, gang.told_step = clip, clip.num_kept
         gang.attempt = Attempt(
             num_steps=seconds.num_steps - clip.num_kept,
             begin_s=seconds.begin_s,
@@ -260,6 +262,8 @@ class SimulatedBatch:
             computed_s = num_kept * attempt.step_s
         else:
             computed_s = spent_s - num_saves * attempt.save_s
+        if clip.name not in self._clips:
+            computed_s = 0.0  # quarantined a moment ago: its steps are kept for nobody
         clip.num_kept += num_kept
         clip.gpu_s += computed_s * self._assumed.ranks_per_gang
         self._spend(Use.SAVING, num_saves * attempt.save_s)
@@ -282,11 +286,17 @@ class SimulatedBatch:
 
     def _tick(self) -> None:
         for gang in self._fleet.gangs:
-            step = 0 if gang.attempt is None else gang.attempt.num_done(self.now_s - gang.since_s)
-            if step > gang.told_step:
-                gang.told_step = step
-                self._tell(events.StepReached(gang.number, step))
+            self._tell_steps(gang)
         self._tell(events.Tick())
+
+    def _tell_steps(self, gang: Gang) -> None:
+        """Tells the run how far the gang's clip is, if it has not been told."""
+        if gang.attempt is None or gang.clip is None:
+            return
+        step = gang.clip.num_kept + gang.attempt.num_done(self.now_s - gang.since_s)
+        if step > gang.told_step:
+            gang.told_step = step
+            self._tell(events.StepReached(gang.number, step))
 
     # ---- finishers
 

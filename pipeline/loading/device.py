@@ -36,6 +36,19 @@ def sees_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def cuda_devices() -> list[str]:
+    """Names of the GPUs that PyTorch sees; asked of another process where this one has not imported it."""
+    if "torch" not in sys.modules:
+        if _is_for_cpus_alone():
+            return []
+        ask = "import torch; [print(torch.cuda.get_device_name(n)) for n in range(torch.cuda.device_count())]"
+        asked = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
+        return asked.stdout.splitlines() if asked.returncode == 0 else []
+    import torch
+
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+
+
 def _is_for_cpus_alone() -> bool:
     """Whether torch/version.py says so: `cuda` and `hip` are None there."""
     spec = importlib.util.find_spec("torch")

@@ -129,6 +129,19 @@ def test_sixteen_ranks_take_two_whole_nodes_and_their_ring_goes_over_nodes(nodes
     batch.end()
 
 
+def test_a_gang_and_its_finisher_that_are_lost_with_their_node_are_not_held_to_account(nodes):
+    cluster = nodes({"num_cpus": 1}, {"num_cpus": 4, "num_gpus": 2})
+    ray.init(address=cluster.address)
+    batch = NoOpBatch.begun(Layout(ulysses=2), 1, 1, list(nodes_now().values()))
+    batch.until(batch.all_are_placed)
+    (node,) = cluster.worker_nodes
+    cluster.remove_node(node, allow_graceful=False)
+    batch.until(lambda: not batch.state.gangs[0].is_placed)
+    assert batch.state.counts["losses"] == 1
+    assert batch.state.gangs[0].num_losses_in_a_row == 0
+    batch.end()
+
+
 @pytest.mark.usefixtures("eight_gpus")
 def test_who_waits_for_a_place_is_told_what_is_missing():
     """As the driver says it, of a gang that there is no room for and of one that there never will be."""

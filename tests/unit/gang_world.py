@@ -10,6 +10,7 @@ from cineray.jobs.gangs.retry import RankOutcome
 from cineray.jobs.gangs.state import BatchState
 
 DIED = (RankOutcome(kind="died", reason="killed"), RankOutcome(kind="silent"))
+WITH_NODE = (RankOutcome(kind="died", reason="its node has died", is_node_gone=True), RankOutcome(kind="silent"))
 SHORT = RankOutcome(kind="raised", reason="out of memory: needs 5 GiB, has 1 GiB", fault="memory")
 
 
@@ -160,6 +161,7 @@ class World:
     def _add_harm(self, can: Callable[..., None]) -> None:
         for gang in sorted(self.starting | self.idle | set(self.busy)):
             can(events.GangEnded(gang, outcomes=DIED), lambda g=gang: self._bury(g))
+            can(events.GangEnded(gang, outcomes=WITH_NODE), lambda g=gang: self._bury(g))
         for gang in sorted(self.busy):
             fault = (RankOutcome(kind="raised", reason="bad image", fault="input"),) * 2
             can(
@@ -177,6 +179,7 @@ class World:
             )
         for finisher in sorted(self.finishing):
             can(events.FinisherLost(finisher, "killed"))
+            can(events.FinisherLost(finisher, "its node has died", is_node_gone=True))
             can(events.FinishersInTheWay((finisher,)))
             for key in self.encoding[finisher][:1]:
                 forget = lambda f=finisher, k=key: self.encoding[f].remove(k)  # noqa: E731

@@ -3,13 +3,13 @@
 from collections import Counter
 
 import pytest
-from gang_world import DIED, SHORT, World
+from gang_world import DIED, SHORT, WITH_NODE, World
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cineray.jobs.gangs import events
 from cineray.jobs.gangs.members import PLACE_S, GangStage
-from cineray.jobs.gangs.retry import MAX_LOSSES_IN_A_ROW, MAX_STRIKES, RankOutcome
+from cineray.jobs.gangs.retry import MAX_FRUITLESS, MAX_LOSSES_IN_A_ROW, MAX_STRIKES, RankOutcome
 from cineray.jobs.gangs.state import IN_FINISHER, PER_FINISHER, REPEAT_S, START_S, BatchState
 
 HANG_S = 10.0
@@ -189,6 +189,89 @@ def test_a_gang_that_dies_with_its_draining_node_is_no_strike_either():
     here.busy.pop(0)
     here.tell(events.GangEnded(0, outcomes=DIED))
     assert here.state.clips[clip].strikes == []
+
+
+def lose(here, gang, outcomes):
+    here.busy.pop(gang)
+    here.tell(events.GangEnded(gang, outcomes=outcomes))
+
+
+def test_a_gang_that_goes_with_its_node_is_no_strike_and_retires_no_slot():
+    here = world(num_clips=1, num_gangs=1)
+    for step in range(1, 2 * MAX_LOSSES_IN_A_ROW):
+        until(here, lambda: 0 in here.busy)
+        here.tell(events.StepReached(0, step))  # it gets on between losses
+        lose(here, 0, WITH_NODE)
+    assert here.state.clips["c0"].strikes == []
+    here.run_out()
+    assert here.ended == {"c0": "done"}
+    assert not here.records
+
+
+def test_a_clip_whose_nodes_die_before_a_step_more_is_done_is_quarantined_in_the_end():
+    here = world(num_clips=1, num_gangs=1)
+    for _ in range(MAX_FRUITLESS + MAX_STRIKES):
+        assert not here.ended
+        until(here, lambda: 0 in here.busy)
+        here.tell(events.StepReached(0, 7))
+        lose(here, 0, WITH_NODE)
+    assert here.ended == {"c0": "quarantined"}
+
+
+def test_a_finisher_that_goes_with_its_node_is_no_strike_either():
+    here = world(num_clips=2)
+    for _ in range(2 * MAX_LOSSES_IN_A_ROW):
+        until(here, lambda: bool(here.finishing.get(0)))
+        here.tell(events.FinisherLost(0, "its node has died", is_node_gone=True))
+    here.run_out()
+    assert set(here.ended.values()) == {"done"}
+    assert not here.records
+
+
+def test_a_clip_that_was_lost_on_a_node_goes_to_another_and_loses_one_strike_to_each():
+    here = world(num_clips=4, num_gangs=3)  # gangs 0 and 2 stand on node0, gang 1 on node1
+    until(here, lambda: len(here.busy) == 3)
+    clip = here.busy[0]
+    lose(here, 0, DIED)
+    here.busy.pop(2)
+    here.idle.add(2)
+    here.tell(events.GangEnded(2))
+    assert here.busy[2] != clip  # though it waits before all others
+    here.busy.pop(1)
+    here.idle.add(1)
+    here.tell(events.GangEnded(1))
+    assert here.busy[1] == clip
+    here.run_out()
+    assert here.ended[clip] == "done"
+
+
+def test_a_second_loss_on_one_node_is_no_strike_while_there_are_others():
+    here = world(num_clips=8, num_gangs=3, depth=10)
+    until(here, lambda: len(here.busy) == 3)
+    clip = here.busy[0]
+    here.state.clips[clip].struck_on = frozenset({"node0"})  # it came back where nobody else was there
+    lose(here, 0, DIED)
+    assert here.state.clips[clip].strikes == []
+    alone = world(num_clips=1, num_gangs=1)
+    until(alone, lambda: 0 in alone.busy)
+    alone.state.clips["c0"].struck_on = frozenset({"node0"})
+    lose(alone, 0, DIED)
+    assert len(alone.state.clips["c0"].strikes) == 1
+
+
+def test_a_node_that_hangs_loses_its_gangs_and_quarantines_no_clip():
+    here = world(num_clips=30, num_gangs=4, depth=10)
+    for _ in range(10_000):
+        here.read()
+        if here.state.is_over:
+            break
+        on_it = [gang for gang in here.busy if gang % 2 == 0]
+        if on_it:
+            lose(here, on_it[0], DIED)
+        else:
+            here.possible(with_harm=False)[0]()
+    assert set(here.ended.values()) == {"done"}
+    assert [gang.is_retired for gang in here.state.gangs] == [True, False, True, False]
 
 
 def test_a_stop_preempts_what_is_denoised_ends_what_is_decoded_and_starts_nothing():

@@ -163,6 +163,15 @@ def test_a_step_that_takes_too_long_costs_the_gang_and_at_last_the_clip():
     assert gpu_s(found, Use.LOST) == pytest.approx(found.makespan_s)
 
 
+def test_steps_kept_of_a_clip_that_is_quarantined_while_its_gang_hangs_are_lost():
+    """Two gangs of slow nodes, one behind the other: a look at one finds that the other has saved a step, and hangs."""
+    slow = replace(ONE_GPU, num_gpus=2, gpus_per_node=2, straggler_share=1.0, straggler_factor=2.0)
+    assumed = replace(slow, hang_s=15.0, checkpoint_s=0.0, save_s=1.0)
+    found = simulated(assumed, 2, ClipSeconds(num_steps=2, step_s=8.0), [RankDeath(at_s=0.5, gang=0)])
+    assert found.ended == {"quarantined": 1, "done": 1}
+    assert sum(gpu_s(found, use) for use in Use) == pytest.approx(2 * found.makespan_s)
+
+
 def test_gangs_whose_steps_are_short_enough_outlive_a_look_at_one_that_hangs():
     """Some of these nodes hang whenever they have a clip; the others take longer for a clip than the limit is."""
     assumed = replace(ONE_GPU, num_gpus=8, straggler_share=0.5, straggler_factor=2.0, hang_s=15.0)
