@@ -36,7 +36,7 @@ class ClipState:
         strikes: why earlier attempts were lost.
         began_s: when its first attempt began; None before.
         avoids: name of the gang or finisher whose memory it did not fit into.
-        num_shortages: attempts that memory was too short for.
+        num_shortages: attempts at the stage that memory was too short for.
         num_interrupted: decodes that ended with the gang that the finisher stood with.
         num_fruitless: attempts that ended with their node, since the clip's last step that was its farthest.
         farthest: step that it has reached so far.

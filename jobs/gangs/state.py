@@ -214,7 +214,7 @@ class BatchState:
         if event.outcomes is None and clip is not None:
             gang.num_losses_in_a_row = 0
             if event.preempted_at is None:
-                clip.ranks = event.ranks
+                clip.ranks, clip.num_shortages = event.ranks, 0
                 ranks = [dict(rank) for rank in event.ranks]
                 self._do(Log("denoised", {"id": clip.id, "gang": gang.name, "ranks": ranks}))
                 self._release(gang, now_s)

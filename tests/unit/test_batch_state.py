@@ -391,6 +391,18 @@ def test_after_two_shortages_alike_it_is_said_that_the_clip_does_not_fit():
     assert not here.state.gangs[0].is_retired
 
 
+def test_a_shortage_on_a_gang_says_nothing_of_one_on_a_finisher():
+    here = world(num_clips=1, num_gangs=1)
+    until(here, lambda: 0 in here.busy)
+    here.busy.pop(0)
+    here.idle.add(0)
+    here.tell(events.GangEnded(0, outcomes=(SHORT,)))
+    until(here, lambda: bool(here.finishing.get(0)))
+    here.tell(events.VideoFailed(0, here.finishing[0].pop(0), SHORT.reason, "memory"))
+    assert sum("will try again" in said for said in here.said) == 2
+    assert not any("does not fit" in said for said in here.said)
+
+
 def test_a_finisher_without_memory_puts_the_clip_back_for_another():
     here = world(num_clips=4, num_finishers=2, depth=8)
     until(here, lambda: bool(here.finishing.get(0)) and 1 in here.finishing)
