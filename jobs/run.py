@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cineray.distributed.layout import Layout, check_layout
+from cineray.jobs.memory_check import MemoryCheck
 from cineray.jobs.output.folder import OutputFolder, refuse_early
 from cineray.jobs.output.lease import Lease
 from cineray.jobs.output.results import ResultLog
@@ -53,13 +54,14 @@ class RunReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunPlan:
-    """What a run renders with, and where to."""
+    """What a run renders with, and where to; `memory` has seen its clips once they are checked."""
 
     checkpoint: Checkpoint
     load_options: LoadOptions
     options: RunOptions
     out: Path
     lossless: bool
+    memory: MemoryCheck | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -239,13 +241,6 @@ def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
     if options.is_local:
         check_device(asked.load_options.device)
     identity = identify(asked.checkpoint)
-    spec = RunSpec(
-        model=asked.checkpoint.name,
-        options=asked.load_options,
-        out=asked.out.resolve(),
-        lossless=asked.lossless,
-        run=options,
-    )
     began = time.monotonic()
     num_actors = options.num_gangs * options.layout.world_size + finishers_for(options.num_gangs, options.num_finishers)
     with connected(None if options.is_local else options.address, num_actors):
@@ -255,6 +250,16 @@ def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
         missing = missing_room(fleet, nodes)
         if missing and options.is_local:
             raise InputError(missing)
+        shares_gpu = fleet.num_apart < fleet.num_finishers
+        spec = RunSpec(
+            model=asked.checkpoint.name,
+            options=asked.load_options,
+            out=asked.out.resolve(),
+            lossless=asked.lossless,
+            run=options,
+            # gangs that start before the clips are checked know of none
+            demands=asked.memory.largest(shares_gpu) if asked.memory and not start_now else (),
+        )
         slots = Slots.of(spec, fleet, actors_of())
         state = BatchState(
             fleet.num_gangs, fleet.num_finishers, options.hang_s, clips_ahead(fleet.num_gangs), fleet.num_apart

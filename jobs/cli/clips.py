@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cineray.jobs.cli.options import ClipArguments
 
 if TYPE_CHECKING:  # torch and diffusers take seconds to import; `--help` should not wait for them
-    from cineray.jobs.manifest.check import RunDefaults
+    from cineray.jobs.manifest.check import MoreCheck, RunDefaults
     from cineray.pipeline.loading.checkpoint import Checkpoint
     from cineray.pipeline.loading.options import LoadOptions
     from cineray.pipeline.request import ClipRequest
@@ -50,12 +50,17 @@ def takes_long_to_check(asked: ClipArguments) -> bool:
 
 
 def read_requests(
-    asked: ClipArguments, defaults: "RunDefaults", checkpoint: "Checkpoint", num_ranks: int = 1
+    asked: ClipArguments,
+    defaults: "RunDefaults",
+    checkpoint: "Checkpoint",
+    num_ranks: int = 1,
+    more: "MoreCheck | None" = None,
 ) -> tuple[int, Iterable["ClipRequest"]]:
     """(number of clips, the clips as a stream), all of them checked.
 
     Args:
         num_ranks: that share a clip's tokens.
+        more: a further check, as `RequestCheck` takes it.
 
     Raises:
         InputError: bad lines of the manifest, bad prompts, or both given.
@@ -66,18 +71,25 @@ def read_requests(
 
     _refuse_both(asked)
     if asked.manifest is None:
-        requests = check_prompts(list(asked.prompts), defaults, checkpoint, num_ranks)
+        requests = check_prompts(list(asked.prompts), defaults, checkpoint, num_ranks, more)
         return len(requests), requests
     with checking_lines(asked.manifest.name) as on_row:
-        checked = check_manifest(asked.manifest, defaults, checkpoint, on_row, num_ranks)
+        checked = check_manifest(asked.manifest, defaults, checkpoint, on_row, num_ranks, more)
     tell(*(f"cineray: {note}" for note in checked.notes))
     return checked.num_clips, checked.requests()
 
 
 def survey_requests(
-    asked: ClipArguments, defaults: "RunDefaults", checkpoint: "Checkpoint", num_ranks: int = 1
+    asked: ClipArguments,
+    defaults: "RunDefaults",
+    checkpoint: "Checkpoint",
+    num_ranks: int = 1,
+    more: "MoreCheck | None" = None,
 ) -> tuple[Iterable["ClipRequest"], tuple[str, ...], int]:
     """(the clips that can be rendered, what is wrong with the first others, how many those are).
+
+    Args:
+        num_ranks, more: as `read_requests` takes them.
 
     Raises:
         InputError: prompts and a manifest, or nothing to render, or the manifest cannot be read.
@@ -90,10 +102,10 @@ def survey_requests(
     if asked.manifest is None:
         if not asked.prompts:
             raise InputError("nothing to render: give prompts or --manifest FILE")
-        requests, refused = survey_prompts(list(asked.prompts), defaults, checkpoint, num_ranks)
+        requests, refused = survey_prompts(list(asked.prompts), defaults, checkpoint, num_ranks, more)
         return requests, tuple(refused), len(refused)
     with checking_lines(asked.manifest.name) as on_row:
-        checked, bad = survey_manifest(asked.manifest, defaults, checkpoint, on_row, num_ranks)
+        checked, bad = survey_manifest(asked.manifest, defaults, checkpoint, on_row, num_ranks, more)
     return checked.requests(), tuple(bad.lines()), bad.num_rows
 
 

@@ -28,17 +28,22 @@ def print_survey(
     from cineray.jobs.survey import forecast, survey
 
     num_ranks = plan.options.layout.sequence_ranks
-    requests, refused, num_refused = survey_requests(asked, defaults, plan.checkpoint, num_ranks)
+    memory = plan.memory
+    requests, refused, num_refused = survey_requests(asked, defaults, plan.checkpoint, num_ranks, memory)
     found = survey(requests, refused, num_refused, plan.out, plan.checkpoint, plan.load_options, lossless=plan.lossless)
     tell(*(f"cineray: {line}" for line in found.refused))
     run = plan.options
     rest = forecast(found, plan.out, plan.load_options.device, run.layout, run.num_gangs, price)
     counts = found.to_dict()
+    demands = memory.largest() if memory else ()
+    tell(*(f"cineray: {warning}" for warning in (memory.warnings if memory else ())))
     if as_json:
-        print_json({**counts, "forecast": rest.to_dict()})
+        gpus = [{"place": d.place, "bytes": d.tensor_bytes, "parts": dict(d.parts)} for d in demands]
+        print_json({**counts, "forecast": rest.to_dict(), **({"memory": gpus} if gpus else {})})
     else:
         said = ", ".join(f"{number} {status}" for status, number in counts.items())
-        print_lines(sys.stdout, f"{said}; nothing was rendered", _time_left(rest))
+        memory_lines = (f"memory, by forecast: {demand.text}" for demand in demands)
+        print_lines(sys.stdout, f"{said}; nothing was rendered", *memory_lines, _time_left(rest))
     return EXIT_BAD_INPUT if found.num_refused else EXIT_DONE
 
 

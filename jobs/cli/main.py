@@ -1,11 +1,12 @@
 """The command line: what a person types, and what the process answers."""
 
-import functools
 import os
 import sys
 import traceback
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -32,6 +33,9 @@ from cineray.jobs.console.terminal import (
 )
 from cineray.jobs.run_options import RunOptions
 from cineray.jobs.stopping import Stopped, ending_on_signals
+
+if TYPE_CHECKING:
+    from cineray.pipeline.request import ClipRequest
 
 _INTERRUPTED = "cineray: interrupted; finished clips are kept, run the same command again to resume"
 TRACEBACK = "CINERAY_TRACEBACK"
@@ -78,20 +82,26 @@ def render(
       cineray render "a cat walks" --model wan2.1-t2v-1.3b --device cuda --offload model --out out/cat
       cineray render --manifest m.jsonl --model wan2.1-t2v-14b --address auto --sp 4 --gangs 2 --out /nfs/m
     """
+    from cineray.jobs.memory_check import memory_check
     from cineray.jobs.output.lease import LeasedError
     from cineray.jobs.run import RunPlan, render_run
     from cineray.pipeline.loading.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(asked.model)
     defaults = run_defaults(asked, checkpoint, cache, fps)
-    plan = RunPlan(
-        checkpoint=checkpoint, load_options=load_options(asked, checkpoint), options=run, out=out, lossless=lossless
-    )
+    options = load_options(asked, checkpoint)
+    memory = memory_check(checkpoint, options, run)
+    plan = RunPlan(checkpoint=checkpoint, load_options=options, options=run, out=out, lossless=lossless, memory=memory)
     if dry_run:
         return print_survey(asked, plan, defaults, price, as_json)
     about = {"defaults": asdict(defaults)}
+
+    def check() -> tuple[int, Iterable["ClipRequest"]]:
+        checked = read_requests(asked, defaults, checkpoint, run.layout.sequence_ranks, memory)
+        tell(*(f"cineray: {warning}" for warning in (memory.warnings if memory else ())))
+        return checked
+
     try:
-        check = functools.partial(read_requests, asked, defaults, checkpoint, run.layout.sequence_ranks)
         report = render_run(plan, check, takes_long_to_check(asked), about)
     except LeasedError as error:
         tell(f"cineray: {error}; wait until it has ended, or give another --out")

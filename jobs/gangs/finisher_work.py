@@ -16,7 +16,9 @@ from cineray.jobs.output.hardware import begin_peak, hardware
 from cineray.jobs.output.record import clip_record, policy_text, render_options
 from cineray.jobs.output.step_keeper import MAX_NOTES_BYTES
 from cineray.jobs.threads import loading_threads, rank_threads
+from cineray.pipeline.footprint.fit import FINISHER, SHARED, check_room
 from cineray.pipeline.loading.checkpoint import open_checkpoint
+from cineray.pipeline.loading.device import check_device, gpu_memory_bytes
 from cineray.pipeline.loading.model import LoadedModel, load_model
 from cineray.pipeline.media.video import check_ffmpeg
 from cineray.pipeline.render import DenoisedClip, RenderedClip, decode_clip
@@ -41,6 +43,9 @@ class FinisherWork:
 
     def load(self) -> None:
         check_ffmpeg()
+        if self._spec.options.device == "cuda":
+            check_device(self._spec.options.device)
+            check_room(self._spec.demands, (FINISHER, SHARED), gpu_memory_bytes()[0])
         torch.set_num_threads(loading_threads(self._spec.options.device))
         checkpoint = open_checkpoint(self._spec.model)
         self._model = load_model(checkpoint, self._spec.options, skip_components=checkpoint.model.denoiser_parts)
