@@ -6,7 +6,7 @@ Known models on known GPUs alone: of others nothing is said, and nothing is refu
 from dataclasses import replace
 
 from cineray.jobs.gangs.placement import finishers_for
-from cineray.jobs.run_options import RunOptions
+from cineray.jobs.run_options import RunOptions, decodes_on_gang
 from cineray.pipeline.footprint.fit import (
     Demand,
     Setup,
@@ -128,6 +128,7 @@ def memory_check(checkpoint: Checkpoint, options: LoadOptions, run: RunOptions) 
             layout=run.layout,
             has_finishers=run.uses_ray,
             shares_gpu=run.uses_ray and num_actors > len(here),
+            decodes_on_gang=run.uses_ray and decodes_on_gang(run, options, checkpoint.model),
         ),
         min(here, default=None),
         max(run.layout.world_size, len(here) // run.num_gangs if here else MAX_RANKS),

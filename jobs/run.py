@@ -7,16 +7,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from cineray.distributed.layout import Layout, check_layout
-from cineray.jobs.memory_check import MemoryCheck
+from cineray.jobs.outlook import Outlook
 from cineray.jobs.output.folder import OutputFolder, refuse_early
 from cineray.jobs.output.lease import Lease
 from cineray.jobs.output.results import ResultLog
-from cineray.jobs.run_options import RunOptions
+from cineray.jobs.run_options import RunOptions, decodes_on_gang
 from cineray.jobs.stopping import stop_requested
 from cineray.jobs.threads import num_threads
 from cineray.pipeline.loading.checkpoint import Checkpoint
@@ -54,14 +54,14 @@ class RunReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunPlan:
-    """What a run renders with, and where to; `memory` has seen its clips once they are checked."""
+    """What a run renders with, and where to; `outlook` knows of its clips once they are checked."""
 
     checkpoint: Checkpoint
     load_options: LoadOptions
     options: RunOptions
     out: Path
     lossless: bool
-    memory: MemoryCheck | None = None
+    outlook: Outlook = field(default_factory=Outlook)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -257,8 +257,9 @@ def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
             out=asked.out.resolve(),
             lossless=asked.lossless,
             run=options,
+            decodes_on_gang=decodes_on_gang(options, asked.load_options, asked.checkpoint.model),
             # gangs that start before the clips are checked know of none
-            demands=asked.memory.largest(shares_gpu) if asked.memory and not start_now else (),
+            demands=() if start_now else asked.outlook.demands(shares_gpu),
         )
         slots = Slots.of(spec, fleet, actors_of())
         state = BatchState(

@@ -27,15 +27,30 @@ def run_defaults(asked: ClipArguments, checkpoint: "Checkpoint", cache: str, fps
     return RunDefaults(**{**asdict(checkpoint.defaults), **typed, "cache": cache})
 
 
-def load_options(asked: ClipArguments, checkpoint: "Checkpoint") -> "LoadOptions":
-    """How the weights of a checkpoint are to be loaded."""
+def load_options(asked: ClipArguments, checkpoint: "Checkpoint", decode: str = "auto") -> "LoadOptions":
+    """How the weights of a checkpoint are to be loaded.
+
+    Args:
+        decode: as `RunOptions` has it; a gang's bands of rows are not tiled.
+
+    Raises:
+        InputError: options that cannot be, or do not go together.
+    """
     from cineray.pipeline.loading.device import default_device
     from cineray.pipeline.loading.options import LoadOptions, Lora
+    from cineray.pipeline.request import InputError
 
     device, tiles = asked.loading["device"] or default_device(), asked.loading["vae_tiling"]
+    if decode == "gang" and tiles:
+        raise InputError(
+            "--decode gang decodes by bands of rows, not in tiles; leave --vae-tiling or --decode gang out"
+        )
+    if decode == "gang":
+        tiles = False
     chosen = {
         "device": device,
         "vae_tiling": device == "cuda" and checkpoint.adapter.tiles_on_gpus if tiles is None else tiles,
+        "scheduler": checkpoint.scheduler_named(asked.loading["scheduler"]),
         "lora": tuple(Lora.parse(text) for text in asked.loading["lora"]),
     }
     return LoadOptions(**{**asked.loading, **chosen})

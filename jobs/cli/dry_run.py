@@ -25,18 +25,19 @@ def print_survey(
     Returns:
         The exit code: 2 where rows are refused, as the run's would be.
     """
+    from cineray.jobs.idle_cache import without_idle_caches
     from cineray.jobs.survey import forecast, survey
 
     num_ranks = plan.options.layout.sequence_ranks
-    memory = plan.memory
-    requests, refused, num_refused = survey_requests(asked, defaults, plan.checkpoint, num_ranks, memory)
+    requests, refused, num_refused = survey_requests(asked, defaults, plan.checkpoint, num_ranks, plan.outlook)
+    requests = without_idle_caches(requests)
     found = survey(requests, refused, num_refused, plan.out, plan.checkpoint, plan.load_options, lossless=plan.lossless)
     tell(*(f"cineray: {line}" for line in found.refused))
     run = plan.options
     rest = forecast(found, plan.out, plan.load_options.device, run.layout, run.num_gangs, price)
     counts = found.to_dict()
-    demands = memory.largest() if memory else ()
-    tell(*(f"cineray: {warning}" for warning in (memory.warnings if memory else ())))
+    demands = plan.outlook.demands()
+    tell(*(f"cineray: {warning}" for warning in plan.outlook.warnings))
     if as_json:
         gpus = [{"place": d.place, "bytes": d.tensor_bytes, "parts": dict(d.parts)} for d in demands]
         print_json({**counts, "forecast": rest.to_dict(), **({"memory": gpus} if gpus else {})})

@@ -82,24 +82,28 @@ def render(
       cineray render "a cat walks" --model wan2.1-t2v-1.3b --device cuda --offload model --out out/cat
       cineray render --manifest m.jsonl --model wan2.1-t2v-14b --address auto --sp 4 --gangs 2 --out /nfs/m
     """
+    from cineray.jobs.idle_cache import without_idle_caches
     from cineray.jobs.memory_check import memory_check
+    from cineray.jobs.outlook import Outlook
     from cineray.jobs.output.lease import LeasedError
     from cineray.jobs.run import RunPlan, render_run
     from cineray.pipeline.loading.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(asked.model)
     defaults = run_defaults(asked, checkpoint, cache, fps)
-    options = load_options(asked, checkpoint)
-    memory = memory_check(checkpoint, options, run)
-    plan = RunPlan(checkpoint=checkpoint, load_options=options, options=run, out=out, lossless=lossless, memory=memory)
+    options = load_options(asked, checkpoint, run.decode)
+    outlook = Outlook(memory_check(checkpoint, options, run))
+    plan = RunPlan(
+        checkpoint=checkpoint, load_options=options, options=run, out=out, lossless=lossless, outlook=outlook
+    )
     if dry_run:
         return print_survey(asked, plan, defaults, price, as_json)
     about = {"defaults": asdict(defaults)}
 
     def check() -> tuple[int, Iterable["ClipRequest"]]:
-        checked = read_requests(asked, defaults, checkpoint, run.layout.sequence_ranks, memory)
-        tell(*(f"cineray: {warning}" for warning in (memory.warnings if memory else ())))
-        return checked
+        num_clips, requests = read_requests(asked, defaults, checkpoint, run.layout.sequence_ranks, plan.outlook)
+        tell(*(f"cineray: {warning}" for warning in plan.outlook.warnings))
+        return num_clips, without_idle_caches(requests)
 
     try:
         report = render_run(plan, check, takes_long_to_check(asked), about)

@@ -17,6 +17,7 @@ class RunSpec:
 
     Args:
         options: how the weights are loaded.
+        decodes_on_gang: the ranks decode; finishers encode prompts, and make videos of frames.
         demands: what the clips take of each kind of GPU at most, by forecast, where that is known.
     """
 
@@ -25,6 +26,7 @@ class RunSpec:
     out: Path
     lossless: bool
     run: RunOptions
+    decodes_on_gang: bool = False
     demands: tuple[Demand, ...] = ()
 
 

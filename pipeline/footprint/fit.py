@@ -182,6 +182,8 @@ def fits(known: Checkpoint, request: ClipRequest, setup: Setup, memory_bytes: in
 def _changes(known: Checkpoint, setup: Setup, max_ranks: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """(options, what they change), what costs least first."""
     layout, options = setup.layout, setup.options
+    if setup.has_finishers and layout.world_size > 1 and not setup.decodes_on_gang and known.model.row_convolutions:
+        yield "--decode gang", {"decodes_on_gang": True, "options": {"vae_tiling": False}}
     ulysses = layout.ulysses * 2
     while ulysses * layout.cfg * layout.ring <= max_ranks:
         wider = replace(layout, ulysses=ulysses)

@@ -111,8 +111,11 @@ def test_advice_names_the_smallest_change_first():
     assert found[0] == "--offload model"
     found = nearest_fit(WAN, CLIP, on_ray("ulysses2"), H100, max_ranks=8)
     assert found is not None
-    assert found[0] == "--sp 4"
-    assert found[1].layout == Layout(ulysses=4)
+    assert found[0] == "--decode gang"
+    found = nearest_fit(WAN, CLIP, on_ray(vae_tiling=True, offload="group"), RTX4090, max_ranks=8)
+    assert found is not None
+    assert found[0] == "--sp 2"
+    assert found[1].layout == Layout(ulysses=2)
     assert nearest_fit(WAN, CLIP, Setup(options=CUDA), 2_000_000_000, 8) is None
 
 
