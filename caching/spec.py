@@ -37,6 +37,7 @@ POLICIES: Policies = {
     "magcache": MagCacheConfig,
     "taylorseer": TaylorSeerConfig,
 }
+_SHORT = "short"  # the option that every policy takes
 _WITH_FILE = {"smoothcache": "SCHEDULE.json", "replay": "TRACE.json"}
 
 
@@ -52,11 +53,15 @@ _SPEC = re.compile(r"(?P<name>[a-z0-9][a-z0-9-]*)(?:\((?P<options>[^()]*)\)|:(?P
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheSpec:
-    """A policy by name, with the options that were given; not yet tied to a model."""
+    """A policy by name, with the options that were given; not yet tied to a model.
+
+    `is_short` insists on it for a clip of few steps; it changes nothing else.
+    """
 
     name: str
     options: Mapping[str, str] = field(default_factory=dict[str, str])
     file: str | None = None
+    is_short: bool = False
 
 
 def fits(name: str, presets: Mapping[str, PolicyConfig], policies: Policies = POLICIES) -> bool:
@@ -90,7 +95,8 @@ def parse_spec(text: str, policies: Policies = POLICIES) -> CacheSpec:
     if (name in _WITH_FILE) != (file is not None):
         wants = f"a file, as {name}:{_WITH_FILE[name]}" if name in _WITH_FILE else "no file"
         raise ValueError(f"cache: {name} takes {wants}")
-    allowed = [f.name for f in fields(policies[name])] if name in policies else []  # type: ignore[arg-type]
+    own = [f.name for f in fields(policies[name])] if name in policies else []  # type: ignore[arg-type]
+    allowed = [*own, *([_SHORT] if name in policies else [])]
     options: dict[str, str] = {}
     for option in filter(None, (o.strip() for o in (match["options"] or "").split(","))):
         key, equals, value = (part.strip() for part in option.partition("="))
@@ -101,7 +107,10 @@ def parse_spec(text: str, policies: Policies = POLICIES) -> CacheSpec:
         if key in options:
             raise ValueError(f"cache: option {key} of {name} is given twice: {shorten(options[key])}, {shorten(value)}")
         options[key] = value
-    return CacheSpec(name=name, options=options, file=file)
+    short = options.pop(_SHORT, "false")
+    if short not in ("true", "false"):
+        raise ValueError(f"cache: option {_SHORT} of {name} must be true or false, got {shorten(short)}")
+    return CacheSpec(name=name, options=options, file=file, is_short=short == "true")
 
 
 def resolve(spec: CacheSpec | PolicyConfig, model: ModelFacts, policies: Policies = POLICIES) -> AnyPlan:

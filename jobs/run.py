@@ -7,15 +7,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cineray.distributed.layout import Layout, check_layout
+from cineray.jobs.outlook import Outlook
 from cineray.jobs.output.folder import OutputFolder, refuse_early
 from cineray.jobs.output.lease import Lease
 from cineray.jobs.output.results import ResultLog
-from cineray.jobs.run_options import RunOptions
+from cineray.jobs.run_options import RunOptions, decodes_on_gang
 from cineray.jobs.stopping import stop_requested
 from cineray.jobs.threads import num_threads
 from cineray.pipeline.loading.checkpoint import Checkpoint
@@ -53,7 +54,12 @@ class RunReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunPlan:
-    """What a run renders with, and where to; `larger`: gangs that may stand in the place of several at the end."""
+    """What a run renders with, and where to.
+
+    Attributes:
+        larger: gangs that may stand in the place of several at the end.
+        outlook: knows of the run's clips once they are checked.
+    """
 
     checkpoint: Checkpoint
     load_options: LoadOptions
@@ -61,6 +67,7 @@ class RunPlan:
     out: Path
     lossless: bool
     larger: "tuple[Larger, ...]" = ()
+    outlook: Outlook = field(default_factory=Outlook)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -243,13 +250,6 @@ def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
     if options.is_local:
         check_device(asked.load_options.device)
     identity = identify(asked.checkpoint)
-    spec = RunSpec(
-        model=asked.checkpoint.name,
-        options=asked.load_options,
-        out=asked.out.resolve(),
-        lossless=asked.lossless,
-        run=options,
-    )
     began = time.monotonic()
     num_actors = options.num_gangs * options.layout.world_size + finishers_for(options.num_gangs, options.num_finishers)
     with connected(None if options.is_local else options.address, num_actors):
@@ -259,6 +259,17 @@ def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
         missing = missing_room(fleet, nodes)
         if missing and options.is_local:
             raise InputError(missing)
+        shares_gpu = fleet.num_apart < fleet.num_finishers
+        spec = RunSpec(
+            model=asked.checkpoint.name,
+            options=asked.load_options,
+            out=asked.out.resolve(),
+            lossless=asked.lossless,
+            run=options,
+            decodes_on_gang=decodes_on_gang(options, asked.load_options, asked.checkpoint.model),
+            # gangs that start before the clips are checked know of none
+            demands=() if start_now else asked.outlook.demands(shares_gpu),
+        )
         slots = Slots.of(spec, fleet, actors_of())
         state = BatchState(
             fleet.num_gangs, fleet.num_finishers, options.hang_s, clips_ahead(fleet.num_gangs), fleet.num_apart

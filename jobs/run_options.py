@@ -1,12 +1,18 @@
 """The options of a run: one dataclass from the command line, which shows its defaults, to every rank."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
 
 from cineray.distributed.layout import Layout, parse_layout
 from cineray.jobs.output.lease import MIN_TTL_S, TTL_S
 from cineray.pipeline.request import InputError
 
 AUTO = "auto"
+Decode = Literal["auto", "gang", "finisher"]
+if TYPE_CHECKING:  # `--help` should not wait for them
+    from cineray.pipeline.adapters import Model
+    from cineray.pipeline.loading.options import LoadOptions
+
 MAX_ACTORS = 10_000  # of a kind; the largest clusters of Ray have some thousand nodes
 
 
@@ -24,6 +30,8 @@ class RunOptions:
         hang_s: a gang whose step takes longer is killed.
         checkpoint_s: seconds between two step states of a clip.
         lease_s: a driver that is silent for so long loses the output folder.
+        decode: by the "gang", each rank a band of rows, or by a "finisher"; "auto" as `decodes_on_gang` says. By rows
+            a few of 100,000 values are the next of 256 levels, as between two GPUs.
     """
 
     sp: int = 1
@@ -36,6 +44,7 @@ class RunOptions:
     checkpoint_s: float = 60.0
     lease_s: float = TTL_S
     elastic_tail: bool = False
+    decode: Decode = "auto"
 
     def __post_init__(self) -> None:
         for name, value in (("sp", self.sp), ("gangs", self.num_gangs), ("finishers", self.num_finishers or 1)):
@@ -51,6 +60,8 @@ class RunOptions:
             )
         if not self.checkpoint_s >= 0:
             raise InputError(f"--checkpoint-every must be 0 or more, got {self.checkpoint_s:g}")
+        if self.decode not in get_args(Decode):
+            raise InputError(f"--decode must be {', '.join(get_args(Decode))}, got {self.decode}")
 
     def _check_layout(self) -> None:
         if self.layout_name is None:
@@ -95,3 +106,14 @@ class RunOptions:
     @property
     def uses_ray(self) -> bool:
         return self.address is not None or self.num_gangs > 1 or self.layout.world_size > 1
+
+
+MIN_DECODING_RANKS = 4  # with fewer, a finisher's decode beside the next clip's steps costs the gang no more
+
+
+def decodes_on_gang(run: RunOptions, options: "LoadOptions", model: "Model") -> bool:
+    """Whether the ranks decode. By themselves they do where four GPUs or more share a frame that is not tiled."""
+    if run.decode != "auto":
+        return run.decode == "gang"
+    is_wide = run.layout.world_size >= MIN_DECODING_RANKS
+    return options.device == "cuda" and is_wide and bool(model.row_convolutions) and not options.vae_tiling

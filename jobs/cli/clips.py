@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cineray.jobs.cli.options import ClipArguments
 
 if TYPE_CHECKING:  # torch and diffusers take seconds to import; `--help` should not wait for them
-    from cineray.jobs.manifest.check import RunDefaults
+    from cineray.jobs.manifest.check import MoreCheck, RunDefaults
     from cineray.pipeline.loading.checkpoint import Checkpoint
     from cineray.pipeline.loading.options import LoadOptions
     from cineray.pipeline.request import ClipRequest
@@ -27,15 +27,30 @@ def run_defaults(asked: ClipArguments, checkpoint: "Checkpoint", cache: str, fps
     return RunDefaults(**{**asdict(checkpoint.defaults), **typed, "cache": cache})
 
 
-def load_options(asked: ClipArguments, checkpoint: "Checkpoint") -> "LoadOptions":
-    """How the weights of a checkpoint are to be loaded."""
+def load_options(asked: ClipArguments, checkpoint: "Checkpoint", decode: str = "auto") -> "LoadOptions":
+    """How the weights of a checkpoint are to be loaded.
+
+    Args:
+        decode: as `RunOptions` has it; a gang's bands of rows are not tiled.
+
+    Raises:
+        InputError: options that cannot be, or do not go together.
+    """
     from cineray.pipeline.loading.device import default_device
     from cineray.pipeline.loading.options import LoadOptions, Lora
+    from cineray.pipeline.request import InputError
 
     device, tiles = asked.loading["device"] or default_device(), asked.loading["vae_tiling"]
+    if decode == "gang" and tiles:
+        raise InputError(
+            "--decode gang decodes by bands of rows, not in tiles; leave --vae-tiling or --decode gang out"
+        )
+    if decode == "gang":
+        tiles = False
     chosen = {
         "device": device,
         "vae_tiling": device == "cuda" and checkpoint.adapter.tiles_on_gpus if tiles is None else tiles,
+        "scheduler": checkpoint.scheduler_named(asked.loading["scheduler"]),
         "lora": tuple(Lora.parse(text) for text in asked.loading["lora"]),
     }
     return LoadOptions(**{**asked.loading, **chosen})
@@ -50,12 +65,17 @@ def takes_long_to_check(asked: ClipArguments) -> bool:
 
 
 def read_requests(
-    asked: ClipArguments, defaults: "RunDefaults", checkpoint: "Checkpoint", num_ranks: int = 1
+    asked: ClipArguments,
+    defaults: "RunDefaults",
+    checkpoint: "Checkpoint",
+    num_ranks: int = 1,
+    more: "MoreCheck | None" = None,
 ) -> tuple[int, Iterable["ClipRequest"]]:
     """(number of clips, the clips as a stream that can be read again), all of them checked.
 
     Args:
         num_ranks: that share a clip's tokens.
+        more: a further check, as `RequestCheck` takes it.
 
     Raises:
         InputError: bad lines of the manifest, bad prompts, or both given.
@@ -66,18 +86,25 @@ def read_requests(
 
     _refuse_both(asked)
     if asked.manifest is None:
-        requests = check_prompts(list(asked.prompts), defaults, checkpoint, num_ranks)
+        requests = check_prompts(list(asked.prompts), defaults, checkpoint, num_ranks, more)
         return len(requests), requests
     with checking_lines(asked.manifest.name) as on_row:
-        checked = check_manifest(asked.manifest, defaults, checkpoint, on_row, num_ranks)
+        checked = check_manifest(asked.manifest, defaults, checkpoint, on_row, num_ranks, more)
     tell(*(f"cineray: {note}" for note in checked.notes))
     return checked.num_clips, checked
 
 
 def survey_requests(
-    asked: ClipArguments, defaults: "RunDefaults", checkpoint: "Checkpoint", num_ranks: int = 1
+    asked: ClipArguments,
+    defaults: "RunDefaults",
+    checkpoint: "Checkpoint",
+    num_ranks: int = 1,
+    more: "MoreCheck | None" = None,
 ) -> tuple[Iterable["ClipRequest"], tuple[str, ...], int]:
     """(the clips that can be rendered, what is wrong with the first others, how many those are).
+
+    Args:
+        num_ranks, more: as `read_requests` takes them.
 
     Raises:
         InputError: prompts and a manifest, or nothing to render, or the manifest cannot be read.
@@ -90,10 +117,10 @@ def survey_requests(
     if asked.manifest is None:
         if not asked.prompts:
             raise InputError("nothing to render: give prompts or --manifest FILE")
-        requests, refused = survey_prompts(list(asked.prompts), defaults, checkpoint, num_ranks)
+        requests, refused = survey_prompts(list(asked.prompts), defaults, checkpoint, num_ranks, more)
         return requests, tuple(refused), len(refused)
     with checking_lines(asked.manifest.name) as on_row:
-        checked, bad = survey_manifest(asked.manifest, defaults, checkpoint, on_row, num_ranks)
+        checked, bad = survey_manifest(asked.manifest, defaults, checkpoint, on_row, num_ranks, more)
     return checked, tuple(bad.lines()), bad.num_rows
 
 

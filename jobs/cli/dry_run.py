@@ -34,11 +34,13 @@ def print_survey(
     Returns:
         The exit code: 2 where rows are refused, as the run's would be.
     """
+    from cineray.jobs.idle_cache import WithoutIdleCaches
     from cineray.jobs.survey import by_plan, forecast, survey
 
     picks_layout = plan.options.picks_layout
     num_ranks = 1 if picks_layout else plan.options.layout.sequence_ranks
-    requests, refused, num_refused = survey_requests(asked, defaults, plan.checkpoint, num_ranks)
+    requests, refused, num_refused = survey_requests(asked, defaults, plan.checkpoint, num_ranks, plan.outlook)
+    requests = WithoutIdleCaches(requests)
     found = survey(requests, refused, num_refused, plan.out, plan.checkpoint, plan.load_options, lossless=plan.lossless)
     tell(*(f"cineray: {line}" for line in found.refused))
     run, choice = plan.options, None
@@ -50,11 +52,15 @@ def print_survey(
     else:
         rest = by_plan(choice, price)
     counts = found.to_dict()
+    demands = plan.outlook.demands()
+    tell(*(f"cineray: {warning}" for warning in plan.outlook.warnings))
     if as_json:
-        print_json({**counts, "forecast": rest.to_dict()})
+        gpus = [{"place": d.place, "bytes": d.tensor_bytes, "parts": dict(d.parts)} for d in demands]
+        print_json({**counts, "forecast": rest.to_dict(), **({"memory": gpus} if gpus else {})})
     else:
         said = ", ".join(f"{number} {status}" for status, number in counts.items())
-        print_lines(sys.stdout, f"{said}; nothing was rendered", _time_left(rest))
+        memory_lines = (f"memory, by forecast: {demand.text}" for demand in demands)
+        print_lines(sys.stdout, f"{said}; nothing was rendered", *memory_lines, _time_left(rest))
     return EXIT_BAD_INPUT if found.num_refused else EXIT_DONE
 
 

@@ -1,11 +1,12 @@
 """The command line: what a person types, and what the process answers."""
 
-import functools
 import os
 import sys
 import traceback
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -33,6 +34,9 @@ from cineray.jobs.console.terminal import (
 )
 from cineray.jobs.run_options import RunOptions
 from cineray.jobs.stopping import Stopped, ending_on_signals
+
+if TYPE_CHECKING:
+    from cineray.pipeline.request import ClipRequest
 
 _INTERRUPTED = "cineray: interrupted; finished clips are kept, run the same command again to resume"
 TRACEBACK = "CINERAY_TRACEBACK"
@@ -88,20 +92,30 @@ def render(
       cineray render "a cat walks" --model wan2.1-t2v-1.3b --device cuda --offload model --out out/cat
       cineray render --manifest m.jsonl --model wan2.1-t2v-14b --address auto --sp 4 --gangs 2 --out /nfs/m
     """
+    from cineray.jobs.idle_cache import WithoutIdleCaches
+    from cineray.jobs.memory_check import memory_check
+    from cineray.jobs.outlook import Outlook
     from cineray.jobs.output.lease import LeasedError
     from cineray.jobs.run import RunPlan, render_run
     from cineray.pipeline.loading.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(asked.model)
     defaults = run_defaults(asked, checkpoint, cache, fps)
+    options = load_options(asked, checkpoint, run.decode)
+    outlook = Outlook(None if run.picks_layout else memory_check(checkpoint, options, run))  # a choice looks itself
     plan = RunPlan(
-        checkpoint=checkpoint, load_options=load_options(asked, checkpoint), options=run, out=out, lossless=lossless
+        checkpoint=checkpoint, load_options=options, options=run, out=out, lossless=lossless, outlook=outlook
     )
     if dry_run:
         return print_survey(asked, plan, defaults, price, studies, as_json)
     about = {"defaults": asdict(defaults)}
     num_ranks = 1 if run.picks_layout else run.layout.sequence_ranks
-    check = functools.partial(read_requests, asked, defaults, checkpoint, num_ranks)
+
+    def check() -> tuple[int, Iterable["ClipRequest"]]:
+        num_clips, requests = read_requests(asked, defaults, checkpoint, num_ranks, plan.outlook)
+        tell(*(f"cineray: {warning}" for warning in plan.outlook.warnings))
+        return num_clips, WithoutIdleCaches(requests)
+
     try:
         if run.picks_layout or run.elastic_tail:
             num_clips, requests = check()

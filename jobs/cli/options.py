@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import click
 
-from cineray.jobs.run_options import RunOptions
+from cineray.jobs.run_options import Decode, RunOptions
 from cineray.pipeline.loading.options import Attention, LoadOptions, Quantize
 
 
@@ -124,6 +124,12 @@ _LOAD_OPTIONS = {  # by the names of LoadOptions
         help="Hold the transformer's weights in 8 bits (torchao): half the memory, other pixels.",
     ),
     "compile": click.option("--compile", is_flag=True, help="Compile the transformer's blocks; a slow first step."),
+    "scheduler": click.option(
+        "--scheduler",
+        default=_LOADING.scheduler,
+        metavar="NAME",
+        help="A scheduler's class in diffusers, such as FlowMatchEulerDiscreteScheduler.  [default: the checkpoint's]",
+    ),
     "lora": click.option(
         "--lora", multiple=True, metavar="PATH[:SCALE]", help="Fuse a LoRA into the transformer; may be repeated."
     ),
@@ -201,6 +207,13 @@ _RUN_OPTIONS = [  # by the names of RunOptions
     click.option("--address", metavar="local|auto|HOST:PORT", help="Ray to render on.  [default: local if need be]"),
     click.option(
         "--finishers", "num_finishers", type=int, metavar="N", help="Actors that decode.  [default: 1 per 4 gangs]"
+    ),
+    click.option(
+        "--decode",
+        type=click.Choice(get_args(Decode)),
+        default=_RUN.decode,
+        show_default=True,
+        help="Who decodes: each rank of a gang a band of rows, or a finisher.",
     ),
     click.option(
         "--hang-timeout",

@@ -16,13 +16,17 @@ from cineray.jobs.output.hardware import begin_peak, hardware
 from cineray.jobs.output.record import clip_record, policy_text, render_options
 from cineray.jobs.output.step_keeper import MAX_NOTES_BYTES
 from cineray.jobs.threads import loading_threads, rank_threads
+from cineray.pipeline.footprint.fit import FINISHER, SHARED, check_room
 from cineray.pipeline.loading.checkpoint import open_checkpoint
+from cineray.pipeline.loading.device import check_device, gpu_memory_bytes
 from cineray.pipeline.loading.model import LoadedModel, load_model
 from cineray.pipeline.media.video import check_ffmpeg
 from cineray.pipeline.render import DenoisedClip, RenderedClip, decode_clip
 from cineray.pipeline.request import ClipRequest, explain
+from cineray.pipeline.resume.decoded_frames import read_frames
 from cineray.pipeline.resume.encoded_prompts import encode_prompt, is_encoded
 from cineray.pipeline.resume.step_state import read_step_state
+from cineray.pipeline.resume.tensor_file import TensorFileError
 
 TILED = "the GPU had too little memory to decode it whole; it was decoded in tiles, which may show at their borders"
 
@@ -41,9 +45,15 @@ class FinisherWork:
 
     def load(self) -> None:
         check_ffmpeg()
+        if self._spec.options.device == "cuda":
+            check_device(self._spec.options.device)
+            check_room(self._spec.demands, (FINISHER, SHARED), gpu_memory_bytes()[0])
         torch.set_num_threads(loading_threads(self._spec.options.device))
         checkpoint = open_checkpoint(self._spec.model)
-        self._model = load_model(checkpoint, self._spec.options, skip_components=checkpoint.model.denoiser_parts)
+        without = checkpoint.model.denoiser_parts
+        if self._spec.decodes_on_gang and not checkpoint.size_rule.takes_image:  # pictures are encoded by the VAE
+            without = (*without, *checkpoint.model.decoder_parts)
+        self._model = load_model(checkpoint, self._spec.options, skip_components=without)
         torch.set_num_threads(rank_threads())
 
     def encode(self, task: Task) -> tuple[str, ...] | ClipFault:
@@ -68,7 +78,7 @@ class FinisherWork:
         """Decodes the latents that lie on disk, writes the video and commits it.
 
         Returns:
-            The clip's record; None where there are no latents that are surely this clip's.
+            The clip's record; None where there are no latents, or frames, that are surely this clip's.
 
         Raises:
             OutputError: the output folder is full or gone.
@@ -82,7 +92,12 @@ class FinisherWork:
             return None
         clip, resumed_at = found
         try:
-            rendered, is_tiled = self._decode(clip, request)
+            decoded = (
+                (self._read_decoded(clip, task), False) if self._spec.decodes_on_gang else self._decode(clip, request)
+            )
+            rendered, is_tiled = decoded
+            if rendered is None:
+                return None
             if rendered.frames.shape[:3] != (request.num_frames, request.height, request.width):
                 _tell_unused(request.id, f"they decode to frames of shape {rendered.frames.shape}")
                 return None
@@ -105,7 +120,28 @@ class FinisherWork:
             return _fault(reason, folder, f"clip {request.id} was written")
         with suppress(OSError):  # the clip is committed, whatever lies there
             path.unlink(missing_ok=True)
+            if self._spec.decodes_on_gang:
+                folder.frames_path(request.id, task.fingerprint).unlink(missing_ok=True)
         return record
+
+    def _read_decoded(self, clip: DenoisedClip, task: Task) -> RenderedClip | None:
+        """The clip with the frames that its gang has left on disk."""
+        request = task.request
+        path = OutputFolder.existing(self._spec.out).frames_path(request.id, task.fingerprint)
+        try:
+            found = read_frames(path, task.fingerprint, (request.num_frames, request.height, request.width))
+        except (FileNotFoundError, TensorFileError) as reason:
+            said = "there are none" if isinstance(reason, FileNotFoundError) else str(reason)
+            tell(f"cineray: clip {request.id} is decoded anew; its frames on disk are not used: {said}")
+            return None
+        return RenderedClip(
+            frames=found.frames,
+            latents=clip.latents.float().cpu(),
+            trace=clip.trace,
+            encode_s=clip.encode_s,
+            denoise_s=clip.denoise_s,
+            decode_s=found.decode_s,
+        )
 
     def _decode(self, clip: DenoisedClip, request: ClipRequest) -> tuple[RenderedClip, bool]:
         """The frames, and whether memory was so short that they were decoded in tiles though nobody asked for it."""

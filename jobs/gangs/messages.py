@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cineray.jobs.run_options import RunOptions
+from cineray.pipeline.footprint.fit import Demand
 from cineray.pipeline.loading.options import LoadOptions
 from cineray.pipeline.request import ClipRequest
 
@@ -16,6 +17,8 @@ class RunSpec:
 
     Args:
         options: how the weights are loaded.
+        decodes_on_gang: the ranks decode; finishers encode prompts, and make videos of frames.
+        demands: what the clips take of each kind of GPU at most, by forecast, where that is known.
     """
 
     model: str
@@ -23,6 +26,8 @@ class RunSpec:
     out: Path
     lossless: bool
     run: RunOptions
+    decodes_on_gang: bool = False
+    demands: tuple[Demand, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

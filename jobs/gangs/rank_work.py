@@ -20,12 +20,21 @@ from cineray.jobs.output.hardware import begin_peak, hardware
 from cineray.jobs.output.step_keeper import ClipPreempted, StepKeeper
 from cineray.jobs.threads import loading_threads, rank_threads
 from cineray.pipeline.denoise import StepDone
+from cineray.pipeline.footprint.fit import RANK, SHARED, check_room
 from cineray.pipeline.gang import Gang
 from cineray.pipeline.loading.checkpoint import open_checkpoint
+from cineray.pipeline.loading.device import check_device, gpu_memory_bytes
 from cineray.pipeline.loading.model import LoadedModel, load_model
 from cineray.pipeline.loading.options import LoadOptions
-from cineray.pipeline.render import PreparedClip, denoise_prepared, prepare_clip
+from cineray.pipeline.render import (
+    DenoisedClip,
+    PreparedClip,
+    decode_clip_on_gang,
+    denoise_prepared,
+    prepare_clip,
+)
 from cineray.pipeline.request import explain
+from cineray.pipeline.resume.decoded_frames import DecodedFrames, write_frames
 from cineray.pipeline.resume.encoded_prompts import EncodedPrompt, read_encoded
 from cineray.pipeline.resume.tensor_file import TensorFileError
 
@@ -67,6 +76,9 @@ class RankWork:
     def join(self, rank: int, host: str, port: int) -> None:
         """Loads the weights and meets the other ranks."""
         options = rank_options(self._spec.options)
+        if options.device == "cuda":
+            check_device(options.device)
+            check_room(self._spec.demands, (RANK, SHARED), gpu_memory_bytes()[0])
         torch.set_num_threads(loading_threads(options.device))
         if host == LOCALHOST:
             os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
@@ -74,7 +86,8 @@ class RankWork:
             self._store = torch.distributed.TCPStore(host, port, is_master=False, timeout=_join_timeout())
         # loading comes first: it takes ranks unequally long, and a collective would not wait for it
         checkpoint = open_checkpoint(self._spec.model)
-        finishers_parts = (*checkpoint.model.encoder_parts, *checkpoint.model.decoder_parts)
+        decoder_parts = () if self._spec.decodes_on_gang else checkpoint.model.decoder_parts
+        finishers_parts = (*checkpoint.model.encoder_parts, *decoder_parts)
         self._model = load_model(checkpoint, options, skip_components=finishers_parts)
         torch.set_num_threads(rank_threads())
         self._gang = Gang.join(
@@ -85,10 +98,11 @@ class RankWork:
             store=self._store,
             timeout_s=self._spec.run.collective_s,
             attention=options.gang_attention,
+            parallel_decode=self._spec.decodes_on_gang,
         )
 
     def denoise(self, task: Task) -> Denoised | Preempted | NoPrompt | ClipFault:
-        """Denoises a clip with the other ranks; the first rank leaves the latents on disk."""
+        """Denoises a clip with the other ranks; the first rank leaves the latents, or the frames too, on disk."""
         assert self._gang is not None
         assert self._model is not None
         began = time.monotonic()
@@ -140,6 +154,18 @@ class RankWork:
         if self._gang.is_leader:
             with folder.translated_os_errors(f"keeping the latents of clip {task.request.id}"):
                 keeper.save_finished(clip, task.request.num_inference_steps)
+        if self._spec.decodes_on_gang:
+            self._decode(task, clip, folder)
+
+    def _decode(self, task: Task, clip: DenoisedClip, folder: OutputFolder) -> None:
+        """The frames, by all ranks; the first one keeps them."""
+        assert self._gang is not None
+        assert self._model is not None
+        rendered = decode_clip_on_gang(self._gang, self._model, clip, task.request)
+        if rendered is not None:
+            decoded = DecodedFrames(frames=rendered.frames, decode_s=rendered.decode_s)
+            with folder.translated_os_errors(f"keeping the frames of clip {task.request.id}"):
+                write_frames(decoded, task.fingerprint, folder.frames_path(task.request.id, task.fingerprint))
 
     def _encoded(self, path: Path) -> EncodedPrompt | NoPrompt:
         """The same answer on every rank: one that went back alone would leave the others waiting in the first step."""

@@ -26,6 +26,7 @@ from cineray.text import printable, shorten
 MAX_REPORTED = 20  # bad rows shown; the rest is counted
 MAX_BAD = 1_000_000  # then the rest is not read: a pipe of nonsense may have no end
 MAX_REASON = 400  # characters of what is wrong with one row
+MoreCheck = Callable[[ClipRequest], str | None]
 MAX_REMEMBERED = 1000  # combinations of sizes and the like that were found good
 
 
@@ -66,11 +67,13 @@ class RequestCheck:
 
     Args:
         num_ranks: that share a clip's tokens.
+        more: what else is asked about a request that the model can render; gives a phrase, or None.
     """
 
-    def __init__(self, checkpoint: Checkpoint, num_ranks: int = 1) -> None:
+    def __init__(self, checkpoint: Checkpoint, num_ranks: int = 1, more: MoreCheck | None = None) -> None:
         self._checkpoint = checkpoint
         self._num_ranks = num_ranks
+        self._more = more
         self._rule = checkpoint.size_rule
         self._policies: dict[str, AnyPlan | str | None] = {}  # a text says what is wrong
         self._pictures = Pictures()
@@ -86,6 +89,8 @@ class RequestCheck:
                 self._pictures.facts(request.image)
             except PictureError as error:
                 found.append(str(error))
+        if not found and self._more is not None and (reason := self._more(request)):
+            found.append(reason)
         return found
 
     def _policy_problems(self, request: ClipRequest) -> list[str]:
@@ -222,18 +227,19 @@ def check_manifest(
     checkpoint: Checkpoint,
     on_row: Callable[[int], None] = lambda _: None,
     num_ranks: int = 1,
+    more: MoreCheck | None = None,
 ) -> CheckedManifest:
     """Reads the whole manifest, once; `-` is standard input.
 
     Args:
         on_row: called with each row's number, for a progress display.
-        num_ranks: that share a clip's tokens.
+        num_ranks, more: as `RequestCheck` takes them.
 
     Raises:
         InputError: it cannot be read, has no clips, or bad rows; one line of message per bad row with its number and
             reason.
     """
-    checked, bad = survey_manifest(path, defaults, checkpoint, on_row, num_ranks)
+    checked, bad = survey_manifest(path, defaults, checkpoint, on_row, num_ranks, more)
     bad.raise_any()
     return checked
 
@@ -244,6 +250,7 @@ def survey_manifest(
     checkpoint: Checkpoint,
     on_row: Callable[[int], None] = lambda _: None,
     num_ranks: int = 1,
+    more: MoreCheck | None = None,
 ) -> tuple[CheckedManifest, BadRows]:
     """Reads the whole manifest as `check_manifest` does, and gives what is wrong with it beside what is good.
 
@@ -254,7 +261,8 @@ def survey_manifest(
     with opened(path) as source:
         unit, numbered = read_rows(source, notes.append)
         bad = BadRows(source.name, unit)
-        rows, ids = spool(numbered, RowCheck(defaults, RequestCheck(checkpoint, num_ranks), source.folder), bad, on_row)
+        check = RowCheck(defaults, RequestCheck(checkpoint, num_ranks, more), source.folder)
+        rows, ids = spool(numbered, check, bad, on_row)
         repeated = _find_repeated(rows, hashes, bad) if (hashes := ids.repeated()) else frozenset()
         if not rows and not bad.num_rows:
             raise InputError(f"{source.name} has no clips; write one JSON object per line, such as {EXAMPLE}")
@@ -298,7 +306,11 @@ def _find_repeated(rows: RowFile, repeated: set[int], bad: BadRows) -> frozenset
 
 
 def check_prompts(
-    prompts: list[str], defaults: RunDefaults, checkpoint: Checkpoint, num_ranks: int = 1
+    prompts: list[str],
+    defaults: RunDefaults,
+    checkpoint: Checkpoint,
+    num_ranks: int = 1,
+    more: MoreCheck | None = None,
 ) -> list[ClipRequest]:
     """Requests of prompts typed on the command line; ids count from 1.
 
@@ -307,17 +319,21 @@ def check_prompts(
     """
     if not prompts:
         raise InputError("nothing to render: give prompts or --manifest FILE")
-    requests, bad = survey_prompts(prompts, defaults, checkpoint, num_ranks)
+    requests, bad = survey_prompts(prompts, defaults, checkpoint, num_ranks, more)
     if bad:
         raise InputError(*bad[:MAX_REPORTED])
     return requests
 
 
 def survey_prompts(
-    prompts: list[str], defaults: RunDefaults, checkpoint: Checkpoint, num_ranks: int = 1
+    prompts: list[str],
+    defaults: RunDefaults,
+    checkpoint: Checkpoint,
+    num_ranks: int = 1,
+    more: MoreCheck | None = None,
 ) -> tuple[list[ClipRequest], list[str]]:
     """(requests of the prompts that can be rendered, a line of what is wrong with each of the others)."""
-    check = RequestCheck(checkpoint, num_ranks)
+    check = RequestCheck(checkpoint, num_ranks, more)
     good, bad = [], []
     for number, prompt in enumerate(prompts, 1):
         request = to_request(Row(number, prompt), defaults, Path())

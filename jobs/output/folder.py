@@ -6,8 +6,8 @@ one wins. Where the file system has no hard links (some mounts of object stores,
 still appears whole, but of two writers at the same moment the last one wins; both have the same pixels.
 
 The sidecar JSON and `events.jsonl` are derived: nothing is decided from them but whether a video is still the one that
-was written. `.state/` holds what an unfinished run needs to resume: the lease, step states, encoded prompts, and the
-failure records of clips.
+was written. `.state/` holds what an unfinished run needs to resume: the lease, step states, decoded frames, encoded
+prompts, and the failure records of clips.
 
 Others may write there too. What cineray makes is opened by descriptor and without following links (only `--out` itself
 may be one), what is not of its kind is refused, and it removes nothing but regular files with names of its own making.
@@ -42,7 +42,7 @@ from cineray.text import shorten
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-_STATE = ("steps", "prompts", "failures")
+_STATE = ("steps", "frames", "prompts", "failures")
 EARLIER_FAILURES = "trouble"  # what earlier versions called them
 _FOLDERS = (".tmp", ".state", *(f".state/{name}" for name in _STATE))
 _EVENTS = "events.jsonl"
@@ -56,9 +56,10 @@ _KEPT_OF_CLIP = re.compile(rf"{_CLIP}\.(safetensors|json)")
 _LEFTOVERS = {
     ".tmp": re.compile(rf"(probe|events\.jsonl|.+\.json)\.{_UNIQUE}|.+\.{_UNIQUE}\.mp4"),
     ".state/steps": re.compile(rf"{_CLIP}\.safetensors\.{_UNIQUE}\.tmp"),
+    ".state/frames": re.compile(rf"{_CLIP}\.safetensors\.{_UNIQUE}\.tmp"),
     ".state/prompts": re.compile(rf"{_UNIQUE}\.safetensors(\.{_UNIQUE}\.tmp)?"),
 }
-_LONGEST = len("/.state/steps/") + 100 + len(".") + 12 + len(".safetensors.") + 32 + len(".tmp")
+_LONGEST = len("/.state/frames/") + 100 + len(".") + 12 + len(".safetensors.") + 32 + len(".tmp")
 
 
 class OutputError(InputError):
@@ -146,7 +147,7 @@ class OutputFolder:
 
         Then those that are left are of clips that a changed manifest asks for no more.
         """
-        for kind in ("steps", "failures"):
+        for kind in ("steps", "frames", "failures"):
             self._remove_files(f".state/{kind}", _KEPT_OF_CLIP)
 
     def delete(self, path: Path) -> None:
@@ -159,6 +160,10 @@ class OutputFolder:
     def step_path(self, clip_id: str, fingerprint: str) -> Path:
         """Where a clip that is being denoised keeps its latest step state."""
         return self._in_state("steps", f"{_checked(clip_id)}.{fingerprint}.safetensors")
+
+    def frames_path(self, clip_id: str, fingerprint: str) -> Path:
+        """Where the frames of a clip lie that its gang has decoded."""
+        return self._in_state("frames", f"{_checked(clip_id)}.{fingerprint}.safetensors")
 
     def prompt_path(self, key: str) -> Path:
         return self._in_state("prompts", f"{key}.safetensors")

@@ -100,6 +100,8 @@ def render_options(options: LoadOptions, lossless: bool) -> dict[str, object]:
         chosen["attention"] = options.attention
     if options.quantize != "none":
         chosen["quantize"] = options.quantize
+    if options.scheduler != "auto":
+        chosen["scheduler"] = options.scheduler
     if options.lora:
         chosen["lora"] = [lora.text for lora in options.lora]
     return chosen

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from cineray.caching.plan import CachePlan
+from cineray.caching.plan import AnyPlan, CachePlan
 from cineray.caching.policies.smoothcache import LayerPlan
 from cineray.caching.policies.taylorseer import SeriesPlan
 from cineray.distributed.layout import Layout, check_layout
@@ -80,6 +80,80 @@ class Work:
     num_exchanges_per_computed_step: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """Bytes of tensors that a clip takes, by what holds them, in the types that CUDA loads by default.
+
+    Args:
+        weights, vae_weights: of the transformer, and of the VAE.
+        step: the largest transient of a step on a rank.
+        cache: tensors that the cache holds on a rank.
+        decoding: the largest transient of the decode.
+        image_encoding: the transient of encoding a first frame; 0 where there is none.
+        text_encoder: weights of all encoders, and the transient of one prompt.
+    """
+
+    weights: int
+    step: int
+    cache: int
+    vae_weights: int
+    decoding: int
+    image_encoding: int
+    text_encoder: int
+
+
+def with_margin(num_bytes: int) -> int:
+    """What a card should have for so many bytes of tensors."""
+    return round(num_bytes * SAFETY_FACTOR) + FIXED_BYTES
+
+
+def way_to_decode(decode: str, layout: Layout) -> tuple[str, int]:
+    """(the law's name for a way to decode, number of ranks that share it)."""
+    num_ranks = layout.ranks_per_gang if decode == "gang" else 1
+    how = _HOW[decode]
+    return ("whole" if how == "rows" and num_ranks == 1 else how), num_ranks
+
+
+def parts_of(checkpoint: Checkpoint, request: ClipRequest, layout: Layout, decode: str) -> Parts:
+    """What a clip takes, part by part.
+
+    Args:
+        checkpoint: one of `published_checkpoint`.
+        request: one that the model can render.
+        layout: of one gang, which fits the model.
+        decode: "finisher", "tiled" or "gang".
+
+    Raises:
+        InputError: the cache does not fit the model.
+    """
+    laws, plan = laws_of(checkpoint.name), _plan(checkpoint, request.cache)
+    num_tokens = checkpoint.adapter.num_tokens(checkpoint.configs, request)
+    here = -(-num_tokens // layout.sequence_ranks)
+    config = checkpoint.configs.transformer
+    if isinstance(plan, LayerPlan | SeriesPlan):
+        held = layer_cache_bytes(plan, config, here, len(MODELS[config["_class_name"]].branches) // layout.cfg)
+    else:
+        # every rank of one branch holds that branch's history alone
+        held = (forecast_cache_bytes(checkpoint, request, _ELEMENT_BYTES, layout.sequence_ranks) or 0) // layout.cfg
+    size = (request.width, request.height, request.num_frames)
+    return Parts(
+        weights=laws.rank_weights,
+        step=laws.step_bytes(here, num_tokens, layout, is_cached=plan is not None),
+        cache=held,
+        vae_weights=laws.vae_weights,
+        decoding=laws.decode_bytes(*size, *way_to_decode(decode, layout)),
+        image_encoding=laws.image_encode_bytes(*size),
+        text_encoder=laws.text_encoder_bytes,
+    )
+
+
+def _plan(checkpoint: Checkpoint, cache: str) -> AnyPlan | None:
+    try:
+        return checkpoint.plan_cache(cache)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
 def forecast(
     model: str,
     *,
@@ -110,40 +184,25 @@ def forecast(
     checkpoint = published_checkpoint(model)
     request = _request(checkpoint, width, height, frames, cache)
     layout = _layout(checkpoint, cfg, ring, ulysses)
-    laws = laws_of(model)
-    try:
-        plan = checkpoint.plan_cache(cache)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    num_tokens = checkpoint.adapter.num_tokens(checkpoint.configs, request)
-    here = -(-num_tokens // layout.sequence_ranks)
-    # every rank of one branch holds that branch's history alone
-    held = forecast_cache_bytes(checkpoint, request, _ELEMENT_BYTES, layout.sequence_ranks)
-    config = checkpoint.configs.transformer
-    num_calls = len(MODELS[config["_class_name"]].branches) // cfg
-    if isinstance(plan, LayerPlan | SeriesPlan):
-        held = layer_cache_bytes(plan, config, here, num_calls)
-    else:
-        held = (held or 0) // cfg
-    step = laws.step_bytes(here, num_tokens, layout, is_cached=plan is not None)
+    laws, plan = laws_of(model), _plan(checkpoint, cache)
     if decode == "auto":
         decode = "tiled" if checkpoint.adapter.tiles_on_gpus else "finisher"
-    how, num_ranks = _HOW[decode], layout.ranks_per_gang if decode == "gang" else 1
-    if how == "rows" and num_ranks == 1:
-        how = "whole"
-    decoding = laws.decode_bytes(width, height, frames, how, num_ranks)
-    decoding = max(decoding, laws.image_encode_bytes(width, height, frames))
-    beside = max(step + held, decoding) if decode == "gang" else step + held + decoding
-    parts = laws.rank_weights + laws.vae_weights + beside + laws.text_encoder_bytes
-    total = round(parts * SAFETY_FACTOR) + FIXED_BYTES
+    how, num_ranks = way_to_decode(decode, layout)
+    parts = parts_of(checkpoint, request, layout, decode)
+    step_and_cache, decoding = parts.step + parts.cache, max(parts.decoding, parts.image_encoding)
+    beside = max(step_and_cache, decoding) if decode == "gang" else step_and_cache + decoding
     memory = MemoryByPart(
-        weights=laws.rank_weights,
-        activations=step,
-        cache=held,
-        vae=laws.vae_weights + decoding,
-        text_encoder=laws.text_encoder_bytes,
-        total=total,
+        weights=parts.weights,
+        activations=parts.step,
+        cache=parts.cache,
+        vae=parts.vae_weights + decoding,
+        text_encoder=parts.text_encoder,
+        total=with_margin(parts.weights + parts.vae_weights + beside + parts.text_encoder),
     )
+    config = checkpoint.configs.transformer
+    num_tokens = checkpoint.adapter.num_tokens(checkpoint.configs, request)
+    here = -(-num_tokens // layout.sequence_ranks)
+    num_calls = len(MODELS[config["_class_name"]].branches) // cfg
     forward = forward_flop(config, here=here, everywhere=num_tokens, sequence_ranks=layout.sequence_ranks)
     depth = plan.probe_depth if isinstance(plan, CachePlan) else None
     exchanged = step_exchanges(checkpoint, layout, num_tokens, width, height, frames)

@@ -56,6 +56,23 @@ class Checkpoint:
     def size_rule(self) -> SizeRule:
         return self.adapter.size_rule(self.configs)
 
+    def scheduler_named(self, name: str) -> str:
+        """What `LoadOptions.scheduler` is to say for a scheduler's class: "auto" for the checkpoint's own.
+
+        Raises:
+            InputError: the model's loop cannot be driven by it; lists those that it can.
+        """
+        component = next(c for c in self.adapter.components if c.name == "scheduler")
+        own = self.configs.index["scheduler"][1]
+        if name in ("auto", own):
+            return "auto"
+        if name not in component.classes:
+            raise InputError(
+                f"--scheduler must be one of {', '.join(component.classes)} for model {printable(self.name, 200)}, "
+                f"whose own is {own}; got {shorten(name)}"
+            )
+        return name
+
     def plan_cache(self, policy: str) -> AnyPlan | None:
         """What a cache policy means for this model; None for `none`.
 

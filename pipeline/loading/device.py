@@ -49,6 +49,25 @@ def cuda_devices() -> list[str]:
     return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
+def gpu_memory_bytes() -> tuple[int, ...]:
+    """Memory of each GPU that PyTorch sees, as its driver reports it; none without GPUs.
+
+    As `sees_cuda`, a process that has not imported PyTorch asks another one.
+    """
+    if "torch" in sys.modules:
+        import torch
+
+        return tuple(torch.cuda.get_device_properties(n).total_memory for n in range(torch.cuda.device_count()))
+    if _is_for_cpus_alone():
+        return ()
+    ask = (
+        "from torch import cuda; "
+        "print(*(cuda.get_device_properties(n).total_memory for n in range(cuda.device_count())))"
+    )
+    said = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False).stdout
+    return tuple(int(number) for number in said.split() if number.isdecimal())
+
+
 def _is_for_cpus_alone() -> bool:
     """Whether torch/version.py says so: `cuda` and `hip` are None there."""
     spec = importlib.util.find_spec("torch")

@@ -14,7 +14,14 @@ from cineray.pipeline.loading.device import check_device
 from cineray.pipeline.loading.errors import LoadingError, is_passing
 from cineray.pipeline.loading.loaded_weights import check_finite, check_names, check_scheduler, check_vocabulary
 from cineray.pipeline.loading.options import LoadOptions, check_installed
-from cineray.pipeline.loading.prepare import compile_blocks, expert_transformers, fuse_loras, quantize, set_attention
+from cineray.pipeline.loading.prepare import (
+    compile_blocks,
+    expert_transformers,
+    fuse_loras,
+    other_scheduler,
+    quantize,
+    set_attention,
+)
 from cineray.pipeline.loading.weights import identify, local_folder
 from cineray.pipeline.request import InputError
 from cineray.text import printable
@@ -118,6 +125,8 @@ def _load(checkpoint: Checkpoint, folder: Path, options: LoadOptions, skip_compo
         set_attention(transformer, options)
         if options.compile:
             compile_blocks(transformer)
+    if options.scheduler != "auto":
+        pipe.register_modules(scheduler=other_scheduler(pipe.scheduler, options.scheduler))
     checkpoint.adapter.loaded(pipe, options.device)
     _offload(pipe, options)
     return pipe

@@ -89,6 +89,7 @@ class LoadOptions:
         quantize: the transformer's linear layers hold their weights in 8 bits.
         compile: the transformer's repeated blocks are compiled (torch.compile); the first step takes a minute.
         lora: fused into the transformer, in order.
+        scheduler: class of diffusers in the place of the checkpoint's own, with its settings; "auto": its own.
     """
 
     device: str = "cpu"
@@ -100,6 +101,7 @@ class LoadOptions:
     quantize: Quantize = "none"
     compile: bool = False
     lora: tuple[Lora, ...] = ()
+    scheduler: str = "auto"
 
     def __post_init__(self) -> None:
         _one_of("device", self.device, ("cpu", "cuda"))

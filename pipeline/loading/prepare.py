@@ -1,8 +1,11 @@
-"""What is done to a transformer once its weights are there: LoRA, quantization, attention kernel, compilation."""
+"""What is done to a transformer once its weights are there: LoRA, quantization, attention kernel, compilation.
+
+And another scheduler is put in its place."""
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +90,20 @@ def quantize(transformer: nn.Module, options: LoadOptions) -> None:
 def compile_blocks(transformer: nn.Module) -> None:
     """Compiles the repeated blocks (regional compilation): one graph serves all of them, and caches run beside it."""
     transformer.compile_repeated_blocks(fullgraph=False)  # type: ignore[operator]  # of diffusers' ModelMixin
+
+
+def other_scheduler(own: Any, name: str) -> Any:
+    """A scheduler of another class with the settings of a pipeline's own, for a model that predicts the flow.
+
+    What one class calls `flow_shift` the other calls `shift`; one that serves other models too is told which this is.
+    """
+    import diffusers
+
+    kind: Any = getattr(diffusers, name)
+    shift = own.config.get("flow_shift", own.config.get("shift", 1.0))
+    if "shift" in inspect.signature(kind).parameters:
+        return kind.from_config(own.config, shift=shift)
+    return kind.from_config(own.config, flow_shift=shift, prediction_type="flow_prediction", use_flow_sigmas=True)
 
 
 def expert_transformers(pipe: Any, names: tuple[str, ...]) -> list[nn.Module]:

@@ -11,9 +11,11 @@ import torch
 
 from cineray.distributed.consensus import GangConsensus
 from cineray.distributed.layout import parse_layout
+from cineray.pipeline.footprint import subject
 from cineray.pipeline.footprint.cases import ALWAYS_SKIPS, NUM_LAYERS, Case, request_of, run
 from cineray.pipeline.footprint.exchange_log import Exchange, disagreement
 from cineray.pipeline.footprint.fake_gpu import fake_gpu
+from cineray.pipeline.footprint.fit import block_linear_parameters
 from cineray.pipeline.footprint.laws import read_table
 from cineray.pipeline.footprint.layer_caches import layer_cache_bytes
 from cineray.pipeline.footprint.measure import denoise_on
@@ -40,6 +42,15 @@ def test_parameters_are_as_many_as_the_published_weights_have(model):
 )
 def test_parameters_of_the_transformers(model, billions):
     assert num_parameters(model, "transformer") == pytest.approx(billions * 1e9, rel=1e-4)
+
+
+@pytest.mark.parametrize("model", [WAN, "wan2.1-i2v-14b-720p", HUNYUAN])
+def test_weights_that_can_be_held_in_8_bits_are_as_many_as_the_blocks_have(model):
+    found = published(model)
+    transformer = subject._empty(found, "transformer", found.files["model_index.json"]["transformer"][1])
+    lists = [module for module in transformer.children() if isinstance(module, torch.nn.ModuleList)]
+    layers = [layer for each in lists for layer in each.modules() if isinstance(layer, torch.nn.Linear)]
+    assert block_linear_parameters(found.config("transformer")) == sum(layer.weight.numel() for layer in layers)
 
 
 def rows() -> Iterator[dict]:

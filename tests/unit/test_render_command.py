@@ -127,12 +127,32 @@ def test_a_cached_clip_tells_what_was_skipped(render):
 
 
 def test_a_cache_that_never_skips_says_so(render):
-    _, _, stderr, out = render("a red circle", "--cache", "dicache(threshold=0.000001)")
-    assert "the cache never skipped a step in 3; raise its threshold" in stderr
+    _, _, stderr, out = render("a red circle", "--steps", "9", "--cache", "dicache(threshold=0.000001)")
+    assert "the cache never skipped a step in 9; raise its threshold" in stderr
     assert (
         "never skipped"
         in json.loads(next(p for p in out.glob("1.*.json") if "trace" not in p.name).read_text())["warning"]
     )
+
+
+def test_a_cache_that_cannot_help_is_off_unless_it_is_insisted_on(render, tmp_path):
+    (tmp_path / "m.jsonl").write_text(
+        '{"prompt": "a"}\n{"prompt": "b", "steps": 9}\n{"prompt": "c", "cache": "interval(interval=2,short=true)"}\n'
+    )
+    manifest = ("--manifest", str(tmp_path / "m.jsonl"), "--steps", "6", "--cache", "interval(interval=2)")
+    code, stdout, stderr, out = render(*manifest, "--json")
+    assert code == 0
+    skipped = [clip["skipped_steps"] for clip in json.loads(stdout.splitlines()[-1])["clips"]]
+    assert skipped[0] == 0
+    assert min(skipped[1:]) > 0
+    said = "--cache interval(interval=2) is off for clips of 6 steps: with 8 or fewer each is needed"
+    assert stderr.count(said) == 1
+    assert "on all the same" in stderr
+    (sidecar,) = out.glob("1.*.json")
+    assert json.loads(sidecar.read_text())["cache"] == "none"
+    _, stdout, stderr, _ = render(*manifest, "--dry-run", "--json")
+    assert json.loads(stdout.splitlines()[-1])["done"] == 3
+    assert said in stderr
 
 
 def test_a_manifest_with_hunyuan_video(render, tmp_path):

@@ -1,0 +1,259 @@
+"""Whether a clip fits into a GPU as a run is set up, and the nearest setup in which it does. A forecast, without torch.
+
+What is refused is what cannot fit: tensors alone that take more than the GPU has. Between that and the forecast's
+margin (`forecast.with_margin`) a run may still end well, and is only warned of; what is advised fits with the margin.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from cineray.distributed.layout import Layout, check_layout
+from cineray.pipeline.footprint.forecast import Parts, parts_of, with_margin
+from cineray.pipeline.footprint.published import published, published_checkpoint, published_names
+from cineray.pipeline.loading.checkpoint import Checkpoint
+from cineray.pipeline.loading.errors import LoadingError
+from cineray.pipeline.loading.options import LoadOptions
+from cineray.pipeline.request import ClipRequest, InputError
+
+_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MAX_CHANGES = 3  # of a setup, that are advised together
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setup:
+    """What of a run decides where its memory goes.
+
+    Args:
+        layout: of one gang.
+        has_finishers: others than the ranks encode and decode; else one process does it all.
+        shares_gpu: a finisher stands on a rank's GPU.
+        decodes_on_gang: the ranks decode, by rows where the model can.
+    """
+
+    options: LoadOptions
+    layout: Layout = field(default_factory=Layout)
+    has_finishers: bool = False
+    shares_gpu: bool = False
+    decodes_on_gang: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Demand:
+    """What a clip takes of one GPU.
+
+    Args:
+        place: whose GPU.
+        parts: name -> bytes of tensors that are there at the fullest moment.
+    """
+
+    place: str
+    parts: Mapping[str, int]
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def text(self) -> str:
+        """`98.7 GB of a rank's GPU (transformer 25.6, step 13.3)`."""
+        named = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in self.parts.items() if size >= 5e7)
+        return f"{self.tensor_bytes / 1e9:.1f} GB of {self.place} ({named})"
+
+
+RANK, FINISHER, SHARED = "a rank's GPU", "a finisher's GPU", "a GPU with a rank and a finisher"
+ALONE = "the GPU"
+
+
+def published_like(checkpoint: Checkpoint) -> Checkpoint | None:
+    """The published checkpoint that this one is, or is built like (a downloaded folder); None if none is."""
+    if checkpoint.name in published_names():
+        return published_checkpoint(checkpoint.name)
+    return next(
+        (known for name in published_names() if _is_like(checkpoint, known := published_checkpoint(name))), None
+    )
+
+
+def _is_like(checkpoint: Checkpoint, known: Checkpoint) -> bool:
+    ours, theirs = checkpoint.configs, known.configs
+    if checkpoint.pipeline_class != known.pipeline_class:
+        return False
+    pairs = ((ours.transformer, theirs.transformer), (ours.vae, theirs.vae))
+    # a published file leaves out what is its class's default, and so may ours
+    if any(a[key] != b[key] for a, b in pairs for key in {*a} & {*b} if not key.startswith("_")):
+        return False
+    return checkpoint.parts.get("text_encoder") == known.parts.get("text_encoder")
+
+
+def demands(known: Checkpoint, request: ClipRequest, setup: Setup) -> tuple[Demand, ...]:
+    """What a clip takes of each kind of GPU of a run.
+
+    Args:
+        known: one of `published_like`.
+        request: one that the model can render.
+
+    Raises:
+        InputError: the layout or the cache does not fit the model.
+    """
+    config = known.configs.transformer
+    try:
+        check_layout(setup.layout, config["num_attention_heads"], len(known.model.branches))
+    except ValueError as error:
+        raise InputError(f"model {known.name}: {error}") from None
+    options, takes_image = setup.options, known.size_rule.takes_image
+    decode = "gang" if setup.decodes_on_gang else "tiled" if options.vae_tiling else "finisher"
+    parts = _in_types(known, options, parts_of(known, request, setup.layout, decode))
+    weights, leaf = _transformer_weights(known, setup, parts.weights), _leaf_bytes(known)
+    moves_layers = options.offload in ("group", "sequential")
+    text = min(parts.text_encoder, leaf["text encoders"]) if moves_layers else parts.text_encoder
+    decoding = {"VAE": parts.vae_weights, "decode": parts.decoding}
+    picture = {"VAE": parts.vae_weights, "first frame": parts.image_encoding} if takes_image else {}
+    step = {"transformer": weights, "step": parts.step, "cache": parts.cache}
+    encode = {"text encoders": text}
+    if not setup.has_finishers:
+        stays = {"transformer": weights, "VAE": parts.vae_weights, **encode}
+        turns = [stays | turn for turn in (step, decoding, picture)]
+        if options.offload == "model":
+            turns = [step, decoding, picture, encode]
+        return (_fullest(ALONE, turns),)
+    rank_turns = [step | {"VAE": parts.vae_weights}, {"transformer": weights, **decoding}]
+    rank = _fullest(RANK, rank_turns if setup.decodes_on_gang else [step])
+    finishing = [picture] if setup.decodes_on_gang else [decoding, picture]
+    beside = [encode | turn for turn in finishing]
+    if options.offload == "model":
+        beside = [encode, *finishing]
+    finisher = _fullest(FINISHER, beside)
+    if setup.shares_gpu:
+        both = dict(rank.parts)
+        for name, size in finisher.parts.items():
+            both[name] = both.get(name, 0) + size
+        return rank, Demand(place=SHARED, parts=both)
+    return rank, finisher
+
+
+def shortage(demand: Demand, memory_bytes: int) -> str | None:
+    """Why a demand cannot be met by a GPU; None where it can, or may."""
+    if demand.tensor_bytes <= memory_bytes:
+        return None
+    return f"it takes {demand.text}, which has {memory_bytes / 1e9:.1f}"
+
+
+def check_room(wanted: Iterable[Demand], places: tuple[str, ...], memory_bytes: int) -> None:
+    """Raises LoadingError, an InputError, where a GPU of these places has too little memory: another may have more."""
+    for demand in wanted:
+        if demand.place in places and (said := shortage(demand, memory_bytes)):
+            raise LoadingError(f"the batch does not fit, by forecast: {said} GB; see `cineray render --dry-run`")
+
+
+def nearest_fit(
+    known: Checkpoint, request: ClipRequest, setup: Setup, memory_bytes: int, max_ranks: int
+) -> tuple[str, Setup] | None:
+    """(options of the command line, the setup with them) that changes least and fits with the margin; None: nothing.
+
+    Args:
+        max_ranks: that a gang may have.
+    """
+    for number in range(1, MAX_CHANGES + 1):
+        for changes in itertools.combinations(_changes(known, setup, max_ranks), number):
+            changed, texts = setup, []
+            try:
+                for text, change in changes:
+                    changed = replace(
+                        changed,
+                        **{k: v for k, v in change.items() if k != "options"},
+                        options=replace(changed.options, **change.get("options", {})),
+                    )
+                    texts.append(text)
+                if fits(known, request, changed, memory_bytes):
+                    return " ".join(texts), changed
+            except InputError:
+                continue  # they do not go together, or do not fit the model
+    return None
+
+
+def fits(known: Checkpoint, request: ClipRequest, setup: Setup, memory_bytes: int) -> bool:
+    """Whether all demands fit with the forecast's margin."""
+    return all(with_margin(d.tensor_bytes) <= memory_bytes for d in demands(known, request, setup))
+
+
+def _changes(known: Checkpoint, setup: Setup, max_ranks: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(options, what they change), what costs least first."""
+    layout, options = setup.layout, setup.options
+    if setup.has_finishers and layout.world_size > 1 and not setup.decodes_on_gang and known.model.row_convolutions:
+        yield "--decode gang", {"decodes_on_gang": True, "options": {"vae_tiling": False}}
+    ulysses = layout.ulysses * 2
+    while ulysses * layout.cfg * layout.ring <= max_ranks:
+        wider = replace(layout, ulysses=ulysses)
+        halves = " --cfg-parallel" if layout.cfg > 1 else ""
+        named = f"--layout {wider.text}" if layout.ring > 1 else f"--sp {ulysses}{halves}"
+        yield named, {"layout": wider, "has_finishers": True, "shares_gpu": True}
+        ulysses *= 2
+    if not options.vae_tiling and not setup.decodes_on_gang:
+        yield "--vae-tiling", {"options": {"vae_tiling": True}}
+    if options.offload == "none":
+        if not (setup.has_finishers and setup.decodes_on_gang):
+            yield "--offload model", {"options": {"offload": "model"}}
+        yield "--offload group", {"options": {"offload": "group"}}
+    if options.vae_dtype == "auto" and known.adapter.vae_dtype == "float32":
+        yield "--vae-dtype bfloat16", {"options": {"vae_dtype": "bfloat16"}}
+    if options.dtype_name == "float32":
+        yield "--dtype bfloat16", {"options": {"dtype": "bfloat16"}}
+    if options.quantize == "none":
+        yield "--quantize fp8", {"options": {"quantize": "fp8"}}
+
+
+def _fullest(place: str, turns: list[dict[str, int]]) -> Demand:
+    return Demand(place=place, parts=max(turns, key=lambda turn: sum(turn.values())))
+
+
+def _in_types(known: Checkpoint, options: LoadOptions, parts: Parts) -> Parts:
+    """The parts in the types of the options; the table has those that CUDA loads by default."""
+    wide = _ELEMENT_BYTES[options.dtype_name] / 2
+    usual = known.adapter.vae_dtype
+    asked = options.vae_dtype if options.vae_dtype != "auto" else "float32" if wide > 1 else usual
+    vae = _ELEMENT_BYTES[asked] / _ELEMENT_BYTES[usual]
+    return Parts(
+        weights=round(parts.weights * wide),
+        step=round(parts.step * wide),
+        cache=round(parts.cache * wide),
+        text_encoder=round(parts.text_encoder * wide),
+        vae_weights=round(parts.vae_weights * vae),
+        decoding=round(parts.decoding * vae),
+        image_encoding=round(parts.image_encoding * vae),
+    )
+
+
+def _transformer_weights(known: Checkpoint, setup: Setup, weights: int) -> int:
+    """Bytes of the transformer that are on a GPU while it runs."""
+    options = setup.options
+    if options.offload in ("group", "sequential"):
+        return min(weights, _leaf_bytes(known)["transformer"])
+    if options.quantize != "none":
+        linear = block_linear_parameters(known.configs.transformer)
+        return weights - linear * (_ELEMENT_BYTES[options.dtype_name] - 1)
+    return weights
+
+
+def _leaf_bytes(known: Checkpoint) -> dict[str, int]:
+    """The two largest layers, in 16 bits: what offloading by layers keeps on a GPU, one at work and one on its way."""
+    config = known.configs.transformer
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    inner = config.get("ffn_dim") or round(config["mlp_ratio"] * dim)
+    text = published(known.name).config("text_encoder")
+    table = text["vocab_size"] * text.get("d_model", text.get("hidden_size"))
+    return {"transformer": 2 * 2 * dim * inner, "text encoders": 2 * 2 * table}
+
+
+def block_linear_parameters(config: Mapping[str, Any]) -> int:
+    """Weights of the linear layers of a transformer's block lists, which 8-bit types hold in half the space."""
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    if config["_class_name"] == "WanTransformer3DModel":
+        picture = 2 * (config["added_kv_proj_dim"] or 0) * dim
+        return config["num_layers"] * (8 * dim * dim + 2 * dim * config["ffn_dim"] + picture)
+    mlp = round(config["mlp_ratio"] * dim)
+    double = 8 * dim * dim + 4 * dim * mlp + 12 * dim * dim  # both streams: attention, feed-forward, modulation
+    single = 3 * dim * dim + dim * mlp + (dim + mlp) * dim + 3 * dim * dim
+    return config["num_layers"] * double + config["num_single_layers"] * single

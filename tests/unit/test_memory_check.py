@@ -1,0 +1,192 @@
+"""What does not fit into a GPU is refused before weights are read, with the nearest setup that does; by forecast."""
+
+from dataclasses import replace
+
+import pytest
+
+from cineray.distributed.layout import Layout, parse_layout
+from cineray.jobs import memory_check as memory_check_module
+from cineray.jobs.manifest.check import RunDefaults, check_manifest, check_prompts
+from cineray.jobs.memory_check import MemoryCheck, memory_check
+from cineray.jobs.run_options import RunOptions
+from cineray.pipeline.footprint.fit import (
+    FINISHER,
+    RANK,
+    SHARED,
+    Setup,
+    check_room,
+    demands,
+    fits,
+    nearest_fit,
+    published_like,
+    shortage,
+)
+from cineray.pipeline.footprint.forecast import forecast
+from cineray.pipeline.footprint.published import published_checkpoint
+from cineray.pipeline.loading.checkpoint import open_checkpoint
+from cineray.pipeline.loading.errors import LoadingError
+from cineray.pipeline.loading.options import LoadOptions
+from cineray.pipeline.request import ClipRequest, InputError
+
+WAN, HUNYUAN = published_checkpoint("wan2.1-t2v-14b"), published_checkpoint("hunyuan-video")
+CLIP = ClipRequest(
+    id="1",
+    prompt="a cat",
+    width=1280,
+    height=720,
+    num_frames=81,
+    num_inference_steps=50,
+    guidance_scale=5.0,
+    fps=16,
+    cache="dicache",
+)
+CUDA = LoadOptions(device="cuda")
+H100, L40S, RTX4090 = 85_520_000_000, 48_300_000_000, 25_300_000_000
+
+
+def on_ray(layout: str = "1", shares_gpu: bool = True, **options) -> Setup:
+    return Setup(
+        options=replace(CUDA, **options), layout=parse_layout(layout), has_finishers=True, shares_gpu=shares_gpu
+    )
+
+
+def of(setup: Setup, place: str, model=WAN):
+    return next(d for d in demands(model, CLIP, setup) if d.place == place)
+
+
+def test_a_rank_beside_a_finisher_takes_what_the_planner_says_less_its_margin():
+    memory, _ = forecast(
+        WAN.name, width=1280, height=720, frames=81, cfg=1, ring=1, ulysses=8, cache="dicache", decode="finisher"
+    )
+    shared = of(on_ray("ulysses8"), SHARED)
+    parts = memory.weights + memory.activations + memory.cache + memory.vae + memory.text_encoder
+    assert shared.tensor_bytes == parts
+    apart = on_ray("ulysses8", shares_gpu=False)
+    assert of(apart, RANK).tensor_bytes + of(apart, FINISHER).tensor_bytes == parts
+
+
+def test_one_process_does_one_thing_after_the_other():
+    (alone,) = demands(WAN, CLIP, Setup(options=CUDA))
+    assert alone.tensor_bytes < of(on_ray(), SHARED).tensor_bytes
+    assert "decode" in alone.parts  # which takes more than a step with its cache
+    (offloaded,) = demands(WAN, CLIP, Setup(options=replace(CUDA, offload="model")))
+    assert "text encoders" not in offloaded.parts
+    assert offloaded.parts["transformer"] == alone.parts["transformer"]
+    (by_layer,) = demands(WAN, CLIP, Setup(options=replace(CUDA, offload="group")))
+    assert by_layer.parts["transformer"] < alone.parts["transformer"] / 50
+
+
+@pytest.mark.parametrize(
+    ("changes", "place", "share"),
+    [
+        ({"quantize": "fp8"}, RANK, {"transformer": 0.5}),
+        ({"vae_tiling": True}, FINISHER, {"decode": 0.155}),
+        ({"vae_dtype": "bfloat16"}, FINISHER, {"decode": 0.5, "VAE": 0.5}),
+        ({"dtype": "float32"}, RANK, {"transformer": 2.0, "step": 2.0, "cache": 2.0}),
+    ],
+)
+def test_options_change_the_parts_that_they_are_about(changes, place, share):
+    before, after = of(on_ray(shares_gpu=False), place), of(on_ray(shares_gpu=False, **changes), place)
+    for name, size in before.parts.items():
+        assert after.parts[name] / size == pytest.approx(share.get(name, 1.0), rel=0.1), name
+
+
+def test_what_is_advised_fits_with_the_margin_and_what_is_refused_cannot():
+    for model, setup, memory in (
+        (WAN, Setup(options=CUDA), L40S),
+        (WAN, on_ray("ulysses8"), L40S),
+        (WAN, on_ray(), RTX4090),
+        (HUNYUAN, on_ray("ulysses2"), L40S),
+    ):
+        assert any(shortage(d, memory) for d in demands(model, CLIP, setup))
+        advised = nearest_fit(model, CLIP, setup, memory, 8)
+        assert advised is not None
+        assert fits(model, CLIP, advised[1], memory)
+
+
+def test_advice_names_the_smallest_change_first():
+    clip = replace(CLIP, width=832, height=480)
+    found = nearest_fit(WAN, clip, Setup(options=CUDA), L40S, max_ranks=1)
+    assert found is not None
+    assert found[0] == "--offload model"
+    found = nearest_fit(WAN, CLIP, on_ray("ulysses2"), H100, max_ranks=8)
+    assert found is not None
+    assert found[0] == "--decode gang"
+    found = nearest_fit(WAN, CLIP, on_ray(vae_tiling=True, offload="group"), RTX4090, max_ranks=8)
+    assert found is not None
+    assert found[0] == "--sp 2"
+    assert found[1].layout == Layout(ulysses=2)
+    assert nearest_fit(WAN, CLIP, Setup(options=CUDA), 2_000_000_000, 8) is None
+
+
+def test_a_prompt_that_does_not_fit_is_one_line_before_anything_loads():
+    defaults = RunDefaults(
+        seed=0, width=1280, height=720, num_frames=81, num_inference_steps=50, guidance_scale=5.0, fps=16, cache="none"
+    )
+    check = MemoryCheck(WAN, Setup(options=CUDA), L40S, max_ranks=1)
+    with pytest.raises(InputError) as caught:
+        check_prompts(["a cat"], defaults, WAN, more=check)
+    (line,) = caught.value.lines
+    assert line.startswith(
+        "prompt 1: a clip of 1280x720, 81 frames does not fit, by forecast: it takes 59.5 GB of the GPU"
+    )
+    assert line.endswith("which has 48.3 GB; with --offload model it takes 37.3 GB and fits")
+    assert check_prompts(["a cat"], defaults, WAN, more=MemoryCheck(WAN, Setup(options=CUDA), H100))
+
+
+def test_rows_of_a_manifest_are_judged_each_by_its_size(tmp_path):
+    defaults = RunDefaults(
+        seed=0, width=832, height=480, num_frames=81, num_inference_steps=50, guidance_scale=5.0, fps=16, cache="none"
+    )
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "b", "width": 1280, "height": 720}\n{"prompt": "c"}\n')
+    with pytest.raises(InputError) as caught:
+        check_manifest(path, defaults, WAN, more=MemoryCheck(WAN, Setup(options=CUDA), 55_000_000_000))
+    (line,) = caught.value.lines
+    assert "m.jsonl line 2: a clip of 1280x720" in line
+
+
+def test_what_is_near_the_limit_is_warned_of_and_not_refused():
+    (need,) = demands(WAN, CLIP, Setup(options=CUDA))
+    check = MemoryCheck(WAN, Setup(options=CUDA), need.tensor_bytes + 1, max_ranks=1)
+    assert check(CLIP) is None
+    assert "may run out of memory, by forecast: it takes 59.5 GB" in check.warnings[0]
+    assert MemoryCheck(WAN, Setup(options=CUDA), need.tensor_bytes - 1)(CLIP) is not None
+
+
+def test_unknown_models_and_unknown_gpus_refuse_nothing(monkeypatch):
+    run = RunOptions()
+    assert memory_check(open_checkpoint("tiny-wan"), CUDA, run) is None
+    assert memory_check(WAN, LoadOptions(), run) is None
+    monkeypatch.setattr(memory_check_module, "gpu_memory_bytes", lambda: ())
+    check = memory_check(WAN, CUDA, run)
+    assert check is not None
+    assert check(CLIP) is None
+    assert check.warnings == ()
+    assert check.largest()[0].tensor_bytes > 50e9  # what a dry run shows
+
+
+def test_the_gpus_here_decide_for_a_local_run_and_not_for_a_cluster(monkeypatch):
+    monkeypatch.setattr(memory_check_module, "gpu_memory_bytes", lambda: (L40S, L40S))
+    here = memory_check(WAN, CUDA, RunOptions(sp=2))
+    assert here is not None
+    refusal = here(CLIP)
+    assert refusal is not None
+    assert "a GPU with a rank and a finisher" in refusal
+    assert memory_check(WAN, CUDA, RunOptions(sp=2, address="10.0.0.1:6379"))(CLIP) is None  # type: ignore[misc]
+
+
+def test_an_actor_refuses_what_its_gpu_cannot_hold():
+    wanted = demands(WAN, CLIP, on_ray("ulysses8"))
+    check_room(wanted, (RANK, SHARED), H100)
+    check_room(wanted, (FINISHER,), RTX4090)
+    with pytest.raises(LoadingError, match=r"takes 63.1 GB of a GPU with a rank and a finisher .*which has 48.3 GB"):
+        check_room(wanted, (RANK, SHARED), L40S)
+
+
+def test_a_folder_that_is_built_like_a_published_checkpoint_is_known_as_it():
+    folder = replace(WAN, name="/data/wan", source="/data/wan", is_local=True)
+    assert published_like(folder) == WAN
+    fewer = {**WAN.configs.transformer, "num_layers": 2}
+    assert published_like(replace(folder, configs=replace(WAN.configs, transformer=fewer))) is None
+    assert published_like(open_checkpoint("tiny-hunyuan")) is None
