@@ -22,11 +22,11 @@ def layer_cache_bytes(
         num_branches: whose histories the rank keeps.
     """
     is_series = isinstance(plan, SeriesPlan)
-    copies = plan.config.order + 1 if is_series else 1
+    copies = plan.config.order + 1 if isinstance(plan, SeriesPlan) else 1
     elements = sum(
         size
         for block, name, size in _outputs(config, here, is_series)
-        if is_series or {name, f"{name}-{block}"} & plan.schedule.rows.keys()
+        if isinstance(plan, SeriesPlan) or {name, f"{name}-{block}"} & plan.schedule.rows.keys()
     )
     return num_branches * copies * elements * element_bytes
 
