@@ -55,13 +55,14 @@ def gpu_name(device: str) -> str:
 
 
 def find_gpu(name: str) -> Gpu:
-    """A card by name; case, blanks and hyphens do not count: `RTX 4090` is `rtx4090`.
+    """A card by name; case, blanks and hyphens do not count: `RTX 4090` is `rtx4090`, and so is `4090`.
 
     Raises:
         InputError: there is none; lists them.
     """
     gpus = known_gpus()
-    found = gpus.get("".join(c for c in name.lower() if c.isalnum()))
+    plain = "".join(c for c in name.lower() if c.isalnum())
+    found = gpus.get(f"rtx{plain}" if plain.isdecimal() else plain)
     if found is None:
         raise InputError(f"--gpu must be one of {', '.join(gpus)}, got {shorten(name)}")
     return found

@@ -297,4 +297,4 @@ def test_gangs_stand_on_one_node_and_leave_no_card_idle():
         fleet_of(find_gpu("h100"), 0, None)
     with pytest.raises(InputError, match="h100, h200"):
         find_gpu("h999")
-    assert find_gpu("RTX 4090").name == "rtx4090"
+    assert find_gpu("RTX 4090") == find_gpu("4090") == find_gpu("rtx4090")
