@@ -259,9 +259,15 @@ def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
         missing = missing_room(fleet, nodes)
         if missing and options.is_local:
             raise InputError(missing)
-        slots = Slots.of(spec, fleet, actors_of())
+        larger = asked.larger if fleet.group.num_nodes == 1 else ()
+        slots = Slots.of(spec, fleet, actors_of(), larger)
         state = BatchState(
-            fleet.num_gangs, fleet.num_finishers, options.hang_s, clips_ahead(fleet.num_gangs), fleet.num_apart
+            fleet.num_gangs,
+            fleet.num_finishers,
+            options.hang_s,
+            clips_ahead(fleet.num_gangs),
+            fleet.num_apart,
+            {gang.num_gangs: gang.speedup for gang in larger},
         )
 
         def render(work: Work) -> RunReport:
