@@ -127,7 +127,7 @@ def models(as_json: bool) -> int:
     """
     from rich.table import Table
 
-    from cineray.pipeline.adapters import ADAPTERS, KNOWN_MODELS, MODELS
+    from cineray.pipeline.adapters import KNOWN_MODELS, MODELS, PIPELINES
     from cineray.pipeline.adapters.cache_plan import policies_for
 
     if as_json:
@@ -137,26 +137,28 @@ def models(as_json: bool) -> int:
                 "transformer": model.transformer,
                 "family": model.family,
                 "pipelines": list(model.pipelines),
-                "renders": [pipeline for pipeline in model.pipelines if pipeline in ADAPTERS],
+                "renders": [pipeline for pipeline in model.pipelines if pipeline in PIPELINES],
+                "output": model.output.noun,
                 "policies": policies_for(model),
             }
             for model in MODELS.values()
         ]
-        print_json({"models": rows, "pipelines": list(ADAPTERS), "cached": cached})
+        print_json({"models": rows, "pipelines": PIPELINES, "cached": cached})
         return EXIT_DONE
     table = Table("name", "what", "where from", box=None)
     for name, known in KNOWN_MODELS.items():
         shipped = Path(known.source).is_absolute()
         table.add_row(name, known.note, "in the package" if shipped else known.source)
     print_table(table)
-    fits = f"Any diffusers folder or hub id works whose pipeline is one of: {', '.join(ADAPTERS)}."
+    fits = f"Any diffusers folder or hub id works whose pipeline is one of: {', '.join(PIPELINES)}."
     print_lines(sys.stdout, "", fits, "")
     table = Table(box=None)
     for column in ("pipeline or transformer", "renders", "policies for --cache and enable_cache"):
         table.add_column(column, no_wrap=column != "policies for --cache and enable_cache")
     for model in MODELS.values():
         for kind in model.pipelines or (model.transformer,):
-            table.add_row(kind, "yes" if kind in ADAPTERS else "-", ", ".join(policies_for(model)))
+            renders = "-" if kind not in PIPELINES else model.output.noun
+            table.add_row(f"{kind} ({model.family})", renders, ", ".join(policies_for(model)))
     print_table(table)
     own = "What is not rendered here is cached in your own Python, cineray.enable_cache(pipe, policy): docs/models.md."
     print_lines(sys.stdout, "", own)

@@ -18,12 +18,12 @@ from cineray.jobs.output.step_keeper import MAX_NOTES_BYTES
 from cineray.jobs.threads import loading_threads, rank_threads
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.model import LoadedModel, load_model
-from cineray.pipeline.media.video import check_ffmpeg
 from cineray.pipeline.render import DenoisedClip, RenderedClip, decode_clip
 from cineray.pipeline.request import ClipRequest, explain
 from cineray.pipeline.resume.encoded_prompts import encode_prompt, is_encoded
 from cineray.pipeline.resume.step_state import read_step_state
 
+MAX_TOKEN_BYTES = 4096  # of float32 latents: 256 for Wan, HunyuanVideo, FLUX.1 and Stable Audio Open, 64 for DiT
 TILED = "the GPU had too little memory to decode it whole; it was decoded in tiles, which may show at their borders"
 
 
@@ -40,9 +40,9 @@ class FinisherWork:
         )
 
     def load(self) -> None:
-        check_ffmpeg()
-        torch.set_num_threads(loading_threads(self._spec.options.device))
         checkpoint = open_checkpoint(self._spec.model)
+        checkpoint.model.output.check()
+        torch.set_num_threads(loading_threads(self._spec.options.device))
         self._model = load_model(checkpoint, self._spec.options, skip_components=checkpoint.model.denoiser_parts)
         torch.set_num_threads(rank_threads())
 
@@ -74,7 +74,8 @@ class FinisherWork:
             OutputError: the output folder is full or gone.
         """
         assert self._model is not None
-        folder, request, device = OutputFolder.existing(self._spec.out), task.request, self._spec.options.device
+        request, device = task.request, self._spec.options.device
+        folder = OutputFolder.existing(self._spec.out, self._model.checkpoint.model.output)
         begin_peak(device)
         path = folder.step_path(request.id, task.fingerprint)
         found = self._read_latents(path, task)
@@ -83,8 +84,9 @@ class FinisherWork:
         clip, resumed_at = found
         try:
             rendered, is_tiled = self._decode(clip, request)
-            if rendered.frames.shape[:3] != (request.num_frames, request.height, request.width):
-                _tell_unused(request.id, f"they decode to frames of shape {rendered.frames.shape}")
+            misfit = folder.output.misfit(rendered.frames, request)
+            if misfit is not None:
+                _tell_unused(request.id, misfit)
                 return None
             options = render_options(self._spec.options, self._spec.lossless)
             record = clip_record(
@@ -115,7 +117,8 @@ class FinisherWork:
             try:
                 return with_memory(lambda: decode_clip(model, clip, request)), False
             except Exception as error:
-                if fault_of(error) != "memory" or self._spec.options.vae_tiling:
+                can_tile = hasattr(vae, "enable_tiling")
+                if fault_of(error) != "memory" or self._spec.options.vae_tiling or not can_tile:
                     raise
             free_memory()
             vae.enable_tiling()
@@ -128,7 +131,9 @@ class FinisherWork:
         """The denoised clip that lies on disk, and where it went on after a stop."""
         assert self._model is not None
         request = task.request
-        max_bytes = 4 * request.num_frames * request.height * request.width + MAX_NOTES_BYTES  # a VAE does not add
+        checkpoint = self._model.checkpoint
+        num_tokens = checkpoint.adapter.num_tokens(checkpoint.configs, request)
+        max_bytes = MAX_TOKEN_BYTES * num_tokens + MAX_NOTES_BYTES
         try:
             state = read_step_state(path, task.fingerprint, max_bytes)
             if state is None or state.step != state.num_steps:
