@@ -271,7 +271,7 @@ def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
             with GangProgress(work.num_clips) as progress:
                 if missing:
                     progress.say(f"{missing}; waiting: an autoscaler may bring one")
-                if asked.load_options.offload == "model":
+                if asked.load_options.offload == "model" and asked.checkpoint.num_experts == 1:
                     progress.say("--offload model: finishers offload; a rank's transformer is in use all the time")
                 if slow := crossing(options.layout, fleet.group):
                     progress.say(slow)

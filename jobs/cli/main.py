@@ -40,7 +40,7 @@ TRACEBACK = "CINERAY_TRACEBACK"
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def cineray() -> None:
-    """Renders batches of video clips with WAN 2.1 and HunyuanVideo."""
+    """Renders batches of clips: videos with Wan and HunyuanVideo, pictures with FLUX.1 and DiT, sounds."""
 
 
 @cineray.command()

@@ -61,6 +61,11 @@ class Checkpoint:
         """The most calls of the transformer in a step: one for each branch, unless they stand in one call's batch."""
         return 1 if self.model.stacked else len(self.model.branches)
 
+    @property
+    def num_experts(self) -> int:
+        """Transformers that share a clip's steps."""
+        return sum(name in self.parts for name in self.model.denoiser_parts)
+
     def plan_cache(self, policy: str) -> AnyPlan | None:
         """What a cache policy means for this model; None for `none`.
 
