@@ -21,6 +21,7 @@ from cineray.jobs.stopping import stop_requested
 from cineray.jobs.threads import num_threads
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.options import LoadOptions
+from cineray.pipeline.media.output import Output
 from cineray.pipeline.request import ClipRequest, InputError
 
 
@@ -117,7 +118,7 @@ def render_run(
             num_clips, requests = checking.result()
         else:
             num_clips, requests = check()
-        with _held_folder(asked.out, options.lease_s) as (folder, lease):
+        with _held_folder(asked.out, asked.checkpoint.model.output, options.lease_s) as (folder, lease):
             run = {"model": asked.checkpoint.name, "options": asdict(asked.load_options), "num_clips": num_clips}
             run |= {**about, "gangs": options.num_gangs, "layout": asdict(options.layout), "lossless": asked.lossless}
             ready = _gangs(asked) if options.uses_ray else _model_here(asked)
@@ -135,9 +136,9 @@ def render_run(
 
 
 @contextmanager
-def _held_folder(out: Path, lease_s: float) -> Iterator[tuple[OutputFolder, Lease]]:
+def _held_folder(out: Path, output: Output, lease_s: float) -> Iterator[tuple[OutputFolder, Lease]]:
     """The output folder and its lease, swept on entering and tidied on leaving."""
-    folder = OutputFolder(out)
+    folder = OutputFolder(out, output)
     lease = Lease(folder.state, ttl_s=lease_s)
     try:
         with lease:
@@ -175,8 +176,13 @@ def _in_thread(call: Callable[[], T]) -> "Future[T]":
 
 def _check_fits(checkpoint: Checkpoint, layout: Layout) -> None:
     heads = checkpoint.configs.transformer.get("num_attention_heads", 1)
+    if checkpoint.model.sharded is None and layout.sequence_ranks > 1:
+        raise InputError(
+            f"model {checkpoint.name}: the tokens of a {checkpoint.model.family} clip cannot be shared by ranks, "
+            f"got {layout.sequence_ranks}; leave --sp out and give --gangs"
+        )
     try:
-        check_layout(layout, heads, 2 if checkpoint.size_rule.takes_negative_prompt else 1)
+        check_layout(layout, heads, checkpoint.num_calls)
     except ValueError as error:
         raise InputError(f"model {checkpoint.name}: {error}") from None
 
@@ -187,9 +193,8 @@ def _model_here(asked: RunPlan) -> Iterator[Renderer]:
     from cineray.jobs.console.progress import RenderProgress
     from cineray.jobs.in_process import Batch, render_batch
     from cineray.pipeline.loading.model import load_model
-    from cineray.pipeline.media.video import check_ffmpeg
 
-    check_ffmpeg()
+    asked.checkpoint.model.output.check()
     use_threads(asked.checkpoint, asked.load_options)
     model = load_model(asked.checkpoint, asked.load_options)
 
@@ -287,7 +292,7 @@ def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
             with GangProgress(work.num_clips) as progress:
                 if missing:
                     progress.say(f"{missing}; waiting: an autoscaler may bring one")
-                if asked.load_options.offload == "model":
+                if asked.load_options.offload == "model" and asked.checkpoint.num_experts == 1:
                     progress.say("--offload model: finishers offload; a rank's transformer is in use all the time")
                 if slow := crossing(options.layout, fleet.group):
                     progress.say(slow)

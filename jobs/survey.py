@@ -20,7 +20,6 @@ from cineray.pipeline.media.picture import Pictures
 from cineray.pipeline.request import ClipRequest, InputError, explain
 
 MAX_SIDECARS = 1000  # of clips that are done, whose seconds are looked at
-_VIDEO = re.compile(r"(?P<id>.+)\.(?P<fingerprint>[0-9a-f]{12})\.mp4")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +87,7 @@ def survey(
     Raises:
         InputError: the folder cannot be read; no such model.
     """
-    videos = _videos(out)
+    videos = _videos(out, checkpoint.model.output.suffix)
     digest, chosen, pictures = identify(checkpoint).digest, render_options(options, lossless), Pictures()
     counts, to_render, lines = Counter[str](), Counter[ClipShape](), list(refused)
     for request in requests:
@@ -119,7 +118,7 @@ def committed(out: Path, checkpoint: Checkpoint, options: LoadOptions, lossless:
     Raises:
         InputError: the folder cannot be read; no such model.
     """
-    videos = _videos(out)
+    videos = _videos(out, checkpoint.model.output.suffix)
     if not videos:
         return lambda _: False
     digest, chosen, pictures = identify(checkpoint).digest, render_options(options, lossless), Pictures()
@@ -134,13 +133,14 @@ def committed(out: Path, checkpoint: Checkpoint, options: LoadOptions, lossless:
     return is_there
 
 
-def _videos(out: Path) -> dict[str, set[str]]:
-    """Fingerprints of the videos in a folder, by clip id; of links and empty files none."""
+def _videos(out: Path, suffix: str) -> dict[str, set[str]]:
+    """Fingerprints of the clips in a folder, by their ids; of links and empty files none."""
+    finished = re.compile(rf"(?P<id>.+)\.(?P<fingerprint>[0-9a-f]{{12}}){re.escape(suffix)}")
     found: dict[str, set[str]] = {}
     try:
         with os.scandir(out) as entries:
             for entry in entries:
-                named = _VIDEO.fullmatch(entry.name)
+                named = finished.fullmatch(entry.name)
                 if named and entry.is_file(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_size:
                     found.setdefault(named["id"], set()).add(named["fingerprint"])
     except FileNotFoundError:

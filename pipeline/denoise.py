@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers.models.cache_utils import CacheMixin
 
 from cineray.pipeline.adapters import Branch, Denoising
 from cineray.pipeline.resume.step_state import Beginning, Keeper, StepState, restore_scheduler, scheduler_state
@@ -34,7 +35,7 @@ def denoise(
         keeper: says where to begin, and is offered the state after each step but the last.
 
     Returns:
-        Latents of the clip [B, C, F, H, W] float32.
+        Latents of the clip, float32, in the shape of its noise.
     """
     latents, num_steps = clip.latents, clip.num_steps
     start = None if keeper is None else keeper.begin(_beginning(clip))
@@ -45,23 +46,26 @@ def denoise(
     for index in range(0 if start is None else start.step, num_steps):
         timestep = clip.timesteps[index]
         expert = clip.expert_at(index)
-        hidden_states = latents
+        if clip.model_input is not None:
+            hidden_states, model_timestep = clip.model_input(latents, timestep, scheduler)
+        else:
+            hidden_states, model_timestep = latents, timestep.expand(latents.shape[0])
         if clip.channel_condition is not None:
-            hidden_states = torch.cat([latents, clip.channel_condition], dim=1)  # [B, C + C', F, H, W]
+            hidden_states = torch.cat([hidden_states, clip.channel_condition], dim=1)  # [B, C + C', F, H, W]
         run = partial(
             _output,
             transformer=expert.transformer,
             hidden_states=hidden_states,
-            timestep=timestep,
+            timestep=model_timestep,
             index=index,
             num_steps=num_steps,
         )
         output = clip.combine(run_branches(clip.branches, run), expert.guidance_scale)
-        latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
+        latents = clip.advance(scheduler, output, timestep, latents)
         on_step(index + 1, num_steps)
         if keeper is not None and index + 1 < num_steps:
             keeper.after_step(partial(_state, index + 1, num_steps, latents, scheduler, clip.scheduler))
-    return latents
+    return latents if clip.finish is None else clip.finish(latents)
 
 
 def _beginning(clip: Denoising) -> Beginning:
@@ -81,11 +85,12 @@ def _state(step: int, num_steps: int, latents: torch.Tensor, scheduler: Any, fre
 def _output(
     branch: Branch, transformer: Any, hidden_states: torch.Tensor, timestep: torch.Tensor, index: int, num_steps: int
 ) -> torch.Tensor:
-    """One branch's output [B, C, F, H, W] for step `index`; the cache context tells hooks where they are."""
-    with transformer.cache_context(branch.name, step_index=index, num_inference_steps=num_steps):
+    """One branch's output for step `index`; the cache context tells hooks where they are."""
+    # of the mixin: some of diffusers' transformers (DiT, Stable Audio) have hooks and lack the method
+    with CacheMixin.cache_context(transformer, branch.name, step_index=index, num_inference_steps=num_steps):
         return transformer(
             hidden_states=hidden_states.to(transformer.dtype),
-            timestep=timestep.expand(hidden_states.shape[0]),
+            timestep=timestep,
             return_dict=False,
             **branch.transformer_kwargs,
         )[0]

@@ -157,8 +157,10 @@ class Gang:
         with ExitStack() as attached:
             cache = None
             if plan is not None:
+                # branches that stand in the batch are seen there
+                calls = None if model.checkpoint.model.stacked else num_branches
                 cache = attached.enter_context(
-                    attach_cache(clip.transformers, plan, num_branches, consensus=consensus, models=models)
+                    attach_cache(clip.transformers, plan, calls, consensus=consensus, models=models)
                 )
             for transformer in clip.transformers if not clip.hides_text else ():
                 attached.enter_context(calling_without_mask(transformer, model.checkpoint.model.layout))

@@ -19,7 +19,7 @@ from cineray.pipeline.resume.step_state import Keeper
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenoisedClip:
-    """Latents [1, C, F, H, W] float32, what the cache did, and where the time went, in seconds."""
+    """Latents [1, ...] float32, what the cache did, and where the time went, in seconds."""
 
     latents: torch.Tensor
     trace: Trace | None
@@ -29,9 +29,12 @@ class DenoisedClip:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RenderedClip:
-    """Frames [num_frames, height, width, 3] uint8 RGB, what the cache did, and where the time went, in seconds.
+    """Frames as the model's output has them, what the cache did, and where the time went, in seconds.
 
-    `latents` [1, C, F, H, W] float32 on the CPU are what the frames were decoded from.
+    Args:
+        frames: [num_frames, height, width, 3] uint8 RGB of a video, with one frame of a picture; of a sound
+            [number of samples, channels] int16.
+        latents: float32 on the CPU, what the frames were decoded from.
     """
 
     frames: np.ndarray
@@ -159,7 +162,7 @@ def decode_clip_on_gang(
         return None
     check_finite(video, "frames", "decoding", request.id)
     return RenderedClip(
-        frames=to_frames(video),
+        frames=to_frames(video) if video.ndim == 5 else to_samples(video),
         latents=clip.latents.float().cpu(),
         trace=clip.trace,
         encode_s=clip.encode_s,
@@ -172,3 +175,9 @@ def to_frames(video: torch.Tensor) -> np.ndarray:
     """[1, 3, F, H, W] in [-1, 1] -> [F, H, W, 3] uint8, rounded to the nearest of 256 levels."""
     pixels = (video[0].float() / 2 + 0.5).clamp(0, 1) * 255
     return pixels.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()
+
+
+def to_samples(sound: torch.Tensor) -> np.ndarray:
+    """[1, channels, N] in [-1, 1] -> [N, channels] int16, rounded to the nearest of 65,535 levels."""
+    levels = (sound[0].float().clamp(-1, 1) * 32767).round()
+    return levels.to(torch.int16).T.contiguous().cpu().numpy()

@@ -14,6 +14,7 @@ MAX_SIDE_PX = 8192
 MAX_FRAMES = 4097
 MAX_STEPS = 1000  # the schedulers' num_train_timesteps
 MAX_SEED = 2**32 - 1  # PyTorch's generator on the CPU, which draws the noise, takes the low 32 bits of a seed alone
+MIN_SECONDS = 0.1  # of sound; the shortest click that a person would ask for
 IMAGE_FITS = ("stretch", "crop", "pad")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")  # less tab and line ends; lone surrogates
 CLIP_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -73,7 +74,9 @@ class ClipRequest:
 
     `image` is the path of the first frame for image-to-video models, `image_fit` one of IMAGE_FITS: what to do where
     it has another shape than the clip. `flow_shift` moves the steps towards the noise; None is the model's own for
-    the size. `picture` is set once the clip is taken in hand (`Pictures.pinned`).
+    the size. `guidance_scale_2` is that of a second expert; None is the first one's. `seconds` is how long a sound is.
+    A model that knows no frames, sides or frame rate has 1 there. `picture` is set once the clip is taken in hand
+    (`Pictures.pinned`).
     """
 
     id: str
@@ -90,18 +93,34 @@ class ClipRequest:
     image: str | None = None
     image_fit: str = "stretch"
     flow_shift: float | None = None
+    guidance_scale_2: float | None = None
+    seconds: float | None = None
     picture: PictureFacts | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SizeRule:
-    """What a model can render: frames are `frame_step` k + 1, sides are multiples of `side_step` pixels."""
+    """What a model can render: frames are `frame_step` k + 1, sides are multiples of `side_step` pixels.
 
-    frame_step: int
-    side_step: int
+    Args:
+        frame_step: None where nobody can choose the number of frames, nor their rate.
+        frame_rate: in that case, the value of `fps`: samples a second of a sound, else 1.
+        side_step: None where there are no pixels.
+        fixed_side: the only width and height, in pixels.
+        max_seconds: of a sound; None where nothing sounds.
+        no_negative: why there is no negative prompt, where it is not taken.
+    """
+
+    frame_step: int | None
+    side_step: int | None
     takes_image: bool
     takes_negative_prompt: bool
     takes_flow_shift: bool = False
+    takes_second_guidance: bool = False
+    fixed_side: int | None = None
+    max_seconds: float | None = None
+    frame_rate: int = 1
+    no_negative: str = "this model's guidance is embedded, there is no negative branch"
 
 
 def _shown(value: float) -> str:
@@ -136,20 +155,38 @@ def problems(request: ClipRequest, rule: SizeRule) -> list[str]:
             found.append(f"{name} must have no control characters, got {shorten(text)}")
     if not request.prompt.strip():
         found.append("prompt must not be empty")
-    if (
+    if rule.frame_step is None:
+        found += [
+            f"{name} cannot be used: this model's clips have no frames, got {_shown(value)}"
+            for name, value, fixed in (("frames", request.num_frames, 1), ("fps", request.fps, rule.frame_rate))
+            if value != fixed
+        ]
+    elif (
         within("frames", request.num_frames, 1, MAX_FRAMES)
         and request.num_frames % rule.frame_step != 1 % rule.frame_step
     ):
         near = _nearest(request.num_frames, rule.frame_step, 1)
         found.append(f"frames must be {rule.frame_step}k+1, got {request.num_frames}; nearest: {near}")
     for name, side in (("width", request.width), ("height", request.height)):
-        if within(name, side, 1, MAX_SIDE_PX) and side % rule.side_step:
+        if rule.side_step is None:
+            if side != 1:
+                found.append(f"{name} cannot be used: this model's clips have no pixels, got {_shown(side)}")
+        elif rule.fixed_side is not None:
+            if side != rule.fixed_side:
+                found.append(f"{name} must be {rule.fixed_side}, the only one of this model, got {_shown(side)}")
+        elif within(name, side, 1, MAX_SIDE_PX) and side % rule.side_step:
             near = _nearest(side, rule.side_step, 0)
             found.append(f"{name} must be a multiple of {rule.side_step}, got {side}; nearest: {near}")
+    found += _seconds_problems(request, rule)
     within("steps", request.num_inference_steps, 1, MAX_STEPS)
     within("seed", request.seed, 0, MAX_SEED, " (2^32 - 1: noise is drawn from 32 bits)")
     within("guidance", request.guidance_scale, 0, 100)
-    within("fps", request.fps, 1, 240)
+    if request.guidance_scale_2 is not None:
+        within("guidance_2", request.guidance_scale_2, 0, 100)
+        if not rule.takes_second_guidance:
+            found.append("guidance_2 cannot be used: this model has one expert")
+    if rule.frame_step is not None:
+        within("fps", request.fps, 1, 240)
     if rule.takes_image and request.image is None:
         found.append("image is required: this model animates a first frame")
     if not rule.takes_image and request.image is not None:
@@ -163,8 +200,19 @@ def problems(request: ClipRequest, rule: SizeRule) -> list[str]:
         if not rule.takes_flow_shift:
             found.append("flow_shift cannot be used: this model's schedule has none")
     if not rule.takes_negative_prompt and request.negative_prompt is not None:
-        found.append("negative_prompt cannot be used: this model's guidance is embedded, there is no negative branch")
+        found.append(f"negative_prompt cannot be used: {rule.no_negative}")
     return found
+
+
+def _seconds_problems(request: ClipRequest, rule: SizeRule) -> list[str]:
+    seconds, most = request.seconds, rule.max_seconds
+    if most is None:
+        return [] if seconds is None else ["seconds cannot be used: this model makes no sound"]
+    if seconds is None:
+        return [f"seconds are required: {MIN_SECONDS:g} to {most:g}"]
+    if not MIN_SECONDS <= seconds <= most:  # NaN too
+        return [f"seconds must be {MIN_SECONDS:g} to {most:g}, got {_shown(seconds)}"]
+    return []
 
 
 def is_plain(clip_id: str, prompt: str, seed: int) -> bool:
@@ -216,6 +264,10 @@ def fingerprint(
     }
     if request.flow_shift is not None:
         covered["flow_shift"] = request.flow_shift
+    if request.guidance_scale_2 is not None:
+        covered["guidance_2"] = request.guidance_scale_2
+    if request.seconds is not None:
+        covered["seconds"] = request.seconds
     if request.image is not None:
         picture = request.picture
         if picture is None:

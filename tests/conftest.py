@@ -129,11 +129,12 @@ def build_flux(seed: int = 0):
     tokenizer_2, _ = new_umt5()
     t5 = T5Config(vocab_size=len(tokenizer_2), d_model=TEXT_DIM, d_kv=16, d_ff=64, num_layers=1, num_heads=4)
     return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=AutoencoderKL(
             block_out_channels=(8,),
             norm_num_groups=4,
             latent_channels=4,
+            shift_factor=0.1,
             use_quant_conv=False,
             use_post_quant_conv=False,
         ).eval(),
@@ -220,13 +221,16 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 @pytest.fixture(scope="session")
 def checkpoint_folder(tmp_path_factory):
-    """Factory: name in BUILDERS -> folder of a saved random checkpoint, made once."""
+    """Factory: name in BUILDERS or MORE_MODELS -> folder of a saved random checkpoint, made once."""
+    from more_models import MORE_MODELS
+
+    builders = {**BUILDERS, **MORE_MODELS}
     made: dict[str, Path] = {}
 
     def folder(name: str) -> Path:
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name) / name
-            BUILDERS[name]().save_pretrained(made[name])
+            builders[name]().save_pretrained(made[name])
         return made[name]
 
     return folder
@@ -234,7 +238,7 @@ def checkpoint_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def loaded(checkpoint_folder):
-    """Factory: name in BUILDERS -> LoadedModel on the CPU in float32, made once."""
+    """Factory: name in BUILDERS or MORE_MODELS -> LoadedModel on the CPU in float32, made once."""
     from cineray.pipeline.loading.checkpoint import open_checkpoint
     from cineray.pipeline.loading.model import LoadOptions, load_model
 

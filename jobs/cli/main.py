@@ -45,7 +45,7 @@ TRACEBACK = "CINERAY_TRACEBACK"
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def cineray() -> None:
-    """Renders batches of video clips with WAN 2.1 and HunyuanVideo."""
+    """Renders batches of clips: videos with Wan and HunyuanVideo, pictures with FLUX.1 and DiT, sounds."""
 
 
 @cineray.command()
@@ -159,7 +159,7 @@ def models(as_json: bool) -> int:
     """
     from rich.table import Table
 
-    from cineray.pipeline.adapters import ADAPTERS, KNOWN_MODELS, MODELS
+    from cineray.pipeline.adapters import KNOWN_MODELS, MODELS, PIPELINES
     from cineray.pipeline.adapters.cache_plan import policies_for
 
     if as_json:
@@ -169,26 +169,28 @@ def models(as_json: bool) -> int:
                 "transformer": model.transformer,
                 "family": model.family,
                 "pipelines": list(model.pipelines),
-                "renders": [pipeline for pipeline in model.pipelines if pipeline in ADAPTERS],
+                "renders": [pipeline for pipeline in model.pipelines if pipeline in PIPELINES],
+                "output": model.output.noun,
                 "policies": policies_for(model),
             }
             for model in MODELS.values()
         ]
-        print_json({"models": rows, "pipelines": list(ADAPTERS), "cached": cached})
+        print_json({"models": rows, "pipelines": PIPELINES, "cached": cached})
         return EXIT_DONE
     table = Table("name", "what", "where from", box=None)
     for name, known in KNOWN_MODELS.items():
         shipped = Path(known.source).is_absolute()
         table.add_row(name, known.note, "in the package" if shipped else known.source)
     print_table(table)
-    fits = f"Any diffusers folder or hub id works whose pipeline is one of: {', '.join(ADAPTERS)}."
+    fits = f"Any diffusers folder or hub id works whose pipeline is one of: {', '.join(PIPELINES)}."
     print_lines(sys.stdout, "", fits, "")
     table = Table(box=None)
     for column in ("pipeline or transformer", "renders", "policies for --cache and enable_cache"):
         table.add_column(column, no_wrap=column != "policies for --cache and enable_cache")
     for model in MODELS.values():
         for kind in model.pipelines or (model.transformer,):
-            table.add_row(kind, "yes" if kind in ADAPTERS else "-", ", ".join(policies_for(model)))
+            renders = "-" if kind not in PIPELINES else model.output.noun
+            table.add_row(f"{kind} ({model.family})", renders, ", ".join(policies_for(model)))
     print_table(table)
     own = "What is not rendered here is cached in your own Python, cineray.enable_cache(pipe, policy): docs/models.md."
     print_lines(sys.stdout, "", own)

@@ -76,6 +76,16 @@ _CLIP_OPTIONS = {  # by the names of ClipRequest
     "guidance_scale": click.option(
         "--guidance", "guidance_scale", type=float, metavar="G", help="Guidance scale.  [default: the model's]"
     ),
+    "guidance_scale_2": click.option(
+        "--guidance-2",
+        "guidance_scale_2",
+        type=float,
+        metavar="G",
+        help="Guidance of the second expert (Wan 2.2).  [default: the model's]",
+    ),
+    "seconds": click.option(
+        "--seconds", type=float, metavar="S", help="Length of a sound.  [default: the model's longest]"
+    ),
     "negative_prompt": click.option("--negative-prompt", metavar="TEXT", help="What to avoid (Wan)."),
     "image": click.option("--image", type=_PATH, metavar="FILE", help="First frame, for image-to-video models."),
     "image_fit": click.option(

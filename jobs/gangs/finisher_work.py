@@ -20,7 +20,6 @@ from cineray.pipeline.footprint.fit import FINISHER, SHARED, check_room
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.device import check_device, gpu_memory_bytes
 from cineray.pipeline.loading.model import LoadedModel, load_model
-from cineray.pipeline.media.video import check_ffmpeg
 from cineray.pipeline.render import DenoisedClip, RenderedClip, decode_clip
 from cineray.pipeline.request import ClipRequest, explain
 from cineray.pipeline.resume.decoded_frames import read_frames
@@ -28,6 +27,7 @@ from cineray.pipeline.resume.encoded_prompts import encode_prompt, is_encoded
 from cineray.pipeline.resume.step_state import read_step_state
 from cineray.pipeline.resume.tensor_file import TensorFileError
 
+MAX_TOKEN_BYTES = 4096  # of float32 latents: 256 for Wan, HunyuanVideo, FLUX.1 and Stable Audio Open, 64 for DiT
 TILED = "the GPU had too little memory to decode it whole; it was decoded in tiles, which may show at their borders"
 
 
@@ -44,12 +44,12 @@ class FinisherWork:
         )
 
     def load(self) -> None:
-        check_ffmpeg()
+        checkpoint = open_checkpoint(self._spec.model)
+        checkpoint.model.output.check()
         if self._spec.options.device == "cuda":
             check_device(self._spec.options.device)
             check_room(self._spec.demands, (FINISHER, SHARED), gpu_memory_bytes()[0])
         torch.set_num_threads(loading_threads(self._spec.options.device))
-        checkpoint = open_checkpoint(self._spec.model)
         without = checkpoint.model.denoiser_parts
         if self._spec.decodes_on_gang and not checkpoint.size_rule.takes_image:  # pictures are encoded by the VAE
             without = (*without, *checkpoint.model.decoder_parts)
@@ -84,7 +84,8 @@ class FinisherWork:
             OutputError: the output folder is full or gone.
         """
         assert self._model is not None
-        folder, request, device = OutputFolder.existing(self._spec.out), task.request, self._spec.options.device
+        request, device = task.request, self._spec.options.device
+        folder = OutputFolder.existing(self._spec.out, self._model.checkpoint.model.output)
         begin_peak(device)
         path = folder.step_path(request.id, task.fingerprint)
         found = self._read_latents(path, task)
@@ -98,8 +99,9 @@ class FinisherWork:
             rendered, is_tiled = decoded
             if rendered is None:
                 return None
-            if rendered.frames.shape[:3] != (request.num_frames, request.height, request.width):
-                _tell_unused(request.id, f"they decode to frames of shape {rendered.frames.shape}")
+            misfit = folder.output.misfit(rendered.frames, request)
+            if misfit is not None:
+                _tell_unused(request.id, misfit)
                 return None
             options = render_options(self._spec.options, self._spec.lossless)
             record = clip_record(
@@ -151,7 +153,8 @@ class FinisherWork:
             try:
                 return with_memory(lambda: decode_clip(model, clip, request)), False
             except Exception as error:
-                if fault_of(error) != "memory" or self._spec.options.vae_tiling:
+                can_tile = hasattr(vae, "enable_tiling")
+                if fault_of(error) != "memory" or self._spec.options.vae_tiling or not can_tile:
                     raise
             free_memory()
             vae.enable_tiling()
@@ -164,7 +167,9 @@ class FinisherWork:
         """The denoised clip that lies on disk, and where it went on after a stop."""
         assert self._model is not None
         request = task.request
-        max_bytes = 4 * request.num_frames * request.height * request.width + MAX_NOTES_BYTES  # a VAE does not add
+        checkpoint = self._model.checkpoint
+        num_tokens = checkpoint.adapter.num_tokens(checkpoint.configs, request)
+        max_bytes = MAX_TOKEN_BYTES * num_tokens + MAX_NOTES_BYTES
         try:
             state = read_step_state(path, task.fingerprint, max_bytes)
             if state is None or state.step != state.num_steps:

@@ -75,7 +75,8 @@ class RankWork:
 
     def join(self, rank: int, host: str, port: int) -> None:
         """Loads the weights and meets the other ranks."""
-        options = rank_options(self._spec.options)
+        checkpoint = open_checkpoint(self._spec.model)
+        options = rank_options(self._spec.options, checkpoint.num_experts)
         if options.device == "cuda":
             check_device(options.device)
             check_room(self._spec.demands, (RANK, SHARED), gpu_memory_bytes()[0])
@@ -85,7 +86,6 @@ class RankWork:
         if self._store is None:
             self._store = torch.distributed.TCPStore(host, port, is_master=False, timeout=_join_timeout())
         # loading comes first: it takes ranks unequally long, and a collective would not wait for it
-        checkpoint = open_checkpoint(self._spec.model)
         decoder_parts = () if self._spec.decodes_on_gang else checkpoint.model.decoder_parts
         finishers_parts = (*checkpoint.model.encoder_parts, *decoder_parts)
         self._model = load_model(checkpoint, options, skip_components=finishers_parts)
@@ -151,6 +151,7 @@ class RankWork:
             self.stop_requested.is_set,
         )
         clip = denoise_prepared(self._model, task.request, prepared, on_step, gang=self._gang, keeper=keeper)
+        self._model.pipe.maybe_free_model_hooks()  # of offloaded experts the first one begins again
         if self._gang.is_leader:
             with folder.translated_os_errors(f"keeping the latents of clip {task.request.id}"):
                 keeper.save_finished(clip, task.request.num_inference_steps)
@@ -183,9 +184,12 @@ class RankWork:
         return encoded
 
 
-def rank_options(options: LoadOptions) -> LoadOptions:
-    """How a rank loads: its transformer is in use all the time, so there is nothing for `--offload model` to move."""
-    return replace(options, offload="none") if options.offload == "model" else options
+def rank_options(options: LoadOptions, num_experts: int = 1) -> LoadOptions:
+    """How a rank loads: one transformer is in use all the time, so there is nothing for `--offload model` to move.
+
+    Of two experts the idle one stays off the GPU.
+    """
+    return replace(options, offload="none") if options.offload == "model" and num_experts == 1 else options
 
 
 def _fault(error: Exception, folder: OutputFolder, doing: str, of_clip: Sequence[Fault]) -> ClipFault:

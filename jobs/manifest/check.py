@@ -46,6 +46,8 @@ class RunDefaults:
     image: str | None = None
     image_fit: str = "stretch"
     flow_shift: float | None = None
+    guidance_scale_2: float | None = None
+    seconds: float | None = None
 
 
 def to_request(row: Row, defaults: RunDefaults, folder: Path) -> ClipRequest:
@@ -56,7 +58,8 @@ def to_request(row: Row, defaults: RunDefaults, folder: Path) -> ClipRequest:
         values[name] = getattr(defaults, name) if value is None else value
     if values["image"] is not None:
         values["image"] = str(folder / values["image"])
-    values["guidance_scale"] = float(values["guidance_scale"])
+    for name in ("guidance_scale", "guidance_scale_2", "seconds"):
+        values[name] = None if values[name] is None else float(values[name])
     return ClipRequest(id=row.clip_id, prompt=row.prompt, **values)
 
 
@@ -80,9 +83,14 @@ class RequestCheck:
 
     def __call__(self, request: ClipRequest) -> list[str]:
         found = problems(request, self._rule)
+        found += self.prompt_problems(request.prompt)
         found += self._policy_problems(request)
         num_tokens = self._checkpoint.adapter.num_tokens(self._checkpoint.configs, request)
-        if not found and num_tokens < self._num_ranks:
+        if self._num_ranks > 1 and self._checkpoint.model.sharded is None:
+            found.append(
+                f"the tokens of a {self._checkpoint.model.family} clip cannot be shared by ranks, got {self._num_ranks}"
+            )
+        elif not found and num_tokens < self._num_ranks:
             found.append(f"a clip of {num_tokens} tokens cannot be shared by {self._num_ranks} ranks; each needs one")
         if request.image is not None and self._rule.takes_image:
             try:
@@ -92,6 +100,11 @@ class RequestCheck:
         if not found and self._more is not None and (reason := self._more(request)):
             found.append(reason)
         return found
+
+    def prompt_problems(self, prompt: str) -> list[str]:
+        """What the model has against a prompt."""
+        problem = self._checkpoint.adapter.prompt_problem(prompt)
+        return [] if problem is None else [problem]
 
     def _policy_problems(self, request: ClipRequest) -> list[str]:
         if request.cache not in self._policies:
@@ -128,7 +141,7 @@ class RowCheck:
         rest = _all_but_seed_and_image(row)
         seed = self._defaults.seed if row.seed is None else row.seed
         if row.image is None and rest in self._good and is_plain(row.clip_id, row.prompt, seed):
-            return []
+            return self._check.prompt_problems(row.prompt)
         found = self._check(to_request(row, self._defaults, self._folder))
         if not found and row.image is None and len(self._good) < MAX_REMEMBERED:
             self._good.add(rest)

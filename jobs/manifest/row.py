@@ -27,6 +27,8 @@ class Row(NamedTuple):
     image: str | None = None
     image_fit: str | None = None
     flow_shift: float | None = None
+    guidance_2: float | None = None
+    seconds: float | None = None
 
     @property
     def clip_id(self) -> str:
@@ -41,7 +43,12 @@ class NotANumber(NamedTuple):
 
 
 FIELDS = Row._fields[1:]
-_RENAMED = {"frames": "num_frames", "steps": "num_inference_steps", "guidance": "guidance_scale"}
+_RENAMED = {
+    "frames": "num_frames",
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "guidance_2": "guidance_scale_2",
+}
 # fields of a row that a run's defaults fill in, and what `ClipRequest` and `RunDefaults` call them
 REQUEST_NAMES = {field: _RENAMED.get(field, field) for field in FIELDS if field not in ("id", "prompt")}
 
@@ -124,7 +131,7 @@ def _shown(value: Any) -> str:
 
 
 _WHOLE = ("seed", "width", "height", "frames", "steps", "fps")
-_NUMBERS = ("guidance", "flow_shift")
+_NUMBERS = ("guidance", "flow_shift", "guidance_2", "seconds")
 _READERS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("prompt", "negative_prompt", "cache", "image", "image_fit"), _text),
     **dict.fromkeys(_WHOLE, _whole),
@@ -146,6 +153,6 @@ def _number_cell(cell: str) -> float | str:
 
 _CELLS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(_WHOLE, _whole_cell),
-    **dict.fromkeys(("guidance", "flow_shift"), _number_cell),
+    **dict.fromkeys(_NUMBERS, _number_cell),
 }
 _BARE = {*_CELLS, "id", "cache", "image", "image_fit"}  # blanks around them mean nothing

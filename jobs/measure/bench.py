@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from cineray.files import read_json, shaped
 from cineray.jobs.console.measure import progress_bar
 from cineray.jobs.measure.equal_cost import Sweep, find_value, parse_sweep
-from cineray.jobs.measure.quality import QualityMeter, QualityRow, policy_text
+from cineray.jobs.measure.quality import QualityMeter, QualityRow, policy_text, refuse_sounds
 from cineray.jobs.out_file import check_out, ended_by_sigterm, locked, replace_text
 from cineray.jobs.output.record import render_options, software_versions
 from cineray.pipeline.loading.model import LoadedModel
@@ -55,6 +55,7 @@ def bench_quality(
     Raises:
         InputError: a bad policy or target, or `out` holds a bench of other clips, or cannot be written.
     """
+    refuse_sounds(model.checkpoint, "bench quality")
     asked = _asked(model, policies, targets, {request.num_inference_steps for request in requests})
     file = None if out is None else _BenchFile(out, measured_on(model, requests), model)
     known = {} if file is None else file.add({})

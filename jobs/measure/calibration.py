@@ -15,9 +15,10 @@ from cineray.caching.profile import DiCacheProfile, MagCacheProfile, TeaCacheFit
 from cineray.jobs.console.measure import progress_bar
 from cineray.jobs.console.terminal import tell
 from cineray.jobs.measure.bench import measured_on
+from cineray.jobs.measure.quality import refuse_sounds
 from cineray.jobs.measure.trial_log import TrialLog
 from cineray.jobs.out_file import check_out, ended_by_sigterm, replace_text
-from cineray.pipeline.adapters import MODELS, by_transformer
+from cineray.pipeline.adapters import MODELS, by_transformer, transformers_in
 from cineray.pipeline.calibrate.dicache import CURVE, MIN_STEPS, SPEEDUPS, CurvePoint, StepCostSearch
 from cineray.pipeline.calibrate.smoothcache import measure_layer_errors, smooth_schedule
 from cineray.pipeline.calibrate.teacache_magcache import StepChanges, fit_polynomial, magnitude_ratios, measure_steps
@@ -38,7 +39,9 @@ def calibrate_smoothcache(
     """
     kind = checkpoint.configs.transformer.get("_class_name")
     if kind not in MODELS:
-        raise InputError(f"calibrate: {kind} is not supported; supported: {', '.join(MODELS)}")
+        raise InputError(
+            f"calibrate: {kind} is not supported; supported: {', '.join(transformers_in(MODELS.values()))}"
+        )
     if not alpha >= 0:
         raise InputError(f"calibrate: alpha must be 0 or more, got {alpha}")
     num_steps = _number_of_steps(requests)
@@ -142,6 +145,7 @@ def calibrate_dicache(
 
     What was measured stands in OUT.trials until the profile is written; the same call resumes.
     """
+    refuse_sounds(checkpoint, "calibrate dicache")
     if num_trials < 0:
         raise InputError(f"calibrate: trials must be 0 or more, got {num_trials}")
     if floor_db is not None and not 0 < floor_db < math.inf:
@@ -198,7 +202,7 @@ def _measure_steps(
 def _family(checkpoint: Checkpoint) -> str:
     """The family of a model that TeaCache and MagCache know."""
     if not checkpoint.model.signals:
-        known = ", ".join(name for name, model in MODELS.items() if model.signals)
+        known = ", ".join(transformers_in(model for model in MODELS.values() if model.signals))
         raise InputError(f"calibrate: {checkpoint.model.transformer} is not supported; supported: {known}")
     return checkpoint.model.family
 

@@ -14,12 +14,14 @@ import numpy as np
 from cineray.jobs.out_file import check_out, replacing
 from cineray.jobs.output.folder import clip_of
 from cineray.pipeline.media.compare import EQUAL_CLIPS_DB, MIN_SIDE, Scores, compare_frames
-from cineray.pipeline.media.video import VideoError, read_fps, read_video, write_video
+from cineray.pipeline.media.output import PICTURE, SUFFIXES, VIDEO, output_of
+from cineray.pipeline.media.video import VideoError, read_fps, write_video
 from cineray.pipeline.request import InputError
 from cineray.text import printable, shorten
 
 METRICS = ("psnr", "ssim", "vmaf", "xpsnr")
 _COMMAND = "compare"
+_SEEN = (VIDEO, PICTURE)
 _DIGITS = {"psnr": 3, "ssim": 6, "vmaf": 3, "xpsnr": 3}
 
 
@@ -102,7 +104,7 @@ def compare_pair(pair: Pair) -> tuple[Scores, np.ndarray, np.ndarray]:
         InputError: a video cannot be read, or they have not the same size and number of frames.
     """
     try:
-        reference, frames = read_video(pair.reference), read_video(pair.video)
+        reference, frames = _frames(pair.reference), _frames(pair.video)
     except VideoError as error:
         raise InputError(f"{_COMMAND}: {error}") from None
     if frames.shape != reference.shape:
@@ -116,6 +118,13 @@ def compare_pair(pair: Pair) -> tuple[Scores, np.ndarray, np.ndarray]:
         return compare_frames(frames, reference), frames, reference
     except VideoError as error:
         raise InputError(f"{_COMMAND}: {error}; let IMAGEIO_FFMPEG_EXE name an ffmpeg with libvmaf and xpsnr") from None
+
+
+def _frames(path: Path) -> np.ndarray:
+    output = output_of(path) or VIDEO
+    if output not in _SEEN:
+        raise InputError(f"{_COMMAND}: {path} is a {output.noun}; videos and pictures can be compared")
+    return output.read(path)
 
 
 def row(clip_id: str, scores: Scores) -> dict[str, object]:
@@ -158,7 +167,8 @@ def write_frames(frames: np.ndarray, out: Path, source: Path, what: str) -> None
     even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # as yuv420p wants it
     try:
         with replacing(out, _COMMAND) as temporary:
-            write_video(even, temporary, max(1, round(read_fps(source))), {"prompt": what})
+            fps = 1 if output_of(source) == PICTURE else max(1, round(read_fps(source)))
+            write_video(even, temporary, fps, {"prompt": what})
     except VideoError as error:
         raise InputError(f"{_COMMAND}: {out}: {error}") from None
 
@@ -167,14 +177,14 @@ def _videos(folder: Path) -> dict[str, list[Path]]:
     """Paths by ids, in order; a video that is not named as in an output folder has its name for an id."""
     found: dict[str, list[Path]] = defaultdict(list)
     for name in sorted(os.listdir(folder)):
-        if name.endswith(".mp4") and not name.startswith(".") and (folder / name).is_file():
+        if name.endswith(SUFFIXES) and not name.startswith(".") and (folder / name).is_file():
             found[_id_of(name)].append(folder / name)
     return dict(found)
 
 
 def _id_of(name: str) -> str:
     clip = clip_of(name)
-    return clip[0] if clip else name.removesuffix(".mp4")
+    return clip[0] if clip else next((name.removesuffix(end) for end in SUFFIXES if name.endswith(end)), name)
 
 
 def _is_folder(path: Path) -> bool:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.model import LoadedModel
 from cineray.pipeline.media.compare import EQUAL_CLIPS_DB, psnr_db, ssim
+from cineray.pipeline.media.output import SOUND
 from cineray.pipeline.render import render_clip
 from cineray.pipeline.request import ClipRequest, InputError
 
@@ -38,6 +40,15 @@ class QualityRow:
     worst_psnr_db: float
     ssim: float
     denoise_s: float
+
+
+def refuse_sounds(checkpoint: Checkpoint, command: str) -> None:
+    """
+    Raises:
+        InputError: the model's clips have no pixels to be compared.
+    """
+    if checkpoint.model.output == SOUND:
+        raise InputError(f"{command}: {checkpoint.name} makes sounds, and quality is measured in pixels")
 
 
 def policy_text(policy: str, model: LoadedModel) -> str:

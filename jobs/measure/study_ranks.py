@@ -19,7 +19,6 @@ from cineray.jobs.measure.study_rows import TimedClip
 from cineray.pipeline.gang import Gang
 from cineray.pipeline.loading.checkpoint import Checkpoint, open_checkpoint
 from cineray.pipeline.loading.model import LoadedModel, LoadOptions, load_model
-from cineray.pipeline.media.video import write_video
 from cineray.pipeline.render import RenderedClip, decode_clip_on_gang, denoise_clip
 from cineray.pipeline.request import ClipRequest
 from cineray.pipeline.resume.encoded_prompts import encode_prompt, read_encoded
@@ -107,8 +106,9 @@ def _time_clip(gang: Gang, model: LoadedModel, visit: Visit, todo: Todo) -> Time
     clip = decode_clip_on_gang(gang, model, denoised, request)
     decoded = time.monotonic()
     if clip is not None:
-        video = visit.scratch / f"{os.getpid()}.mp4"
-        write_video(clip.frames, video, request.fps, {"prompt": request.prompt})
+        output = model.checkpoint.model.output
+        video = visit.scratch / f"{os.getpid()}{output.suffix}"
+        output.write(clip.frames, video, request, {"prompt": request.prompt})
         video.unlink()
     ended = time.monotonic()
     mine = [decode_began - began, decoded - decode_began, ended - decoded, ended - began, attention.exchange_s]

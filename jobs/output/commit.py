@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cineray.jobs.output.folder import OutputFolder
 from cineray.jobs.output.own_files import kind_of
 from cineray.jobs.output.record import checked_record, clip_timings, read_record
-from cineray.pipeline.media.video import VideoError, count_frames, read_metadata, write_video
+from cineray.pipeline.media.video import VideoError
 from cineray.pipeline.request import ClipRequest, InputError
 
 if TYPE_CHECKING:  # a driver on Ray reads records, and does without torch
@@ -72,8 +72,8 @@ def find_clip(folder: OutputFolder, request: ClipRequest, fingerprint: str) -> d
     if proof and found["sha256"] != proof["sha256"]:
         return Doubt("its bytes are not those that were written")
     if not proof:
-        tag = read_metadata(video)
-        fault = _fault(video, tag, request)
+        tag = folder.output.metadata(video)
+        fault = _fault(folder, video, tag, request)
         if fault is not None:
             return Doubt(fault)
         record = record or tag
@@ -132,7 +132,7 @@ def _write_and_commit(
     sidecar, trace = video.with_suffix(".json"), video.with_suffix(".trace.json")
     is_committed = False
     with folder.new_video(request) as temporary:
-        write_video(clip.frames, temporary, request.fps, record, lossless)
+        folder.output.write(clip.frames, temporary, request, record, lossless)
         proof = _proof_of(temporary, is_flushed=True)
         try:
             if clip.trace is not None:
@@ -192,14 +192,10 @@ def _proof_of(video: Path, is_flushed: bool = False) -> dict[str, Any]:
     return {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns, "sha256": digest.hexdigest()}
 
 
-def _fault(video: Path, tag: dict[str, Any], request: ClipRequest) -> str | None:
-    """Why a video is not the clip's whole one, going by what it shows and what its comment tag says."""
+def _fault(folder: OutputFolder, video: Path, tag: dict[str, Any], request: ClipRequest) -> str | None:
+    """Why a file is not the clip's whole one, going by what it shows and what its comment tag says."""
     try:
         checked_record(tag, video.with_suffix(".json"))
     except ValueError:
         return "it does not say that it is this clip"
-    try:
-        num_frames = count_frames(video)
-    except VideoError as error:
-        return f"it cannot be decoded: {error}"
-    return None if num_frames == request.num_frames else f"it has {num_frames} of {request.num_frames} frames"
+    return folder.output.fault(video, request)

@@ -36,6 +36,7 @@ from cineray.jobs.output.own_files import (
     require,
     write_all,
 )
+from cineray.pipeline.media.output import SUFFIXES, VIDEO, Output
 from cineray.pipeline.request import CLIP_ID, ClipRequest, InputError
 from cineray.text import shorten
 
@@ -51,10 +52,11 @@ _PROBE_BYTES = 4096  # a block: a full disk has none
 # the names that are made below and in `tensor_file`; `unique` ends or precedes the ending of every temporary one
 _UNIQUE = "[0-9a-f]{32}"
 _CLIP = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.[0-9a-f]{12}"  # ID.FINGERPRINT
-_VIDEO = re.compile(rf"{_CLIP}\.mp4")
+_ENDING = "(?:" + "|".join(map(re.escape, SUFFIXES)) + ")"
+_FINISHED = re.compile(_CLIP + _ENDING)
 _KEPT_OF_CLIP = re.compile(rf"{_CLIP}\.(safetensors|json)")
 _LEFTOVERS = {
-    ".tmp": re.compile(rf"(probe|events\.jsonl|.+\.json)\.{_UNIQUE}|.+\.{_UNIQUE}\.mp4"),
+    ".tmp": re.compile(rf"(probe|events\.jsonl|.+\.json)\.{_UNIQUE}|.+\.{_UNIQUE}{_ENDING}"),
     ".state/steps": re.compile(rf"{_CLIP}\.safetensors\.{_UNIQUE}\.tmp"),
     ".state/frames": re.compile(rf"{_CLIP}\.safetensors\.{_UNIQUE}\.tmp"),
     ".state/prompts": re.compile(rf"{_UNIQUE}\.safetensors(\.{_UNIQUE}\.tmp)?"),
@@ -71,13 +73,15 @@ class OutputFolder:
 
     Args:
         path: made if it does not exist.
+        output: the kind of file that its run writes; those of other runs may lie there too.
 
     Raises:
         OutputError: it cannot be made or written, or something that is not cineray's stands under a name that it uses.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, output: Output = VIDEO) -> None:
         self.path = path
+        self.output = output
         self.state = path / ".state"
         self._made: list[Path] = []
         refuse_early(path)
@@ -93,19 +97,19 @@ class OutputFolder:
             raise _unwritable(path, error) from None
 
     @classmethod
-    def existing(cls, path: Path) -> "OutputFolder":
+    def existing(cls, path: Path, output: Output = VIDEO) -> "OutputFolder":
         """A folder that another process has made.
 
         Raises:
             OutputError: it is there no more, or cannot be written.
         """
         folder = cls.__new__(cls)
-        folder.path, folder.state, folder._made = path, path / ".state", []
+        folder.path, folder.output, folder.state, folder._made = path, output, path / ".state", []
         with folder.translated_os_errors("a clip was rendered"), folder._opened(".tmp"):
             return folder
 
     def video_path(self, request: ClipRequest, fingerprint: str) -> Path:
-        return self.path / f"{_checked(request.id)}.{fingerprint}.mp4"
+        return self.path / f"{_checked(request.id)}.{fingerprint}{self.output.suffix}"
 
     def check(self, doing: str) -> None:
         """Looks at the folder, and writes a block: before a clip is denoised, and after one could not be written.
@@ -187,7 +191,7 @@ class OutputFolder:
             OutputError: the folder cannot be written.
         """
         with self.translated_os_errors(f"writing clip {request.id}"), self._opened(".tmp"):
-            temporary = self.path / ".tmp" / f"{_checked(request.id)}.{_unique()}.mp4"
+            temporary = self.path / ".tmp" / f"{_checked(request.id)}.{_unique()}{self.output.suffix}"
         try:
             yield temporary
         finally:
@@ -368,12 +372,12 @@ def is_video(entry: "os.PathLike[str]") -> bool:
         about = os.lstat(entry)
     except OSError:
         return False
-    return bool(_VIDEO.fullmatch(os.path.basename(entry))) and stat.S_ISREG(about.st_mode) and about.st_size > 0
+    return bool(_FINISHED.fullmatch(os.path.basename(entry))) and stat.S_ISREG(about.st_mode) and about.st_size > 0
 
 
 def clip_of(video: str) -> tuple[str, str] | None:
-    """(id, fingerprint) of a video, by its file's name; None where it has not the name of one."""
-    if not _VIDEO.fullmatch(video):
+    """(id, fingerprint) of a finished clip, by its file's name; None where it has not the name of one."""
+    if not _FINISHED.fullmatch(video):
         return None
     clip_id, fingerprint, _ = video.rsplit(".", 2)
     return clip_id, fingerprint

@@ -161,6 +161,8 @@ def clip_record(
         "guidance": request.guidance_scale,
         "image": request.image,
         **({} if shift is None else {"flow_shift": shift}),
+        **({} if request.guidance_scale_2 is None else {"guidance_2": request.guidance_scale_2}),
+        **({} if request.seconds is None else {"seconds": request.seconds}),
         "model": {
             "name": model.checkpoint.name,
             "pipeline": model.checkpoint.pipeline_class,

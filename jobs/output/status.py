@@ -17,6 +17,7 @@ from cineray.files import read_shaped
 from cineray.jobs.output.failure_record import FailureRecord, read_failure_record
 from cineray.jobs.output.folder import EARLIER_FAILURES, is_video
 from cineray.jobs.output.lease import MIN_TTL_S, current_lease, is_stale
+from cineray.pipeline.media.output import SUFFIXES
 from cineray.pipeline.request import InputError
 
 MAX_LISTED = 20  # failed clips that are shown to a person; --json has all
@@ -112,7 +113,7 @@ def read_status(folder: Path) -> FolderStatus:
     state = folder / ".state"
     try:
         videos = {
-            name.rsplit(".", 1)[0] for name in os.listdir(folder) if name.endswith(".mp4") and is_video(folder / name)
+            name.rsplit(".", 1)[0] for name in os.listdir(folder) if name.endswith(SUFFIXES) and is_video(folder / name)
         }
     except OSError as error:
         raise InputError(f"{folder} cannot be read: {error.strerror}; give a render's --out") from None

@@ -63,6 +63,7 @@ class _Record(BaseModel):
     height: int | None = None
     frames: int | None = None
     fps: int | None = None
+    seconds: float | None = None
     guidance: float | None = None
     image: str | None = None
     trace: _Trace
@@ -103,6 +104,7 @@ class ClipRow:
     height: int | None = None
     frames: int | None = None
     fps: int | None = None
+    seconds: float | None = None
     guidance: float | None = None
     image: str | None = None
     policy: str | None = None
@@ -130,7 +132,7 @@ def read_clips(
         events: of the folder's log: clips that failed in a run without gangs stand there alone.
     """
     names = sorted((name for name in os.listdir(folder) if is_video(folder / name)), key=natural)
-    unfinished = _unfinished(status, events, {name.removesuffix(".mp4") for name in names})[:MAX_CLIPS]
+    unfinished = _unfinished(status, events, {_stem(name) for name in names})[:MAX_CLIPS]
     shown = names[: MAX_CLIPS - len(unfinished)]
     done = []
     with progress_bar("clips", len(shown)) as on_clip:
@@ -165,8 +167,12 @@ def decisions_of(entries: Iterable[TraceEntry]) -> tuple[tuple[str, str], ...]:
 MAX_STEPS = 10_000  # ten times as many as a clip may have
 
 
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
 def _done(folder: Path, name: str, with_gammas: bool) -> ClipRow:
-    stem = name.removesuffix(".mp4")
+    stem = _stem(name)
     clip_id, fingerprint = stem.rsplit(".", 1)
     row = ClipRow(id=clip_id, fingerprint=fingerprint, status="done", video=name)
     try:
@@ -187,6 +193,7 @@ def _done(folder: Path, name: str, with_gammas: bool) -> ClipRow:
         height=record.height,
         frames=record.frames,
         fps=record.fps,
+        seconds=record.seconds,
         guidance=record.guidance,
         image=record.image,
         policy=record.trace.policy,

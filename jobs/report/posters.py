@@ -13,6 +13,7 @@ from pathlib import Path
 from cineray.jobs.report.clips import ClipRow
 from cineray.jobs.report.page import ProgressBar
 from cineray.pipeline.media.ffmpeg import VideoError
+from cineray.pipeline.media.output import VIDEO, output_of
 from cineray.pipeline.media.video import read_still
 
 MAX_POSTERS = 240  # ten pages of the gallery; on later ones the browser reads the first frame of what is shown
@@ -23,7 +24,7 @@ QUALITY = 55  # of WebP: a 192 x 108 still of a real scene then has 2 to 5 kB
 
 def posters_of(folder: Path, clips: Sequence[ClipRow], progress_bar: ProgressBar) -> dict[str, str]:
     """Data URIs by the names of videos; without those that cannot be read, or are too many."""
-    shown = [clip for clip in clips if clip.video is not None][:MAX_POSTERS]
+    shown = [clip for clip in clips if clip.video is not None and output_of(clip.video) == VIDEO][:MAX_POSTERS]
     found, num_chars = {}, 0
     if not shown:
         return found

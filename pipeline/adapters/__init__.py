@@ -1,28 +1,50 @@
 """What differs between models. A model is one file here and one line in `MODELS`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from cineray.pipeline.adapters import dit, flux, hunyuan_video, open_sora, stable_audio, wan
+from cineray.pipeline.adapters import dit, flux, hunyuan_image, hunyuan_video, open_sora, stable_audio, wan, wan22
 from cineray.pipeline.adapters.model import BlockLayout, KnownCheckpoint, Model
-from cineray.pipeline.adapters.protocol import Adapter, Branch, Denoising, Expert
+from cineray.pipeline.adapters.protocol import Adapter, Branch, Denoising, Expert, ModelConfigs
 
-Models = Mapping[str, Model]  # by the class of their transformer
+# By the class of their transformer, which decides how a transformer alone is cached. Of several with the same one the
+# later stand by their family; which of them renders a checkpoint, its pipeline's class and its configuration decide.
+Models = Mapping[str, Model]
 
 
 def by_transformer(*models: Model) -> Models:
     """A registry of these models, for what takes one in the place of `MODELS`."""
-    return {model.transformer: model for model in models}
+    found: dict[str, Model] = {}
+    for model in models:
+        found[model.transformer if model.transformer not in found else model.family] = model
+    return found
 
 
-def adapters_of(models: Models) -> dict[str, Adapter]:
-    """diffusers pipeline class -> rendering adapter."""
+def transformers_in(models: Iterable[Model]) -> list[str]:
+    """The transformer classes of these models, each once."""
+    return list(dict.fromkeys(model.transformer for model in models))
+
+
+def pipelines_of(models: Models) -> list[str]:
+    """The diffusers pipeline classes that are rendered."""
     every = (pair for model in models.values() for pair in model.pipelines.items())
-    return {pipeline: adapter for pipeline, adapter in every if adapter is not None}
+    return list(dict.fromkeys(pipeline for pipeline, adapter in every if adapter is not None))
 
 
-def model_of(pipeline: str, models: Models) -> Model:
-    """The model that a diffusers pipeline class renders with, one of `adapters_of`."""
-    return next(model for model in models.values() if model.pipelines.get(pipeline) is not None)
+def renderer_of(pipeline: str, configs: ModelConfigs, models: Models) -> tuple[Model, Adapter]:
+    """Who renders a checkpoint: of those that render its pipeline class, the one whose kind it is; else the first.
+
+    Args:
+        pipeline: one of `pipelines_of`.
+
+    Raises:
+        ValueError: the checkpoint is not supported; says why.
+    """
+    every = [(model, adapter) for model in models.values() if (adapter := model.pipelines.get(pipeline)) is not None]
+    model, adapter = next((pair for pair in every if pair[1].is_of_kind(configs)), every[0])
+    reason = adapter.unsupported(configs)
+    if reason is not None:
+        raise ValueError(reason)
+    return model, adapter.for_checkpoint(configs)
 
 
 def checkpoints_of(models: Models) -> dict[str, KnownCheckpoint]:
@@ -32,19 +54,22 @@ def checkpoints_of(models: Models) -> dict[str, KnownCheckpoint]:
 
 MODELS: Models = by_transformer(
     wan.MODEL,
+    wan22.EXPERTS,
+    wan22.PER_TOKEN,
     hunyuan_video.MODEL,
+    hunyuan_image.MODEL,
     flux.MODEL,
     dit.MODEL,
     stable_audio.MODEL,
     open_sora.MODEL,
 )
-ADAPTERS = adapters_of(MODELS)
+PIPELINES = pipelines_of(MODELS)
 KNOWN_MODELS = checkpoints_of(MODELS)
 
 __all__ = [
-    "ADAPTERS",
     "KNOWN_MODELS",
     "MODELS",
+    "PIPELINES",
     "Adapter",
     "BlockLayout",
     "Branch",
@@ -53,8 +78,9 @@ __all__ = [
     "KnownCheckpoint",
     "Model",
     "Models",
-    "adapters_of",
     "by_transformer",
     "checkpoints_of",
-    "model_of",
+    "pipelines_of",
+    "renderer_of",
+    "transformers_in",
 ]

@@ -5,7 +5,7 @@ from typing import Any
 
 from cineray.caching.plan import AnyPlan, ModelFacts, PolicyConfig
 from cineray.caching.spec import NAMES, POLICIES, CacheSpec, Policies, fits, parse_spec, resolve
-from cineray.pipeline.adapters import MODELS, Model, Models
+from cineray.pipeline.adapters import MODELS, Model, Models, transformers_in
 
 
 def policies_for(model: Model) -> list[str]:
@@ -33,7 +33,8 @@ def plan_cache(
     if isinstance(spec, CacheSpec) and spec.name == "none":
         return None
     if transformer_class not in models:
-        raise ValueError(f"cache: {transformer_class} is not supported; supported: {', '.join(models)}")
+        supported = ", ".join(transformers_in(models.values()))
+        raise ValueError(f"cache: {transformer_class} is not supported; supported: {supported}")
     model = models[transformer_class]
     if isinstance(spec, CacheSpec) and not fits(spec.name, model.presets, policies):
         families = ", ".join(other.family for other in models.values() if spec.name in other.presets)

@@ -41,6 +41,7 @@ class Component:
     Args:
         name: in model_index.json, and of its folder.
         library: that its class is taken from; nothing else is imported for a checkpoint.
+        index_library: what model_index.json calls the library, where that is another name.
         classes: class name -> what its configuration must be like; None where no file is looked at.
         is_optional: it may be null.
         file: its configuration.
@@ -52,11 +53,17 @@ class Component:
     name: str
     library: Literal["diffusers", "transformers"]
     classes: dict[str, type[ComponentConfig] | None]
+    index_library: str | None = None
     is_optional: bool = False
     file: str = "config.json"
     weights: str | None = None
     layers: tuple[tuple[str, str], ...] = ()
     nested: str | None = None
+
+    @property
+    def named_library(self) -> str:
+        """The library by its name in model_index.json."""
+        return self.index_library or self.library
 
 
 def diffusers_model(
@@ -76,6 +83,53 @@ _TOKENIZERS = (
 
 def tokenizer(name: str) -> Component:
     return Component(name=name, library="transformers", classes=dict.fromkeys(_TOKENIZERS))
+
+
+class T5Fields(ComponentConfig):
+    """What a T5 encoder and its descendants say alike."""
+
+    d_model: Dim = 512
+    d_kv: Dim = 64
+    d_ff: Dim = 1024
+    num_layers: Layers = 8
+    num_heads: Heads = 6
+    vocab_size: Vocabulary = 250112
+    relative_attention_num_buckets: Annotated[int, Field(ge=4, le=65536, multiple_of=2)] = 32
+    relative_attention_max_distance: Annotated[int, Field(ge=1, le=2**20)] = 128
+    dropout_rate: Rate = 0.1
+    layer_norm_epsilon: Epsilon = 1e-6
+    feed_forward_proj: str = "gated-gelu"
+
+    @model_validator(mode="after")
+    def _buckets(self) -> T5Fields:
+        least = self.relative_attention_num_buckets // 4
+        if self.relative_attention_max_distance <= least:
+            raise ValueError(
+                f"relative_attention_max_distance must be above {least}, a quarter of its buckets, "
+                f"got {self.relative_attention_max_distance}"
+            )
+        return self
+
+
+class T5Config(T5Fields):
+    """Configuration of a T5EncoderModel."""
+
+    model_type: Literal["t5"] = "t5"
+    d_ff: Dim = 2048
+    num_layers: Layers = 6
+    num_heads: Heads = 8
+    vocab_size: Vocabulary = 32128
+    feed_forward_proj: str = "relu"
+
+
+def t5_encoder(name: str, kind: str = "T5EncoderModel", config: type[ComponentConfig] = T5Config) -> Component:
+    return Component(
+        name=name,
+        library="transformers",
+        classes={kind: config},
+        weights="model",
+        layers=(("num_layers", r"encoder\.block\.(\d{1,9})\."),),
+    )
 
 
 class CLIPTextConfig(ComponentConfig):
@@ -125,12 +179,45 @@ def divides(whole_name: str, whole: int, part_name: str, part: int) -> None:
         raise ValueError(f"{whole_name} must be a multiple of {part_name} {part}, got {whole}")
 
 
-class FlowMatchEulerConfig(ComponentConfig):
-    """FlowMatchEulerDiscreteScheduler. Neither pipeline says the `mu` of a dynamic shift, and noise needs a seed."""
+class AutoencoderKLConfig(ComponentConfig):
+    """AutoencoderKL: the VAE of a picture."""
 
-    num_train_timesteps: Annotated[int, Field(ge=1, le=100_000)] = 1000
+    in_channels: Literal[3] = 3
+    out_channels: Literal[3] = 3
+    latent_channels: Channels = 4
+    down_block_types: list[Literal["DownEncoderBlock2D"]] = ["DownEncoderBlock2D"]
+    up_block_types: list[Literal["UpDecoderBlock2D"]] = ["UpDecoderBlock2D"]
+    block_out_channels: Annotated[list[Dim], Field(min_length=1, max_length=10)] = [64]
+    layers_per_block: Small = 1
+    act_fn: str = "silu"
+    norm_num_groups: Dim = 32
+    scaling_factor: Positive = 0.18215
+    shift_factor: float | None = None
+    latents_mean: None = None
+    latents_std: None = None
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    @model_validator(mode="after")
+    def _blocks(self) -> AutoencoderKLConfig:
+        for name in ("down_block_types", "up_block_types"):
+            if len(getattr(self, name)) != len(self.block_out_channels):
+                raise ValueError(f"{name} must have one entry for each of block_out_channels")
+        for channels in self.block_out_channels:
+            divides("block_out_channels", channels, "norm_num_groups", self.norm_num_groups)
+        return self
+
+    @property
+    def scale_factor(self) -> int:
+        """Pixels along a side of a latent."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class FlowMatchFields(ComponentConfig):
+    """FlowMatchEulerDiscreteScheduler, whatever shifts its steps; noise would need a seed."""
+
     shift: Positive = 1.0
-    use_dynamic_shifting: Literal[False] = False
     stochastic_sampling: Literal[False, None] = False
     base_shift: float | None = 0.5
     max_shift: float | None = 1.15
@@ -144,9 +231,16 @@ class FlowMatchEulerConfig(ComponentConfig):
     time_shift_type: Literal["exponential", "linear"] = "exponential"
 
     @model_validator(mode="after")
-    def _one_kind_of_sigmas(self) -> FlowMatchEulerConfig:
+    def _one_kind_of_sigmas(self) -> FlowMatchFields:
         one_kind_of_sigmas(self)
         return self
+
+
+class FlowMatchEulerConfig(FlowMatchFields):
+    """The same for a pipeline that does not say the `mu` of a dynamic shift."""
+
+    num_train_timesteps: Annotated[int, Field(ge=1, le=100_000)] = 1000
+    use_dynamic_shifting: Literal[False] = False
 
 
 class MultistepFlowConfig(ComponentConfig):

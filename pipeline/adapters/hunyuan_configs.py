@@ -11,6 +11,7 @@ from cineray.pipeline.adapters.component import (
     MAX_LAYERS,
     Channels,
     CLIPTextConfig,
+    CLIPVisionConfig,
     Component,
     ComponentConfig,
     Dim,
@@ -27,11 +28,12 @@ from cineray.pipeline.adapters.component import (
     tokenizer,
 )
 
+IMAGE_PATCHES = 24  # along a side; image_emb_len 576 in pipeline_hunyuan_video_image2video.py
 Even = Annotated[int, Field(ge=2, le=4096, multiple_of=2)]
 
 
-class HunyuanTransformerConfig(ComponentConfig):
-    """HunyuanVideoTransformer3DModel."""
+class HunyuanTransformerFields(ComponentConfig):
+    """HunyuanVideoTransformer3DModel, whatever it is conditioned on."""
 
     in_channels: Channels = 16
     out_channels: Channels = 16
@@ -49,15 +51,26 @@ class HunyuanTransformerConfig(ComponentConfig):
     pooled_projection_dim: Dim = 768
     rope_theta: Positive = 256.0
     rope_axes_dim: Annotated[list[Even], Field(min_length=3, max_length=3)] = [16, 56, 56]  # noqa: RUF012 (frozen)
-    image_condition_type: None = None  # text in image-to-video checkpoints, which other pipelines render
 
     @model_validator(mode="after")
-    def _rotary(self) -> HunyuanTransformerConfig:
+    def _rotary(self) -> HunyuanTransformerFields:
         if sum(self.rope_axes_dim) != self.attention_head_dim:
             raise ValueError(
                 f"rope_axes_dim must sum up to attention_head_dim {self.attention_head_dim}, got {self.rope_axes_dim}"
             )
         return self
+
+
+class HunyuanTransformerConfig(HunyuanTransformerFields):
+    """The one of text to video."""
+
+    image_condition_type: None = None  # text in image-to-video checkpoints, which another pipeline renders
+
+
+class HunyuanImageTransformerConfig(HunyuanTransformerFields):
+    """The one of image to video."""
+
+    image_condition_type: Literal["latent_concat", "token_replace"]
 
 
 class HunyuanVAEConfig(ComponentConfig):
@@ -122,8 +135,68 @@ class LlamaConfig(ComponentConfig):
         return self
 
 
-COMPONENTS = (
-    tokenizer("tokenizer"),
+class LlavaVisionConfig(CLIPVisionConfig):
+    """The vision tower's: the pipeline counts on 24 x 24 of its patches."""
+
+    @model_validator(mode="after")
+    def _patches(self) -> LlavaVisionConfig:
+        if self.image_size // self.patch_size != IMAGE_PATCHES:
+            raise ValueError(
+                f"image_size must be {IMAGE_PATCHES} times patch_size {self.patch_size}, got {self.image_size}"
+            )
+        return self
+
+
+class LlavaConfig(ComponentConfig):
+    """Configuration of a LlavaForConditionalGeneration."""
+
+    model_type: Literal["llava"] = "llava"
+    text_config: LlamaConfig
+    vision_config: LlavaVisionConfig
+    image_token_index: Annotated[int, Field(ge=0, le=2**24)]
+    pad_token_id: Annotated[int, Field(ge=0, le=2**24)]
+    vision_feature_select_strategy: Literal["default"] = "default"  # all patches, without the class token
+
+    @property
+    def hidden_size(self) -> int:
+        return self.text_config.hidden_size
+
+
+def _components(text_encoder: Component, transformer: type[ComponentConfig], *more: Component) -> tuple[Component, ...]:
+    return (
+        tokenizer("tokenizer"),
+        text_encoder,
+        tokenizer("tokenizer_2"),
+        Component(
+            name="text_encoder_2",
+            library="transformers",
+            classes={"CLIPTextModel": CLIPTextConfig},
+            weights="model",
+            layers=(("num_hidden_layers", r"(?:text_model\.)?encoder\.layers\.(\d{1,9})\."),),
+            nested="text_config",
+        ),
+        diffusers_model("vae", "AutoencoderKLHunyuanVideo", HunyuanVAEConfig),
+        diffusers_model(
+            "transformer",
+            "HunyuanVideoTransformer3DModel",
+            transformer,
+            (
+                ("num_layers", r"transformer_blocks\.(\d{1,9})\."),
+                ("num_single_layers", r"single_transformer_blocks\.(\d{1,9})\."),
+                ("num_refiner_layers", r"context_embedder\.token_refiner\.refiner_blocks\.(\d{1,9})\."),
+            ),
+        ),
+        Component(
+            name="scheduler",
+            library="diffusers",
+            classes={"FlowMatchEulerDiscreteScheduler": FlowMatchEulerConfig},
+            file="scheduler_config.json",
+        ),
+        *more,
+    )
+
+
+COMPONENTS = _components(
     Component(
         name="text_encoder",
         library="transformers",
@@ -131,45 +204,46 @@ COMPONENTS = (
         weights="model",
         layers=(("num_hidden_layers", r"(?:model\.)?layers\.(\d{1,9})\."),),
     ),
-    tokenizer("tokenizer_2"),
+    HunyuanTransformerConfig,
+)
+IMAGE_TO_VIDEO = _components(
     Component(
-        name="text_encoder_2",
+        name="text_encoder",
         library="transformers",
-        classes={"CLIPTextModel": CLIPTextConfig},
+        classes={"LlavaForConditionalGeneration": LlavaConfig},
         weights="model",
-        layers=(("num_hidden_layers", r"(?:text_model\.)?encoder\.layers\.(\d{1,9})\."),),
-        nested="text_config",
     ),
-    diffusers_model("vae", "AutoencoderKLHunyuanVideo", HunyuanVAEConfig),
-    diffusers_model(
-        "transformer",
-        "HunyuanVideoTransformer3DModel",
-        HunyuanTransformerConfig,
-        (
-            ("num_layers", r"transformer_blocks\.(\d{1,9})\."),
-            ("num_single_layers", r"single_transformer_blocks\.(\d{1,9})\."),
-            ("num_refiner_layers", r"context_embedder\.token_refiner\.refiner_blocks\.(\d{1,9})\."),
-        ),
-    ),
+    HunyuanImageTransformerConfig,
     Component(
-        name="scheduler",
-        library="diffusers",
-        classes={"FlowMatchEulerDiscreteScheduler": FlowMatchEulerConfig},
-        file="scheduler_config.json",
+        name="image_processor",
+        library="transformers",
+        classes=dict.fromkeys(("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil")),
     ),
 )
 
 
 def misfit(parts: Mapping[str, Any]) -> str | None:
-    """Where two parts of a checkpoint do not fit, in one phrase; None if all do.
+    """Where two parts of a text-to-video checkpoint do not fit, in one phrase; None if all do.
 
     Args:
         parts: name -> configuration.
     """
+    return _misfit(parts, parts["vae"].latent_channels, "as the VAE's latent_channels")
+
+
+def image_misfit(parts: Mapping[str, Any]) -> str | None:
+    """The same of an image-to-video checkpoint."""
+    if parts["transformer"].image_condition_type == "token_replace":
+        return misfit(parts)
+    # the picture's latents and a mask stand beside the noise
+    return _misfit(parts, 2 * parts["vae"].latent_channels + 1, "twice the VAE's latent_channels and one")
+
+
+def _misfit(parts: Mapping[str, Any], in_channels: int, why: str) -> str | None:
     transformer, channels = parts["transformer"], parts["vae"].latent_channels
     pooled = parts["text_encoder_2"].hidden_size
     for name, wanted, because in (
-        ("in_channels", channels, "as the VAE's latent_channels"),
+        ("in_channels", in_channels, why),
         ("out_channels", channels, "as the VAE's latent_channels"),
         ("text_embed_dim", parts["text_encoder"].hidden_size, "as the text encoder's hidden_size"),
         ("pooled_projection_dim", pooled, "as the second text encoder's hidden_size"),

@@ -53,8 +53,18 @@ class HunyuanVideo:
     vae_dtype = "float16"  # Tencent's sample_video.py, --vae-precision; diffusers' example too
     tiles_on_gpus = True  # 37 GB at 720p, 2.7 GB a tile (docs/real_size.md); diffusers' example
     components = hunyuan_configs.COMPONENTS
+    index_tables = ()
 
     misfit = staticmethod(hunyuan_configs.misfit)
+
+    def for_checkpoint(self, _configs: ModelConfigs, /) -> HunyuanVideo:
+        return self
+
+    def prompt_problem(self, _prompt: str, /) -> str | None:
+        return None
+
+    def is_of_kind(self, _configs: ModelConfigs, /) -> bool:
+        return True
 
     def unsupported(self, _configs: ModelConfigs, /) -> str | None:
         return None
@@ -118,16 +128,8 @@ class HunyuanVideo:
 
         device, dtype = pipe._execution_device, pipe.transformer.dtype
         scheduler, timesteps = self.schedule(pipe, request)
-        text, mask = encoded["text"], encoded["mask"]
-        trims = device.type != "cpu"  # on a CPU clips equal those of diffusers' pipeline bit for bit
-        if trims:
-            text, mask = without_padding(text, mask)
-        kwargs = {
-            "encoder_hidden_states": text.to(device, dtype),
-            "encoder_attention_mask": mask.to(device, dtype),
-            "pooled_projections": encoded["pooled"].to(device, dtype),
-            "guidance": torch.tensor([request.guidance_scale], dtype=dtype, device=device) * 1000.0,
-        }
+        kwargs, trims = text_arguments(pipe, encoded)
+        kwargs["guidance"] = torch.tensor([request.guidance_scale], dtype=dtype, device=device) * 1000.0
         return Denoising(
             latents=draw_noise(pipe, request, pipe.transformer.config.in_channels, generator),
             scheduler=scheduler,
@@ -143,6 +145,21 @@ class HunyuanVideo:
     ) -> torch.Tensor:
         latents = latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
         return pipe.vae.decode(latents, return_dict=False)[0]
+
+
+def text_arguments(pipe: Any, encoded: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], bool]:
+    """(what the transformer is told of the text, whether its padding was left out)."""
+    device, dtype = pipe._execution_device, pipe.transformer.dtype
+    text, mask = encoded["text"], encoded["mask"]
+    trims = device.type != "cpu"  # on a CPU clips equal those of diffusers' pipeline bit for bit
+    if trims:
+        text, mask = without_padding(text, mask)
+    arguments = {
+        "encoder_hidden_states": text.to(device, dtype),
+        "encoder_attention_mask": mask.to(device, dtype),
+        "pooled_projections": encoded["pooled"].to(device, dtype),
+    }
+    return arguments, trims
 
 
 def without_padding(text: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 from cineray.caching.plan import PolicyConfig
 from cineray.caching.policy import Signal
 from cineray.pipeline.adapters.protocol import Adapter
+from cineray.pipeline.media.output import VIDEO, Output
 
 SHIPPED = Path(__file__).resolve().parents[1] / "checkpoints"
 TINY_CLIP = {"width": 64, "height": 64, "num_frames": 17, "fps": 8}  # what the tiny checkpoints were trained on
@@ -101,6 +102,7 @@ class Model:
         branches: the guidance branches of a step, in the order in which the model's own pipeline makes them.
         stacked: they stand one after the other in the batch of one call; else each has a call of its own.
         sharded: how its tokens are sharded over a gang's ranks; None where they cannot be.
+        output: what its clips are.
         pipelines: diffusers pipeline class -> rendering adapter, or None where cineray caches but does not render.
         presets: by the name of a cache policy, the options that its authors give it for this model.
         signals: what TeaCache may judge by, and where it is read; the second one comes with its `ret_steps`.
@@ -109,6 +111,7 @@ class Model:
         pixel_fields: of a request that change this model's pixels and no other's, such as "fps".
         encoder_parts: components of the pipeline that `Adapter.encode` alone needs.
         denoiser_parts: components that the denoising loop alone needs.
+        read_parts: components whose configuration the pipeline's constructor reads, though they stay out of memory.
         decoder_parts: components that `Adapter.decode` needs, and `encode` may.
         checkpoints: name on the command line -> checkpoint.
     """
@@ -119,6 +122,7 @@ class Model:
     branches: tuple[str, ...]
     stacked: bool = False
     sharded: ShardedArguments | None = None
+    output: Output = VIDEO
     pipelines: Mapping[str, Adapter | None]
     presets: Mapping[str, PolicyConfig] = field(default_factory=dict)
     signals: Mapping[Signal, SignalSource] = field(default_factory=dict)
@@ -127,4 +131,5 @@ class Model:
     encoder_parts: tuple[str, ...] = ("text_encoder",)
     denoiser_parts: tuple[str, ...] = ("transformer",)
     decoder_parts: tuple[str, ...] = ("vae",)
+    read_parts: tuple[str, ...] = ("vae",)
     checkpoints: Mapping[str, KnownCheckpoint] = field(default_factory=dict)

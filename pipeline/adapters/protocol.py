@@ -1,7 +1,8 @@
 """The seam between the denoising loop and a model: `Adapter` says what is particular to it, `Denoising` is what the
 loop gets.
 
-Letters: B batch (1), C latent channels, F latent frames, H W latent height and width.
+Letters: B batch (1), C latent channels, F latent frames, H W latent height and width. FLUX.1's latents are packed,
+[B, S, C]; a picture's have no frames, [B, C, H, W]; a sound's [B, C, F].
 """
 
 from __future__ import annotations
@@ -45,7 +46,11 @@ class Expert:
     guidance_scale: float = 1.0
 
 
-# (each branch's output [B, C, F, H, W] in the order of the branches, guidance scale) -> the step's model output
+# (latents, the step's timestep [], the clip's own scheduler) -> (hidden states and timestep that a transformer takes)
+ModelInput = Callable[["torch.Tensor", "torch.Tensor", Any], tuple["torch.Tensor", "torch.Tensor"]]
+# (the scheduler, the step's model output, its timestep [], latents) -> the next latents
+Advance = Callable[[Any, "torch.Tensor", "torch.Tensor", "torch.Tensor"], "torch.Tensor"]
+# (each branch's output, as the latents, in the order of the branches, guidance scale) -> the step's model output
 Combine = Callable[[Sequence["torch.Tensor"], float], "torch.Tensor"]
 
 
@@ -55,18 +60,27 @@ def classifier_free(outputs: Sequence[torch.Tensor], guidance_scale: float) -> t
     return uncond[0] + guidance_scale * (cond - uncond[0]) if uncond else cond
 
 
+def scheduler_step(scheduler: Any, output: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """The scheduler's own step."""
+    return scheduler.step(output, timestep, latents, return_dict=False)[0]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Denoising:
     """One clip before its first step: all that the loop needs; replicated on every rank. The loop changes none of it.
 
     Args:
-        latents: noise [B, C, F, H, W] float32.
+        latents: noise [B, ...] float32, in whatever shape the model's loop has them, such as [B, C, F, H, W].
         scheduler: the clip's own, with its timesteps; has not stepped.
         timesteps: [number of steps].
-        branches: the conditional branch first, then the unconditional one if there is guidance.
+        branches: the conditional branch first, then the unconditional one if there is guidance; one alone where both
+            stand in the batch of one call.
         experts: by first step, the first one from step 0; of two with the same first step the later one denoises.
         channel_condition: [B, C', F, H, W] concatenated to the latents along channels at each step, or None.
+        model_input: what the transformer takes; None: latents and `channel_condition`, and a timestep for each row.
         combine: makes one output of those of the branches.
+        advance: the scheduler's step.
+        finish: what becomes of the latents of the last step.
         hides_text: some text tokens are padding, which the blocks' attention must not see; else they get no mask.
     """
 
@@ -76,7 +90,10 @@ class Denoising:
     branches: tuple[Branch, ...]
     experts: tuple[Expert, ...]
     channel_condition: torch.Tensor | None = None
+    model_input: ModelInput | None = None
     combine: Combine = classifier_free
+    advance: Advance = scheduler_step
+    finish: Callable[[torch.Tensor], torch.Tensor] | None = None
     hides_text: bool = True
 
     def __post_init__(self) -> None:
@@ -100,14 +117,17 @@ class Denoising:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Defaults:
-    """What a family renders when nothing is asked for: its authors' values."""
+    """What a family renders when nothing is asked for: its authors' values; 1 for what it does not know."""
 
-    width: int
-    height: int
-    num_frames: int
-    fps: int
+    width: int = 1
+    height: int = 1
+    num_frames: int = 1
+    fps: int = 1
     num_inference_steps: int = 50
     guidance_scale: float
+    guidance_scale_2: float | None = None
+    flow_shift: float | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,25 +140,48 @@ class ModelConfigs:
 
 
 class Adapter(Protocol):
-    """One per model family; holds no state."""
+    """One per pipeline class; holds nothing but what a checkpoint's configuration says (`for_checkpoint`)."""
 
-    defaults: Defaults
+    @property
+    def defaults(self) -> Defaults: ...
+
+    @property
+    def index_tables(self) -> tuple[str, ...]:
+        """Entries of model_index.json that hold tables of settings, no components."""
+        ...
+
     tiles_on_gpus: bool  # its VAE decodes in tiles on a GPU unless told not to: whole clips do not fit beside the rest
     vae_dtype: str  # in which its authors decode: "float32" or "float16"
     components: tuple[Component, ...]  # of its pipeline
+
+    def is_of_kind(self, configs: ModelConfigs, /) -> bool:
+        """Whether a checkpoint is one of those that this adapter is for; other models may have its pipeline class."""
+        ...
+
+    def for_checkpoint(self, configs: ModelConfigs, /) -> Adapter:
+        """This adapter as it is for one checkpoint: where those of one pipeline class differ, by their configuration.
+
+        Raises:
+            ValueError: the configuration cannot be used.
+        """
+        ...
 
     def misfit(self, parts: Mapping[str, Any]) -> str | None:
         """Where the configurations of two components (name -> configuration) do not fit together, or None."""
         ...
 
     def unsupported(self, configs: ModelConfigs, /) -> str | None:
-        """Why this checkpoint of the family cannot be rendered, or None."""
+        """Why this checkpoint of its kind cannot be rendered, or None."""
         ...
 
-    def size_rule(self, configs: ModelConfigs) -> SizeRule: ...
+    def size_rule(self, configs: ModelConfigs, /) -> SizeRule: ...
 
-    def num_tokens(self, configs: ModelConfigs, request: ClipRequest) -> int:
-        """Image tokens of a clip, on all ranks together."""
+    def prompt_problem(self, prompt: str, /) -> str | None:
+        """Why a prompt cannot be rendered, in one phrase, or None."""
+        ...
+
+    def num_tokens(self, configs: ModelConfigs, request: ClipRequest, /) -> int:
+        """Tokens of a clip, on all ranks together."""
         ...
 
     def effective(self, request: ClipRequest) -> ClipRequest:
@@ -149,7 +192,7 @@ class Adapter(Protocol):
         """What the request says and the pixels do not show, a sentence for each."""
         ...
 
-    def cut_prompts(self, pipe: DiffusionPipeline, request: ClipRequest) -> list[str]:
+    def cut_prompts(self, pipe: DiffusionPipeline, request: ClipRequest, /) -> list[str]:
         """What of its prompts the text encoders do not read, a sentence for each; takes the pipeline's tokenizers."""
         ...
 
@@ -157,7 +200,7 @@ class Adapter(Protocol):
         """All of the request that `encode` makes its table of, as plain values: equal ones, equal tables."""
         ...
 
-    def encode(self, pipe: DiffusionPipeline, request: ClipRequest) -> dict[str, torch.Tensor]:
+    def encode(self, pipe: DiffusionPipeline, request: ClipRequest, /) -> dict[str, torch.Tensor]:
         """What the encoders make of the request: a flat table that can be written and read elsewhere.
 
         Needs no transformer; it may run in another process than `start`. In float32 or the encoders' own type.
@@ -190,7 +233,8 @@ class Adapter(Protocol):
     def decode(
         self, pipe: DiffusionPipeline, request: ClipRequest, latents: torch.Tensor, generator: torch.Generator, /
     ) -> torch.Tensor:
-        """Latents [B, C, F, H, W] -> video [B, 3, num_frames, height, width] in [-1, 1]. Needs no transformer.
+        """Latents -> video [B, 3, num_frames, height, width] in [-1, 1], of a picture with one frame, or sound
+        [B, channels, number of samples] in [-1, 1]. Needs no transformer.
 
         Args:
             generator: on the CPU, with the clip's seed; a new one, whatever `start` has drawn.
@@ -269,7 +313,8 @@ def new_schedule(
     if num_inference_steps is not None:
         how["num_inference_steps"] = num_inference_steps
     scheduler.set_timesteps(device=pipe._execution_device, **how)
-    scheduler.set_begin_index(0)
+    if hasattr(scheduler, "set_begin_index"):  # DDIM's step needs none
+        scheduler.set_begin_index(0)
     return scheduler, scheduler.timesteps
 
 

@@ -27,6 +27,7 @@ from cineray.pipeline.adapters.model import (
     TimestepArgument,
 )
 from cineray.pipeline.adapters.protocol import (
+    Adapter,
     Branch,
     Defaults,
     Denoising,
@@ -71,10 +72,14 @@ def _num_tokens(configs: ModelConfigs, request: ClipRequest) -> int:
     return ((request.num_frames - 1) // time + 1) * (request.height // space) * (request.width // space)
 
 
-def _unsupported(configs: ModelConfigs) -> str | None:
+def _unsupported(configs: ModelConfigs, /) -> str | None:
     if configs.index.get("boundary_ratio") is not None or configs.index.get("expand_timesteps"):
-        return "it is a Wan 2.2 checkpoint (two transformers or per-token timesteps); Wan 2.1 checkpoints work"
+        return "it is a Wan 2.2 checkpoint (two transformers or per-token timesteps)"
     return None
+
+
+def _is_of_kind(configs: ModelConfigs, /) -> bool:
+    return _unsupported(configs) is None
 
 
 def _loaded(pipe: Any, device: str) -> None:
@@ -109,7 +114,7 @@ def _decode(pipe: Any, _request: ClipRequest, latents: torch.Tensor, _generator:
     return vae.decode(latents / inverse_std + mean, return_dict=False)[0]
 
 
-def _effective(request: ClipRequest) -> ClipRequest:
+def effective(request: ClipRequest) -> ClipRequest:
     """Without guidance its scale and the negative prompt do nothing; an empty negative prompt is none."""
     request = replace(request, flow_shift=_flow_shift(request))
     if request.guidance_scale <= 1.0:
@@ -130,7 +135,7 @@ def _cut_prompts(pipe: Any, request: ClipRequest) -> list[str]:
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
     found = []
-    for name, text in (("prompt", request.prompt), ("negative prompt", _effective(request).negative_prompt)):
+    for name, text in (("prompt", request.prompt), ("negative prompt", effective(request).negative_prompt)):
         if text:
             found += cut_message(pipe.tokenizer, name, prompt_clean(text), TEXT_LIMIT)
     return found
@@ -138,7 +143,7 @@ def _cut_prompts(pipe: Any, request: ClipRequest) -> list[str]:
 
 def _prompt_inputs(request: ClipRequest) -> dict[str, Any]:
     """What `encode_prompt` is called with, but for the device."""
-    request = _effective(request)
+    request = effective(request)
     return {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
@@ -202,7 +207,7 @@ def encode_picture(pipe: Any, request: ClipRequest) -> dict[str, torch.Tensor]:
     if pipe.image_encoder is not None and pipe.image_processor is not None:
         encoded["image"] = pipe.encode_image(image, device)
     pixels = pipe.video_processor.preprocess(image, height=request.height, width=request.width)
-    _, encoded["condition"] = pipe.prepare_latents(
+    made = pipe.prepare_latents(
         pixels.to(device, dtype=torch.float32),
         1,
         pipe.vae.config.z_dim,
@@ -213,6 +218,7 @@ def encode_picture(pipe: Any, request: ClipRequest) -> dict[str, torch.Tensor]:
         device,
         latents=torch.zeros(()),  # else it would draw the noise
     )
+    encoded["condition"] = made[1]  # behind the latents; before a mask, where timesteps stand per token
     return encoded
 
 
@@ -222,11 +228,13 @@ class WanTextToVideo:
     vae_dtype = "float32"  # diffusers 0.42, pipeline_wan.py, the example
     tiles_on_gpus = False
     components = wan_configs.TEXT_TO_VIDEO
+    index_tables = ()
 
     misfit = staticmethod(partial(wan_configs.misfit, takes_image=False))
+    is_of_kind = staticmethod(_is_of_kind)
     unsupported = staticmethod(_unsupported)
     num_tokens = staticmethod(_num_tokens)
-    effective = staticmethod(_effective)
+    effective = staticmethod(effective)
     unused = staticmethod(_unused)
     cut_prompts = staticmethod(_cut_prompts)
     encode_inputs = staticmethod(_prompt_inputs)
@@ -234,6 +242,12 @@ class WanTextToVideo:
     loaded = staticmethod(_loaded)
     schedule = staticmethod(_schedule)
     decode = staticmethod(_decode)
+
+    def for_checkpoint(self, _configs: ModelConfigs, /) -> Adapter:
+        return self
+
+    def prompt_problem(self, _prompt: str, /) -> str | None:
+        return None
 
     def size_rule(self, configs: ModelConfigs) -> SizeRule:
         return _size_rule(configs, takes_image=False)
@@ -251,16 +265,24 @@ class WanImageToVideo:
     vae_dtype = "float32"  # diffusers 0.42, pipeline_wan.py, the example
     tiles_on_gpus = False
     components = wan_configs.IMAGE_TO_VIDEO
+    index_tables = ()
 
     misfit = staticmethod(partial(wan_configs.misfit, takes_image=True))
+    is_of_kind = staticmethod(_is_of_kind)
     unsupported = staticmethod(_unsupported)
     num_tokens = staticmethod(_num_tokens)
-    effective = staticmethod(_effective)
+    effective = staticmethod(effective)
     unused = staticmethod(_unused)
     cut_prompts = staticmethod(_cut_prompts)
     loaded = staticmethod(_loaded)
     schedule = staticmethod(_schedule)
     decode = staticmethod(_decode)
+
+    def for_checkpoint(self, _configs: ModelConfigs, /) -> Adapter:
+        return self
+
+    def prompt_problem(self, _prompt: str, /) -> str | None:
+        return None
 
     def size_rule(self, configs: ModelConfigs) -> SizeRule:
         return _size_rule(configs, takes_image=True)

@@ -21,8 +21,9 @@ from cineray.pipeline.adapters.component import (
     Positive,
     Rate,
     Small,
-    Vocabulary,
+    T5Fields,
     diffusers_model,
+    t5_encoder,
     tokenizer,
 )
 
@@ -99,43 +100,16 @@ class WanVAEConfig(ComponentConfig):
         return self
 
 
-class UMT5Config(ComponentConfig):
+class UMT5Config(T5Fields):
     """Configuration of a UMT5EncoderModel."""
 
     model_type: Literal["umt5"] = "umt5"
-    d_model: Dim = 512
-    d_kv: Dim = 64
-    d_ff: Dim = 1024
-    num_layers: Layers = 8
-    num_heads: Heads = 6
-    vocab_size: Vocabulary = 250112
-    relative_attention_num_buckets: Annotated[int, Field(ge=4, le=65536, multiple_of=2)] = 32
-    relative_attention_max_distance: Annotated[int, Field(ge=1, le=2**20)] = 128
-    dropout_rate: Rate = 0.1
-    layer_norm_epsilon: Epsilon = 1e-6
-    feed_forward_proj: str = "gated-gelu"
-
-    @model_validator(mode="after")
-    def _buckets(self) -> UMT5Config:
-        least = self.relative_attention_num_buckets // 4
-        if self.relative_attention_max_distance <= least:
-            raise ValueError(
-                f"relative_attention_max_distance must be above {least}, a quarter of its buckets, "
-                f"got {self.relative_attention_max_distance}"
-            )
-        return self
 
 
 def _components(*more: Component) -> tuple[Component, ...]:
     return (
         tokenizer("tokenizer"),
-        Component(
-            name="text_encoder",
-            library="transformers",
-            classes={"UMT5EncoderModel": UMT5Config},
-            weights="model",
-            layers=(("num_layers", r"encoder\.block\.(\d{1,9})\."),),
-        ),
+        t5_encoder("text_encoder", "UMT5EncoderModel", UMT5Config),
         diffusers_model("vae", "AutoencoderKLWan", WanVAEConfig),
         diffusers_model(
             "transformer", "WanTransformer3DModel", WanTransformerConfig, (("num_layers", r"blocks\.(\d{1,9})\."),)
@@ -172,6 +146,18 @@ IMAGE_TO_VIDEO = _components(
         is_optional=True,
     ),
 )
+
+
+SECOND_EXPERT = diffusers_model(
+    "transformer_2", "WanTransformer3DModel", WanTransformerConfig, (("num_layers", r"blocks\.(\d{1,9})\."),)
+)
+
+
+def experts_misfit(parts: Mapping[str, Any], takes_image: bool) -> str | None:
+    """As `misfit`, of a checkpoint with two experts, which are built alike."""
+    if parts["transformer_2"] != parts["transformer"]:
+        return "transformer_2/config.json: it must say what transformer/config.json says: one plan serves both experts"
+    return misfit(parts, takes_image)
 
 
 def misfit(parts: Mapping[str, Any], takes_image: bool) -> str | None:

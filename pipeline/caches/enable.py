@@ -14,7 +14,7 @@ from cineray.caching.policies.smoothcache import LayerPlan
 from cineray.caching.policies.taylorseer import SeriesPlan
 from cineray.caching.spec import POLICIES, Policies
 from cineray.caching.trace import Trace
-from cineray.pipeline.adapters import MODELS, Model, Models
+from cineray.pipeline.adapters import MODELS, Model, Models, transformers_in
 from cineray.pipeline.adapters.cache_plan import plan_cache
 from cineray.pipeline.blocks import is_sharded
 from cineray.pipeline.caches.blocks import BlockRunner
@@ -83,7 +83,9 @@ def enable_cache(
         check_not_compiled_whole(transformer)
         kind = type(transformer).__name__
         if kind not in models:
-            raise ValueError(f"enable_cache: {kind} is not supported; supported: {', '.join(models)}")
+            raise ValueError(
+                f"enable_cache: {kind} is not supported; supported: {', '.join(transformers_in(models.values()))}"
+            )
         plan = plan_cache(policy, kind, transformer.config, policies, models)
         if plan is None:
             raise ValueError("enable_cache: policy 'none' is no cache; leave the call out")

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cineray.pipeline.adapters import ADAPTERS, KNOWN_MODELS, MODELS, model_of
+from cineray.pipeline.adapters import KNOWN_MODELS, MODELS, renderer_of
 from cineray.pipeline.adapters.protocol import ModelConfigs
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.parts import check_configs
@@ -70,15 +70,16 @@ def published_checkpoint(model: str) -> Checkpoint:
     """
     found = published(model)
     index = found.files["model_index.json"]
-    adapter = ADAPTERS[index["_class_name"]]
+    configs = ModelConfigs(index=index, transformer=found.config("transformer"), vae=found.config("vae"))
+    family, adapter = renderer_of(index["_class_name"], configs, MODELS)
     return Checkpoint(
         name=model,
         source=found.repository,
         is_local=False,
         pipeline_class=index["_class_name"],
-        model=model_of(index["_class_name"], MODELS),
+        model=family,
         adapter=adapter,
-        configs=ModelConfigs(index=index, transformer=found.config("transformer"), vae=found.config("vae")),
+        configs=configs,
         parts=check_configs(adapter, index, lambda file: dict(found.files[file])),
         defaults=replace(adapter.defaults, **KNOWN_MODELS[model].defaults),
     )

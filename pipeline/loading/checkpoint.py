@@ -17,10 +17,10 @@ from cineray.pipeline.adapters import (
     KnownCheckpoint,
     Model,
     Models,
-    adapters_of,
     by_transformer,
     checkpoints_of,
-    model_of,
+    pipelines_of,
+    renderer_of,
 )
 from cineray.pipeline.adapters.cache_plan import plan_cache
 from cineray.pipeline.adapters.protocol import Defaults, ModelConfigs
@@ -73,6 +73,16 @@ class Checkpoint:
             )
         return name
 
+    @property
+    def num_calls(self) -> int:
+        """The most calls of the transformer in a step: one for each branch, unless they stand in one call's batch."""
+        return 1 if self.model.stacked else len(self.model.branches)
+
+    @property
+    def num_experts(self) -> int:
+        """Transformers that share a clip's steps."""
+        return sum(name in self.parts for name in self.model.denoiser_parts)
+
     def plan_cache(self, policy: str) -> AnyPlan | None:
         """What a cache policy means for this model; None for `none`.
 
@@ -105,7 +115,7 @@ def open_checkpoint(model: str, models: Models = MODELS) -> Checkpoint:
     Raises:
         InputError: not found, not a diffusers folder, broken, or a pipeline that cineray cannot render.
     """
-    names, adapters = checkpoints_of(models), adapters_of(models)
+    names, pipelines = checkpoints_of(models), pipelines_of(models)
     known = names.get(model) or _shipped_at(model, names)
     source = known.source if known else model
     is_local = _is_folder(source)
@@ -120,14 +130,11 @@ def open_checkpoint(model: str, models: Models = MODELS) -> Checkpoint:
     try:
         index = read("model_index.json")
         pipeline_class = index.get("_class_name")
-        adapter = adapters.get(pipeline_class) if isinstance(pipeline_class, str) else None
-        if adapter is None:
+        if pipeline_class not in pipelines:
             named = shorten(pipeline_class) if isinstance(pipeline_class, str) else "of no name"
-            raise ValueError(f"pipeline {named} is not supported; supported: {', '.join(adapters)}")
+            raise ValueError(f"pipeline {named} is not supported; supported: {', '.join(pipelines)}")
         configs = ModelConfigs(index=index, transformer=read("transformer/config.json"), vae=read("vae/config.json"))
-        reason = adapter.unsupported(configs)
-        if reason is not None:
-            raise ValueError(reason)
+        family, adapter = renderer_of(str(pipeline_class), configs, models)
         parts = check_configs(adapter, index, read)
     except InputError:
         raise
@@ -138,7 +145,7 @@ def open_checkpoint(model: str, models: Models = MODELS) -> Checkpoint:
         source=source,
         is_local=is_local,
         pipeline_class=str(pipeline_class),
-        model=model_of(str(pipeline_class), models),
+        model=family,
         adapter=adapter,
         configs=configs,
         parts=parts,

@@ -130,5 +130,6 @@ def check_scheduler(adapter: Adapter, pipe: Any, defaults: Defaults) -> None:
         fps=defaults.fps,
     )
     trial, timesteps = adapter.schedule(pipe, request)
-    if len(timesteps) != 4 or not torch.isfinite(timesteps).all() or not torch.isfinite(trial.sigmas).all():
+    sigmas = getattr(trial, "sigmas", timesteps)  # DDIM has none
+    if len(timesteps) != 4 or not torch.isfinite(timesteps).all() or not torch.isfinite(sigmas).all():
         raise ValueError("its 4 timesteps for 4 steps are not all finite numbers")

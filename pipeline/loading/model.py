@@ -112,7 +112,7 @@ def _load(checkpoint: Checkpoint, folder: Path, options: LoadOptions, skip_compo
     )
     pipe.register_modules(**dict.fromkeys(skipped))
     pipe.set_progress_bar_config(disable=True)
-    if options.vae_tiling and pipe.vae is not None:
+    if options.vae_tiling and hasattr(pipe.vae, "enable_tiling"):
         pipe.vae.enable_tiling()
     transformers = expert_transformers(pipe, checkpoint.model.denoiser_parts)
     if transformers:
@@ -154,11 +154,11 @@ def _offload(pipe: Any, options: LoadOptions) -> None:
 
 
 def _without_weights(checkpoint: Checkpoint, folder: Path, name: str) -> Any:
-    """What stands for a part while the pipeline is built: its scale factors come from the VAE's configuration."""
+    """What stands for a part while the pipeline is built: scale factors and the like come from its configuration."""
     import diffusers
 
     component = next(c for c in checkpoint.adapter.components if c.name == name)
-    if name not in checkpoint.model.decoder_parts or component.library != "diffusers":
+    if name not in checkpoint.model.read_parts or component.library != "diffusers":
         return None
     kind = getattr(diffusers, checkpoint.configs.index[name][1])
     with torch.device("meta"):

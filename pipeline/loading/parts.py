@@ -48,7 +48,8 @@ def check_configs(
     known = {component.name for component in adapter.components}
     for name, value in index.items():
         is_absent = value is None or (isinstance(value, list) and all(v is None for v in value))
-        if isinstance(value, list | dict) and name not in known and not name.startswith("_") and not is_absent:
+        is_component = isinstance(value, list | dict) and name not in adapter.index_tables
+        if is_component and name not in known and not name.startswith("_") and not is_absent:
             raise ValueError(f"model_index.json: {shorten(name)} is not a component of this pipeline")
     parts: dict[str, BaseModel | None] = {}
     for component in adapter.components:
@@ -70,12 +71,12 @@ def _class_of(component: Component, entry: Any) -> str | None:
     if (
         isinstance(entry, list)
         and len(entry) == 2
-        and entry[0] == component.library
+        and entry[0] == component.named_library
         and isinstance(entry[1], str)
         and entry[1] in component.classes
     ):
         return entry[1]
-    allowed = " or ".join(f'["{component.library}", "{kind}"]' for kind in list(component.classes)[:3])
+    allowed = " or ".join(f'["{component.named_library}", "{kind}"]' for kind in list(component.classes)[:3])
     raise ValueError(f"model_index.json: {component.name} must be {allowed}, got {_shown(entry)}")
 
 
@@ -160,7 +161,10 @@ def _check_files(place: Path, component: Component) -> None:
             continue  # a dangling link or a loop: as if it were not there
         if not stat.S_ISREG(about.st_mode) and not stat.S_ISDIR(about.st_mode):
             raise ValueError(f"{shown} is not a regular file")
-        if name == f"{component.library}.py":  # diffusers would take the class from there
+        if name in (
+            f"{component.library}.py",
+            f"{component.named_library}.py",
+        ):  # diffusers would take the class from there
             raise ValueError(f"{shown} is code; cineray runs no code of a checkpoint's")
         if name == "adapter_config.json":  # transformers would load the model that it names
             raise ValueError(f"{shown} is of an adapter for another model, not of a checkpoint")

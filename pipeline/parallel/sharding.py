@@ -20,7 +20,7 @@ from torch import nn
 from cineray.distributed.attention import JointSequence, SequenceAttention
 from cineray.distributed.mesh import Mesh
 from cineray.distributed.tokens import gather_tokens, split_tokens
-from cineray.pipeline.adapters import MODELS, Models
+from cineray.pipeline.adapters import MODELS, Models, transformers_in
 from cineray.pipeline.blocks import BlockArguments, BlockListProxy, ShardedBlockList, is_sharded
 
 _DISPATCH = "dispatch_attention_fn"  # the name under which every processor of diffusers calls attention
@@ -39,7 +39,7 @@ class ShardedTransformer:
         kind = type(transformer).__name__
         model = models.get(kind)
         if model is None or model.sharded is None:
-            supported = ", ".join(name for name, model in models.items() if model.sharded is not None)
+            supported = ", ".join(transformers_in(model for model in models.values() if model.sharded is not None))
             raise ValueError(f"sharding: {kind} is not supported; supported: {supported}")
         self._mesh = mesh
         self._attention = attention

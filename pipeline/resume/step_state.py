@@ -105,7 +105,7 @@ class StepState:
     """What follows from the first `step` steps.
 
     Args:
-        latents: [B, C, F, H, W] float32, the whole clip's, on any device.
+        latents: float32, the whole clip's, in the shape of its noise, on any device.
         num_steps: of the clip.
         scheduler: attributes of the scheduler that its steps have changed: tensors, plain values, lists of these.
         clip: fingerprint of the clip; empty where a state has no clip of an output folder.
@@ -126,7 +126,7 @@ class Beginning:
     """A clip before its first step: what its states must agree with.
 
     Args:
-        latents: noise [B, C, F, H, W] float32.
+        latents: noise [B, ...] float32.
         scheduler: with its timesteps; has not stepped yet, and is not stepped.
         timesteps: [num_steps].
         output_dtype: of the transformer.
@@ -160,6 +160,8 @@ class Beginning:
         zeros = torch.zeros((1,) * self.latents.ndim, dtype=self.latents.dtype, device=self.latents.device)
         model = deepcopy(self.scheduler)
         for timestep in self.timesteps[: state.step]:
+            if hasattr(model, "scale_model_input"):  # some remember that it was called
+                model.scale_model_input(zeros, timestep)
             zeros = model.step(zeros.to(self.output_dtype), timestep, zeros, return_dict=False)[0]
         expected = scheduler_state(model, self.scheduler)
         for name in sorted(expected.keys() | state.scheduler.keys()):
@@ -277,8 +279,8 @@ def read_step_state(path: Path, clip: str = "", max_bytes: int = MAX_TENSOR_BYTE
         raise StepStateError("it is another clip's")
     if not (type(state.step) is int and type(state.num_steps) is int and 1 <= state.step <= state.num_steps):
         raise StepStateError("its step is none of the clip's")
-    if state.latents.ndim != 5 or state.latents.dtype != torch.float32 or not is_finite(state.latents):
-        raise StepStateError("its latents are not finite float32 numbers in five dimensions")
+    if not 3 <= state.latents.ndim <= 5 or state.latents.dtype != torch.float32 or not is_finite(state.latents):
+        raise StepStateError("its latents are not finite float32 numbers in three to five dimensions")
     try:
         return replace(state, notes=notes_from(notes, state.step))
     except ValueError as error:

@@ -13,6 +13,7 @@ from cineray.jobs.output import commit as commit_module
 from cineray.jobs.output.commit import Doubt, EntryError, commit_clip, find_clip
 from cineray.jobs.output.folder import OutputError, OutputFolder
 from cineray.jobs.output.record import clip_record, render_options
+from cineray.pipeline.media import output as output_module
 from cineray.pipeline.media.video import count_frames, read_metadata
 from cineray.pipeline.render import render_clip
 from cineray.pipeline.request import ClipRequest
@@ -46,8 +47,9 @@ def committed(rendered, tmp_path):
 
 def test_a_clip_that_is_known_is_neither_read_nor_decoded(committed, monkeypatch):
     folder, request, video, record = committed()
-    for name in ("_proof_of", "count_frames", "read_metadata"):
-        monkeypatch.setattr(commit_module, name, lambda *_: pytest.fail("the video was read"))
+    monkeypatch.setattr(commit_module, "_proof_of", lambda *_: pytest.fail("the video was read"))
+    for name in ("count_frames", "read_metadata"):
+        monkeypatch.setattr(output_module, name, lambda *_: pytest.fail("the video was read"))
     found = find_clip(folder, request, MARK)
     assert isinstance(found, dict)
     assert found.pop("timings").keys() == {"encode_s", "denoise_s", "decode_s", "write_s"}
@@ -241,11 +243,11 @@ def test_a_disk_that_fills_up_leaves_a_whole_clip_or_none(rendered, tmp_path, mo
 @pytest.mark.parametrize("fault", ["gone", "a file", "a link"])
 def test_a_fault_of_the_folder_is_not_the_clips(rendered, tmp_path, monkeypatch, fault):
     clip, request, record = rendered
-    folder, write_video = OutputFolder(tmp_path / "out"), commit_module.write_video
+    folder, write_video = OutputFolder(tmp_path / "out"), output_module.write_video
     tmp = folder.path / ".tmp"
 
     def write_after_the_fault(*arguments):
-        monkeypatch.setattr(commit_module, "write_video", write_video)
+        monkeypatch.setattr(output_module, "write_video", write_video)
         tmp.rmdir()
         if fault == "a file":
             tmp.write_text("mine")
@@ -253,7 +255,7 @@ def test_a_fault_of_the_folder_is_not_the_clips(rendered, tmp_path, monkeypatch,
             tmp.symlink_to(tmp_path / "nowhere")
         write_video(*arguments)
 
-    monkeypatch.setattr(commit_module, "write_video", write_after_the_fault)
+    monkeypatch.setattr(output_module, "write_video", write_after_the_fault)
     if fault == "gone":  # made again, and the clip written again
         assert commit_clip(folder, request, MARK, clip, record, lossless=False).stat().st_size
         return

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from cineray.pipeline.adapters import ADAPTERS
+from cineray.pipeline.adapters import MODELS
 from cineray.pipeline.loading.checkpoint import open_checkpoint, weights_digest
 from cineray.pipeline.loading.model import LoadOptions, load_model
 from cineray.pipeline.loading.parts import check_configs
@@ -113,7 +113,9 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configurations_pass(name):
     index, configs = PUBLISHED[name]
-    parts = check_configs(ADAPTERS[index["_class_name"]], index, lambda file: configs[file.partition("/")[0]])
+    adapter = next(m.pipelines[index["_class_name"]] for m in MODELS.values() if index["_class_name"] in m.pipelines)
+    assert adapter is not None
+    parts = check_configs(adapter, index, lambda file: configs[file.partition("/")[0]])
     assert set(configs) <= set(parts)
 
 

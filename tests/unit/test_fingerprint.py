@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from cineray.pipeline.adapters import ADAPTERS
+from cineray.pipeline.adapters import MODELS
 from cineray.pipeline.render import render_clip
 from cineray.pipeline.request import fingerprint, prompt_key
 
-WAN, HUNYUAN = ADAPTERS["WanPipeline"], ADAPTERS["HunyuanVideoPipeline"]
+WAN = MODELS["WanTransformer3DModel"].pipelines["WanPipeline"]
+HUNYUAN = MODELS["HunyuanVideoTransformer3DModel"].pipelines["HunyuanVideoPipeline"]
 OPTIONS = {"dtype": "float32", "vae_tiling": False, "lossless": False}
 
 

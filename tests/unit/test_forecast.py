@@ -26,8 +26,8 @@ def key(row):
     return f"{row['model']}-{row['part']}-{size}-{row['layout']}-{row['cache'][:7]}"
 
 
-@pytest.mark.parametrize("name", [name for name in KNOWN_MODELS if not name.startswith("tiny-")])
-def test_every_named_checkpoint_that_is_not_shipped_has_a_published_configuration(name):
+@pytest.mark.parametrize("name", published_names())
+def test_every_published_configuration_is_of_a_named_checkpoint(name):
     assert published(name).repository == KNOWN_MODELS[name].source
     assert published_checkpoint(name).adapter.unsupported(published_checkpoint(name).configs) is None
 

@@ -65,5 +65,7 @@ def test_weights_are_cast_on_many_cores_only_where_a_gpu_renders():
 
 def test_a_rank_has_nothing_to_offload_part_by_part():
     assert rank_options(LoadOptions(device="cuda", offload="model")) == LoadOptions(device="cuda")
+    two = LoadOptions(device="cuda", offload="model")
+    assert rank_options(two, num_experts=2) == two  # the idle one is moved
     for options in (LoadOptions(device="cuda", offload="sequential"), LoadOptions()):
         assert rank_options(options) == options

@@ -9,23 +9,24 @@ from every_model import EVERY_MODEL, build, call, layout_of
 import cineray
 from cineray.caching.spec import NAMES
 from cineray.jobs.cli.main import main
-from cineray.pipeline.adapters import ADAPTERS, MODELS
+from cineray.pipeline.adapters import MODELS, PIPELINES
 
 
 def test_it_lists_every_model_with_the_policies_that_it_can_be_cached_with(capsys):
     assert main(["models", "--json"]) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"tiny-wan", "tiny-hunyuan", "wan2.1-t2v-1.3b", "hunyuan-video"} <= {row["name"] for row in said["models"]}
-    assert said["pipelines"] == list(ADAPTERS)
-    cached = {row["transformer"]: row for row in said["cached"]}
-    assert list(cached) == list(MODELS)
+    assert said["pipelines"] == PIPELINES
+    assert [row["family"] for row in said["cached"]] == [model.family for model in MODELS.values()]
+    cached = {row["transformer"]: row for row in reversed(said["cached"])}
     names = [name.partition(":")[0] for name in NAMES]
     assert cached["WanTransformer3DModel"]["policies"] == names
     assert cached["WanTransformer3DModel"]["renders"] == ["WanPipeline", "WanImageToVideoPipeline"]
     assert cached["DiTTransformer2DModel"]["pipelines"] == ["DiTPipeline"]
     for kind in ("DiTTransformer2DModel", "StableAudioDiTModel", "STDiT3"):
         assert set(names) - set(cached[kind]["policies"]) >= {"dicache-paper"}
-        assert cached[kind]["renders"] == []
+    assert cached["STDiT3"]["renders"] == []
+    assert [cached[kind]["output"] for kind in ("StableAudioDiTModel", "DiTTransformer2DModel")] == ["sound", "picture"]
 
 
 def test_the_table_names_them_too(capsys):

@@ -70,8 +70,9 @@ def test_two_experts_render_what_their_pipeline_renders(pretended, request_):
 
 
 def test_a_model_that_is_not_in_the_registry_is_refused(checkpoints):
+    wan_alone = {"WanTransformer3DModel": MODELS["WanTransformer3DModel"]}
     with pytest.raises(InputError, match=r"it is a Wan 2\.2 checkpoint"):
-        open_checkpoint(checkpoints["experts"].source)
+        open_checkpoint(checkpoints["experts"].source, wan_alone)
     with pytest.raises(InputError, match="pipeline 'WanPipeline' is not supported; supported: HunyuanVideoPipeline"):
         open_checkpoint(checkpoints["paced"].source, {k: m for k, m in MODELS.items() if "Hunyuan" in k})
 

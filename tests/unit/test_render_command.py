@@ -240,7 +240,7 @@ def test_loading_problems_are_one_line_each(render, checkpoint_folder, tmp_path)
     assert "pipeline 'StableDiffusionPipeline' is not supported; supported: WanPipeline" in said(broken)
     index.write_text('{"_class_name": "WanPipeline", "boundary_ratio": 0.9}')
     (broken / "vae" / "config.json").write_text("{}")
-    assert "it is a Wan 2.2 checkpoint" in said(broken)
+    assert "so it is of two experts, and transformer_2 is missing" in said(broken)
 
 
 def test_a_hub_id_without_network_is_one_line(render, monkeypatch):

@@ -103,6 +103,14 @@ function decided(clip) {
 
 function picture(clip) {
   if (!clip.video) return element("div", { class: "none" }, clip.status === "running" ? "being rendered" : "no video");
+  if (clip.video.endsWith(".png")) {
+    return element("img", { src: data.base + encodeURIComponent(clip.video), width: clip.width, height: clip.height,
+      loading: "lazy", alt: `clip ${clip.id}${clip.prompt ? `: ${clip.prompt.slice(0, 200)}` : ""}` });
+  }
+  if (clip.video.endsWith(".wav")) {
+    return element("audio", { src: data.base + encodeURIComponent(clip.video), preload: "none", controls: "",
+      "aria-label": `clip ${clip.id}${clip.prompt ? `: ${clip.prompt.slice(0, 200)}` : ""}` });
+  }
   const video = element("video", {
     src: data.base + encodeURIComponent(clip.video), poster: clip.poster, width: clip.width, height: clip.height,
     preload: clip.poster ? "none" : "metadata", controls: "", loop: "", playsinline: "",
@@ -113,6 +121,13 @@ function picture(clip) {
     video.replaceWith(element("div", { class: "none" }, "This browser cannot play the video, or it is not beside this page."));
   }, { once: true });
   return video;
+}
+
+function sizeOf(clip) {
+  if (clip.seconds) return `${clip.seconds} s`;
+  if (!clip.width) return null;
+  return clip.video && clip.video.endsWith(".png") ? `${clip.width} x ${clip.height}`
+    : `${clip.width} x ${clip.height}, ${clip.frames} frames, ${clip.fps} per second`;
 }
 
 function strip(branch, steps) {
@@ -140,7 +155,7 @@ function numbers(steps, wanted) {
 
 function details(clip) {
   const facts = [["fingerprint", clip.fingerprint], ["seed", clip.seed], ["negative", clip.negative_prompt],
-    ["size", clip.width && `${clip.width} x ${clip.height}, ${clip.frames} frames, ${clip.fps} per second`],
+    ["size", sizeOf(clip)],
     ["guidance", clip.guidance], ["image", clip.image], ["cache", data.policies[clip.policy]]];
   for (const [branch, steps] of data.decisions[clip.decisions]) facts.push([`${branch} skipped`, numbers(steps, "s") || "none"]);
   facts.push(["gamma", clip.gammas.map(([step, gamma]) => `${step}: ${gamma}`).join(", ")]);

@@ -1,0 +1,152 @@
+"""Models that are rendered, beside those of `BUILDERS`: at toy size with random weights, and a clip of each."""
+
+from typing import Any
+
+import torch
+from conftest import _wan_parts, build_flux, build_hunyuan
+from every_model import build_dit, build_stable_audio
+from PIL import Image
+
+
+def _with_labels() -> Any:
+    pipe = build_dit()
+    # as the published model_index.json has it; the pipeline itself does not save it
+    pipe.register_to_config(id2label={"0": "tench, Tinca tinca", "7": "cock", "8": "hen"})
+    return pipe
+
+
+def build_hunyuan_image(condition: str) -> Any:
+    """HunyuanVideoImageToVideoPipeline: the language model sees 576 patches of the picture, as the pipeline has it."""
+    from diffusers import HunyuanVideoImageToVideoPipeline, HunyuanVideoTransformer3DModel
+    from tiny.text import TEXT_DIM, new_llama
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    text = build_hunyuan()
+    torch.manual_seed(3)
+    tokenizer, _ = new_llama()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    llava = LlavaConfig(
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_DIM,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            max_position_embeddings=1024,
+            pad_token_id=0,
+        ),
+        vision_config=CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=48,
+            patch_size=2,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    llava.pad_token_id = 0  # type: ignore[attr-defined]  # as every configuration has it
+    channels = 4
+    return HunyuanVideoImageToVideoPipeline(
+        text_encoder=LlavaForConditionalGeneration(llava).eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=text.text_encoder_2,
+        tokenizer_2=text.tokenizer_2,
+        transformer=HunyuanVideoTransformer3DModel(
+            in_channels=channels if condition == "token_replace" else 2 * channels + 1,
+            out_channels=channels,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=2,
+            num_single_layers=2,
+            num_refiner_layers=1,
+            text_embed_dim=TEXT_DIM,
+            pooled_projection_dim=TEXT_DIM,
+            rope_axes_dim=(4, 6, 6),
+            guidance_embeds=condition == "token_replace",
+            image_condition_type=condition,
+        ).eval(),
+        vae=text.vae,
+        scheduler=text.scheduler,
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}),
+    )
+
+
+def build_wan22() -> Any:
+    """WanPipeline with two experts, as A14B."""
+    from diffusers import WanPipeline
+
+    return WanPipeline(**_wan_parts(0), transformer_2=_wan_parts(1)["transformer"], boundary_ratio=0.875)
+
+
+def build_wan22_image() -> Any:
+    """WanImageToVideoPipeline with two experts and no image encoder, as A14B."""
+    from diffusers import WanImageToVideoPipeline
+
+    parts, second = _wan_parts(0, in_channels=12), _wan_parts(1, in_channels=12)["transformer"]
+    return WanImageToVideoPipeline(**parts, transformer_2=second, boundary_ratio=0.9)
+
+
+def build_ti2v(takes_image: bool) -> Any:
+    """A timestep for each token, and a VAE whose pixels are put into 2 x 2 patches, as TI2V-5B."""
+    from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
+
+    parts = _wan_parts(0)
+    torch.manual_seed(5)
+    parts["vae"] = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.5, 1.0, 2.0],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+    ).eval()
+    return (WanImageToVideoPipeline if takes_image else WanPipeline)(**parts, expand_timesteps=True)
+
+
+MORE_MODELS = {
+    "flux": build_flux,
+    "dit": _with_labels,
+    "stable_audio": build_stable_audio,
+    "hunyuan_concat": lambda: build_hunyuan_image("latent_concat"),
+    "hunyuan_replace": lambda: build_hunyuan_image("token_replace"),
+    "wan22": build_wan22,
+    "wan22_image": build_wan22_image,
+    "ti2v": lambda: build_ti2v(takes_image=False),
+    "ti2v_image": lambda: build_ti2v(takes_image=True),
+}
+# of `ClipRequest`, where they are not those of `new_request`; "image" is made by `with_picture`
+_STILL = {"num_frames": 1, "fps": 1}
+CLIPS: dict[str, dict[str, Any]] = {
+    "flux": _STILL,
+    "dit": {**_STILL, "prompt": "cock", "width": 8, "height": 8},
+    "stable_audio": {**_STILL, "fps": 64, "width": 1, "height": 1, "seconds": 1.5},
+    "hunyuan_concat": {"image": ""},
+    "hunyuan_replace": {"image": ""},
+    "wan22": {"flow_shift": 3.0, "guidance_scale_2": 2.0},
+    "wan22_image": {"flow_shift": 3.0, "image": ""},
+    "ti2v": {"flow_shift": 3.0, "width": 64},
+    "ti2v_image": {"flow_shift": 3.0, "width": 64, "image": ""},
+}
+
+
+def clip_of(name: str, new_request: Any, folder: Any, **changes: Any) -> Any:
+    """A small request for a model of `MORE_MODELS`; its picture is written to a folder."""
+    values = {**CLIPS[name], **changes}
+    if "image" in values:
+        values["image"] = str(folder / "first.png")
+        noise = torch.randint(0, 256, (40, 56, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        Image.fromarray(noise.numpy()).save(values["image"])
+    return new_request(**values)

@@ -1,0 +1,147 @@
+"""More of cineray's loops against the pipelines' `__call__`: the same seed gives the same bits (float32, CPU)."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from more_models import MORE_MODELS, clip_of
+from PIL import Image
+
+from cineray.jobs.output.step_keeper import ClipPreempted, StepKeeper
+from cineray.pipeline.gang import SOLO
+from cineray.pipeline.loading.checkpoint import open_checkpoint
+from cineray.pipeline.loading.model import LoadOptions, load_model
+from cineray.pipeline.render import decode_clip, denoise_clip, render_clip
+from cineray.pipeline.resume.encoded_prompts import encode_prompt, read_encoded
+
+STEPS = 6
+MARK = "0123456789ab"
+# latent frames that `output_type="latent"` leaves out, frames that the pipeline makes and leaves out
+NOT_SHOWN = {"hunyuan_concat": (1, 4)}
+
+
+def quiet(done, total):
+    """Tells nobody."""
+
+
+def theirs(name, model, request, output_type):
+    """What the model's own pipeline makes of a request."""
+    arguments = {
+        "prompt": request.prompt,
+        "width": request.width,
+        "height": request.height,
+        "num_frames": request.num_frames + NOT_SHOWN.get(name, (0, 0))[1],
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "negative_prompt": request.negative_prompt,
+        "generator": torch.Generator("cpu").manual_seed(request.seed),
+        "output_type": output_type,
+    }
+    if request.image is not None:
+        arguments["image"] = Image.open(request.image).convert("RGB")
+    if request.guidance_scale_2 is not None:
+        arguments["guidance_scale_2"] = request.guidance_scale_2
+    for argument in {
+        "flux": ["num_frames", "negative_prompt"],
+        "dit": ["num_frames", "negative_prompt", "width", "height", "prompt"],
+        "stable_audio": ["num_frames", "width", "height"],
+    }.get(name, []):
+        del arguments[argument]
+    if name == "dit":
+        arguments["class_labels"] = model.pipe.get_label_ids([request.prompt])
+    if name == "stable_audio":
+        arguments["audio_end_in_s"] = request.seconds
+    return model.pipe(**arguments, return_dict=False)[0]
+
+
+@pytest.fixture(params=MORE_MODELS)
+def name(request):
+    return request.param
+
+
+def pixels_of(name, model, request):
+    """Their frames as ours are."""
+    if name == "dit":
+        made = theirs(name, model, request, "np")
+    elif name == "stable_audio":
+        sound = theirs(name, model, request, "np")[0]
+        return (np.clip(sound, -1, 1) * np.float32(32767)).round().astype(np.int16).T
+    else:
+        made = theirs(name, model, request, "np")
+        made = made if name == "flux" else made[0]
+    return (np.clip(made, 0, 1) * 255).round().astype(np.uint8)
+
+
+def test_the_same_bits(loaded, new_request, tmp_path, name):
+    model = loaded(name)
+    request = clip_of(name, new_request, tmp_path, num_inference_steps=STEPS, seed=11)
+    ours = render_clip(model, request, quiet)
+    assert ours.latents.abs().max() > 0.1  # a loop that did nothing would agree too
+    assert np.array_equal(ours.frames, pixels_of(name, model, request))
+    assert model.checkpoint.model.output.misfit(ours.frames, request) is None
+    if name != "dit":  # it gives no latents
+        shown = ours.latents[:, :, NOT_SHOWN.get(name, (0, 0))[0] :] if ours.latents.ndim == 5 else ours.latents
+        assert torch.equal(shown, theirs(name, model, request, "latent"))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("flux", {"width": 48, "guidance_scale": 2.0, "num_inference_steps": 1}),
+        ("dit", {"guidance_scale": 1.0, "prompt": "hen"}),
+        ("stable_audio", {"guidance_scale": 1.0, "seconds": 0.5}),
+        ("stable_audio", {"negative_prompt": "noise"}),
+        ("wan22", {"guidance_scale_2": None, "negative_prompt": "gray"}),
+        ("wan22", {"guidance_scale": 1.0}),
+    ],
+)
+def test_the_same_bits_with_other_settings(loaded, new_request, tmp_path, name, changes):
+    model = loaded(name)
+    request = clip_of(name, new_request, tmp_path, **{"num_inference_steps": 3, **changes})
+    assert np.array_equal(render_clip(model, request, quiet).frames, pixels_of(name, model, request))
+
+
+def test_a_clip_resumes_bit_for_bit(loaded, new_request, tmp_path, name):
+    model, path = loaded(name), tmp_path / f"1.{MARK}.safetensors"
+    request = clip_of(name, new_request, tmp_path, num_inference_steps=STEPS)
+    whole = denoise_clip(model, request, quiet).latents
+    for stop_at in (1, 4):
+        asked = iter([False] * (stop_at - 1))
+        with pytest.raises(ClipPreempted):
+            denoise_clip(
+                model, request, quiet, keeper=StepKeeper(path, MARK, SOLO, 1e9, lambda asked=asked: next(asked, True))
+            )
+        steps = []
+        keeper = StepKeeper(path, MARK, SOLO, 1e9, lambda: False)
+        clip = denoise_clip(model, request, lambda done, total, s=steps: s.append(done), keeper=keeper)
+        assert steps == list(range(stop_at + 1, STEPS + 1))
+        assert torch.equal(clip.latents, whole)
+        path.unlink()
+
+
+def test_stages_that_hold_only_their_parts_make_the_same_clip(checkpoint_folder, new_request, tmp_path, name):
+    request = clip_of(name, new_request, tmp_path, num_inference_steps=2)
+    checkpoint, options = open_checkpoint(str(checkpoint_folder(name))), LoadOptions()
+    known = checkpoint.model
+    whole = render_clip(load_model(checkpoint, options), request, quiet)
+    finisher = load_model(checkpoint, options, skip_components=known.denoiser_parts)
+    rank = load_model(checkpoint, options, skip_components=(*known.encoder_parts, *known.decoder_parts))
+    assert all(getattr(finisher.pipe, part, None) is None for part in known.denoiser_parts)
+    assert all(getattr(rank.pipe, part, None) is None for part in (*known.encoder_parts, *known.decoder_parts))
+    encode_prompt(finisher, request, tmp_path / "p.safetensors")
+    clip = denoise_clip(rank, request, quiet, encoded=read_encoded(tmp_path / "p.safetensors").tensors)
+    assert torch.equal(clip.latents, whole.latents)
+    assert np.array_equal(decode_clip(finisher, clip, request).frames, whole.frames)
+
+
+@pytest.mark.parametrize("cache", ["dicache(threshold=1.0)", "interval(interval=2)"])
+def test_a_clip_is_cached_and_as_before_without(loaded, new_request, tmp_path, name, cache):
+    model = loaded(name)
+    request = clip_of(name, new_request, tmp_path, num_inference_steps=10)
+    plain = denoise_clip(model, request, quiet).latents
+    cached = denoise_clip(model, replace(request, cache=cache), quiet)
+    assert cached.trace is not None
+    assert cached.trace.summary()["skipped_steps"] > 0
+    assert not torch.equal(cached.latents, plain)
+    assert torch.equal(denoise_clip(model, request, quiet).latents, plain)

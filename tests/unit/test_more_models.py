@@ -1,0 +1,281 @@
+"""`cineray render` with models whose clips are pictures and sounds, of two experts, or begin with a picture."""
+
+import json
+import wave
+
+import numpy as np
+import pytest
+from more_models import CLIPS
+from PIL import Image
+
+from cineray.jobs.cli.main import main
+from cineray.jobs.output.folder import OutputFolder
+from cineray.jobs.output.record import fingerprint_of, render_options
+from cineray.pipeline.adapters import KNOWN_MODELS, MODELS
+from cineray.pipeline.loading.checkpoint import open_checkpoint
+from cineray.pipeline.loading.options import LoadOptions
+from cineray.pipeline.media.output import OUTPUTS, PICTURE, SOUND, VideoError
+from cineray.pipeline.media.sound import read_wav, write_wav
+
+pytestmark = pytest.mark.slow
+
+
+def options_of(name, **more):
+    """The command line's options for a clip of `CLIPS`."""
+    named = {"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 3} | CLIPS[name] | more
+    flags = {"num_frames": "frames", "num_inference_steps": "steps", "guidance_scale_2": "guidance-2"}
+    fixed = ("image", "prompt", *(("fps", "num_frames", "width", "height") if "fps" in CLIPS[name] else ()))
+    if name == "flux":
+        fixed = ("fps", "num_frames")
+    return [
+        word
+        for key, value in named.items()
+        if key not in fixed
+        for word in (f"--{flags.get(key, key).replace('_', '-')}", str(value))
+    ]
+
+
+def render(folder, out, *arguments):
+    return main(["render", "--model", str(folder), "--out", str(out), *arguments, "--json"])
+
+
+def said(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_a_picture_is_written_known_again_and_reported(checkpoint_folder, tmp_path, capsys):
+    folder, out = checkpoint_folder("flux"), tmp_path / "out"
+    arguments = ["a red circle \N{SNOWMAN}", *options_of("flux"), "--cache", "interval(interval=2)"]
+    assert render(folder, out, *arguments) == 0
+    (clip,) = said(capsys)["clips"]
+    assert clip["video"].endswith(".png")
+    sidecar = json.loads(next(out.glob("1.*.json")).read_text())
+    with Image.open(clip["video"]) as picture:
+        assert picture.size == (32, 32)
+        assert json.loads(picture.info["comment"]).items() <= sidecar.items()
+        assert picture.info["Description"] == "a red circle \N{SNOWMAN}"
+    assert sidecar["trace"]["skipped_steps"] == clip["skipped_steps"] > 0
+    assert render(folder, out, *arguments) == 0
+    assert said(capsys)["clips"][0]["status"] == "existing"
+    assert main(["status", str(out), "--json"]) == 0
+    assert said(capsys)["done"] == 1
+    assert render(folder, out, *arguments, "--dry-run") == 0
+    assert said(capsys)["done"] == 1
+    assert main(["report", str(out), "--out", str(tmp_path / "page.html")]) == 0
+    assert clip["video"].rpartition("/")[2] in (tmp_path / "page.html").read_text()
+
+
+def test_a_broken_picture_is_rendered_again(checkpoint_folder, tmp_path, capsys):
+    folder, out = checkpoint_folder("flux"), tmp_path / "out"
+    assert render(folder, out, "a", *options_of("flux")) == 0
+    path = next(out.glob("*.png"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    capsys.readouterr()
+    assert render(folder, out, "a", *options_of("flux")) == 0
+    assert said(capsys)["clips"][0]["status"] == "done"
+    assert path.read_bytes() == whole
+    next(out.glob("1.*.json")).unlink()  # the picture tells of itself
+    assert render(folder, out, "a", *options_of("flux")) == 0
+    assert said(capsys)["clips"][0]["status"] == "existing"
+
+
+def test_a_class_has_one_picture_by_all_its_names(checkpoint_folder, new_request):
+    checkpoint = open_checkpoint(str(checkpoint_folder("dit")))
+    chosen = render_options(LoadOptions(), lossless=False)
+
+    def mark(**changes):
+        request = new_request(**{**CLIPS["dit"], **changes})
+        return fingerprint_of(request, checkpoint, "0" * 16, chosen)
+
+    assert mark(prompt="tench") == mark(prompt=" Tinca tinca") == mark(prompt="0") == mark(prompt="000")
+    assert mark(prompt="0") != mark(prompt="1")
+    assert mark(guidance_scale=0.5) == mark(guidance_scale=1.0) != mark(guidance_scale=2.0)
+
+
+def test_a_manifest_of_classes_is_checked_row_by_row(checkpoint_folder, tmp_path, capsys):
+    rows = [{"prompt": "cock"}, {"prompt": "999"}, {"prompt": "cok"}, {"prompt": "1000"}]
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert render(checkpoint_folder("dit"), tmp_path / "out", "--manifest", str(manifest)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "line" in line]
+    assert len(lines) == 2
+    assert "got 'cok'; did you mean 'cock'?" in lines[0]
+    assert "a number from 0 to 999" in lines[1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sound_is_as_long_as_asked_and_has_its_record(checkpoint_folder, tmp_path, capsys):
+    manifest, out = tmp_path / "m.jsonl", tmp_path / "out"
+    manifest.write_text('{"id": "short", "prompt": "rain", "seconds": 0.5}\n{"id": "long", "prompt": "rain"}\n')
+    folder = checkpoint_folder("stable_audio")
+    assert render(folder, out, "--manifest", str(manifest), "--steps", "3") == 0
+    clips = said(capsys)["clips"]
+    records = [SOUND.metadata(out / clip["video"]) for clip in clips]
+    assert [(record["id"], record["prompt"], record["seconds"]) for record in records] == [
+        ("short", "rain", 0.5),
+        ("long", "rain", 2.0),
+    ]
+    for clip, num_samples in zip(clips, (32, 128), strict=True):
+        with wave.open(clip["video"]) as file:
+            assert (file.getnframes(), file.getframerate(), file.getnchannels()) == (num_samples, 64, 2)
+    assert render(folder, out, "--manifest", str(manifest), "--steps", "3") == 0
+    assert {clip["status"] for clip in said(capsys)["clips"]} == {"existing"}
+    assert main(["compare", clips[0]["video"], clips[0]["video"]]) == 2
+    assert "is a sound; videos and pictures can be compared" in capsys.readouterr().err
+
+
+def test_what_a_tone_was_is_what_is_heard(tmp_path):
+    """A file's spectrum has its peak where the samples' had it."""
+    rate, tone_hz = 44100, 440
+    seconds = np.arange(rate) / rate
+    samples = (np.stack([np.sin(2 * np.pi * tone_hz * seconds)] * 2, axis=1) * 20000).astype(np.int16)
+    write_wav(samples, tmp_path / "a.wav", rate, {b"ICMT": "odd"})
+    heard, at = read_wav(tmp_path / "a.wav")
+    assert at == rate
+    assert np.array_equal(heard, samples)
+    assert np.abs(np.fft.rfft(heard[:, 0])).argmax() == tone_hz
+    whole = (tmp_path / "a.wav").read_bytes()
+    assert int.from_bytes(whole[4:8], "little") == len(whole) - 8
+    assert len(whole) % 2 == 0
+    (tmp_path / "cut.wav").write_bytes(whole[:1000])
+    with pytest.raises(VideoError):
+        read_wav(tmp_path / "cut.wav")
+
+
+@pytest.mark.parametrize("content", [b"", b"RIFF", b"\x89PNG\r\n", b"RIFF\xff\xff\xff\xffWAVEfmt ", b"x" * 4096])
+def test_what_is_no_such_file_has_no_record(tmp_path, new_request, content):
+    (tmp_path / "x").write_bytes(content)
+    for output in OUTPUTS[1:]:
+        assert output.metadata(tmp_path / "x") == {}
+        assert output.fault(tmp_path / "x", new_request(seconds=1.0)) is not None
+
+
+BAD = [
+    ("flux", ["--frames", "5"], "frames cannot be used: this model's clips have no frames, got 5"),
+    ("flux", ["--fps", "8"], "fps cannot be used"),
+    ("flux", ["--image", "x.png"], "image cannot be used"),
+    ("flux", ["--width", "31"], "width must be a multiple of 2, got 31"),
+    ("flux", ["--seconds", "3"], "seconds cannot be used: this model makes no sound"),
+    ("dit", ["--width", "16"], "width must be 8, the only one of this model, got 16"),
+    ("dit", ["--negative-prompt", "x"], "negative_prompt cannot be used: the other branch"),
+    ("dit", ["--sp", "2"], "the tokens of a dit clip cannot be shared by ranks, got 2; leave --sp out"),
+    ("dit", ["--cfg-parallel"], "cfg 2 needs two guidance branches, this clip has 1"),
+    ("stable_audio", ["--seconds", "3"], "seconds must be 0.1 to 2, got 3.0"),
+    ("stable_audio", ["--seconds", "nan"], "seconds must be 0.1 to 2, got nan"),
+    ("stable_audio", ["--width", "8"], "width cannot be used: this model's clips have no pixels, got 8"),
+    ("stable_audio", ["--sp", "2"], "the tokens of a stable-audio clip cannot be shared by ranks"),
+    ("hunyuan_concat", [], "image is required: this model animates a first frame"),
+    ("hunyuan_replace", ["--guidance-2", "3"], "guidance_2 cannot be used: this model has one expert"),
+    ("wan22", ["--image", "x.png"], "image cannot be used"),
+    ("wan22_image", [], "image is required"),
+    ("ti2v", ["--sp", "2"], "the tokens of a wan2.2-ti2v clip cannot be shared by ranks"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "reason"), BAD, ids=lambda value: value if isinstance(value, str) else None
+)
+def test_bad_input_is_one_line_and_leaves_nothing(checkpoint_folder, tmp_path, capsys, name, arguments, reason):
+    given = [word for word in options_of(name) if name != "dit" or word]
+    prompt = CLIPS[name].get("prompt", "a")
+    assert render(checkpoint_folder(name), tmp_path / "out", prompt, *given, *arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert reason in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def changed(folder, to, **entries):
+    """A copy of a checkpoint whose model_index.json says something else."""
+    import shutil
+
+    shutil.copytree(folder, to)
+    index = json.loads((to / "model_index.json").read_text())
+    (to / "model_index.json").write_text(json.dumps(index | entries))
+    return to
+
+
+@pytest.mark.parametrize(
+    ("name", "entries", "reason"),
+    [
+        (
+            "wan22",
+            {"transformer_2": [None, None]},
+            "boundary_ratio is 0.875, so it is of two experts, and transformer_2",
+        ),
+        ("wan22", {"boundary_ratio": 1.5}, "boundary_ratio must be above 0 and below 1, got 1.5"),
+        ("wan22", {"boundary_ratio": "x"}, "boundary_ratio must be above 0 and below 1, got 'x'"),
+        ("wan22", {"expand_timesteps": True}, "boundary_ratio and expand_timesteps cannot both be set"),
+        ("wan22", {"boundary_ratio": None}, "'transformer_2' is not a component of this pipeline"),
+        ("dit", {"id2label": {"1000": "x"}}, "id2label must hold names by the numbers of classes, 0 to 999"),
+        ("dit", {"id2label": ["x"]}, "id2label must hold names"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_refused_in_one_line(
+    checkpoint_folder, tmp_path, capsys, name, entries, reason
+):
+    folder = changed(checkpoint_folder(name), tmp_path / "changed", **entries)
+    assert render(folder, tmp_path / "out", "7") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert reason in lines[0]
+
+
+def test_a_folder_without_its_second_expert_or_with_another_one_is_refused(checkpoint_folder, tmp_path, capsys):
+    folder = changed(checkpoint_folder("wan22"), tmp_path / "changed")
+    config = folder / "transformer_2" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_layers": 2}))
+    assert render(folder, tmp_path / "out", "a") == 2
+    assert "transformer_2/config.json: it must say what transformer/config.json says" in capsys.readouterr().err
+    (folder / "transformer_2").rename(tmp_path / "elsewhere")
+    assert render(folder, tmp_path / "out", "a") == 2
+    assert "transformer_2/config.json is missing" in capsys.readouterr().err
+
+
+def test_the_second_experts_guidance_is_in_the_fingerprint_where_it_shows(checkpoint_folder, new_request):
+    checkpoint = open_checkpoint(str(checkpoint_folder("wan22")))
+    chosen = render_options(LoadOptions(), lossless=False)
+
+    def mark(**changes):
+        return fingerprint_of(new_request(**changes), checkpoint, "0" * 16, chosen)
+
+    assert mark() == mark(guidance_scale_2=4.0) != mark(guidance_scale_2=3.0)
+    assert mark(guidance_scale=1.0) == mark(guidance_scale=1.0, guidance_scale_2=3.0)
+    assert mark() == mark(flow_shift=12.0) != mark(flow_shift=5.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "sizes"),
+    [
+        ("wan22", "wan2.2", {"guidance_scale": 4.0, "guidance_scale_2": 3.0, "num_inference_steps": 40}),
+        ("wan22_image", "wan2.2", {"guidance_scale": 3.5, "guidance_scale_2": 3.5, "flow_shift": 5.0}),
+        ("ti2v", "wan2.2-ti2v", {"fps": 24, "num_frames": 121, "height": 704}),
+        ("hunyuan_concat", "hunyuan-video-i2v", {"num_frames": 125, "guidance_scale": 1.0}),
+        ("hunyuan_replace", "hunyuan-video-i2v", {"num_frames": 129, "guidance_scale": 6.0}),
+        ("flux", "flux", {"num_inference_steps": 28, "guidance_scale": 3.5, "num_frames": 1}),
+        ("dit", "dit", {"width": 8, "height": 8}),
+        ("stable_audio", "stable-audio", {"seconds": 2.0, "fps": 64}),
+    ],
+)
+def test_a_checkpoint_gets_its_authors_defaults(checkpoint_folder, name, family, sizes):
+    checkpoint = open_checkpoint(str(checkpoint_folder(name)))
+    assert checkpoint.model.family == family
+    assert {field: getattr(checkpoint.defaults, field) for field in sizes} == sizes
+
+
+def test_every_pipeline_class_has_an_owner_and_every_checkpoint_a_name_of_its_own():
+    families = [model.family for model in MODELS.values()]
+    assert len(set(families)) == len(families)
+    assert len(KNOWN_MODELS) == sum(len(model.checkpoints) for model in MODELS.values())
+
+
+def test_a_folder_of_pictures_is_swept_and_told_as_one_of_videos_is(tmp_path, new_request):
+    folder = OutputFolder(tmp_path / "out", PICTURE)
+    request = new_request(num_frames=1, fps=1)
+    with folder.new_video(request) as temporary:
+        assert temporary.suffix == ".png"
+        left = temporary.with_name("1." + "0" * 32 + ".png")
+        left.write_bytes(b"left by a process that was killed")
+        folder.remove_leftovers()
+        assert not left.exists()
