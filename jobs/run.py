@@ -270,9 +270,15 @@ def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
             # gangs that start before the clips are checked know of none
             demands=() if start_now else asked.outlook.demands(shares_gpu),
         )
-        slots = Slots.of(spec, fleet, actors_of())
+        larger = asked.larger if fleet.group.num_nodes == 1 else ()
+        slots = Slots.of(spec, fleet, actors_of(), larger)
         state = BatchState(
-            fleet.num_gangs, fleet.num_finishers, options.hang_s, clips_ahead(fleet.num_gangs), fleet.num_apart
+            fleet.num_gangs,
+            fleet.num_finishers,
+            options.hang_s,
+            clips_ahead(fleet.num_gangs),
+            fleet.num_apart,
+            {gang.num_gangs: gang.speedup for gang in larger},
         )
 
         def render(work: Work) -> RunReport:

@@ -1,6 +1,6 @@
 """The options of a run: one dataclass from the command line, which shows its defaults, to every rank."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 from cineray.distributed.layout import Layout, parse_layout
@@ -93,6 +93,10 @@ class RunOptions:
         if self.layout_name is not None:
             return parse_layout(self.layout_name)
         return Layout(cfg=2 if self.cfg_parallel else 1, ulysses=self.sp)
+
+    def on(self, layout: Layout) -> "RunOptions":
+        """The same on another layout; the number of gangs stays."""
+        return replace(self, sp=1, cfg_parallel=False, layout_name=replace(layout, gangs=1).text)
 
     @property
     def collective_s(self) -> float:

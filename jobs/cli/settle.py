@@ -137,8 +137,7 @@ def _larger(
 
 
 def _on(options: RunOptions, layout: Layout) -> RunOptions:
-    gang = replace(layout, gangs=1)
-    return replace(options, sp=1, cfg_parallel=False, layout_name=gang.text, num_gangs=layout.gangs)
+    return replace(options.on(layout), num_gangs=layout.gangs)
 
 
 def _machines(options: RunOptions, device: str) -> "Machines":

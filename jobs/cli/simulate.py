@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +20,19 @@ if TYPE_CHECKING:
 
 _DEFAULTS = {field.name: field.default for field in fields(Assumptions)}
 SHOWN = 200  # steps of the bar: a bar that moves with each clip takes longer than the clip
+
+
+class Speedups(click.ParamType):
+    """`2=1.9,4=3.6`: gangs in the room of 2 and of 4 are so many times as fast."""
+
+    name = "speedups"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[int, float]:
+        pairs = [part.strip().split("=") for part in str(value).split(",")]
+        try:
+            return {int(room): float(speedup) for room, speedup in pairs}
+        except ValueError:
+            self.fail(f"must be such as 2=1.9,4=3.6 (room in gangs = how much faster), got {value!r}.", param, ctx)
 
 
 def _option(name: str, to: str, text: str, metavar: str = "S", kind: type = float):
@@ -63,6 +76,13 @@ def _option(name: str, to: str, text: str, metavar: str = "S", kind: type = floa
 @_option("--replace-s", "replace_s", "Seconds until another node stands there.")
 @_option("--straggler-share", "straggler_share", "Of nodes, 0 to 1.", "X")
 @_option("--straggler-factor", "straggler_factor", "Stragglers are slower by so much.", "Y")
+@click.option(
+    "--elastic-tail",
+    "larger",
+    type=Speedups(),
+    metavar="N=X,...",
+    help="As --elastic-tail of render; a gang in the room of N gangs is X times as fast.",
+)
 @_option("--seed", "seed", "Of losses and stragglers.", "N", int)
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png|.svg", help="A picture; replaced.")
 @json_option
@@ -78,6 +98,7 @@ def simulate(
     sp: int,
     cfg_parallel: bool,
     finisher_start_s: float | None,
+    larger: dict[int, float] | None,
     **assumed_of: float,
 ) -> int:
     """Runs a batch in simulated time: how long it takes and where the GPUs' time goes, losses included.
@@ -104,6 +125,7 @@ def simulate(
     assumed = Assumptions(
         ranks_per_gang=sp * (2 if cfg_parallel else 1),
         finisher_start_s=assumed_of["start_s"] if finisher_start_s is None else finisher_start_s,
+        larger=larger or {},
         **assumed_of,  # type: ignore[arg-type]  # by the names of its fields
     )
     number, planned = _clips(num_clips, manifest, clip_s, steps, encode_s, finish_s)

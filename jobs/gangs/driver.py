@@ -165,8 +165,9 @@ class RayBatch:
                 gangs[gang].request_stop()
             case effects.EncodePrompt(finisher, name):
                 finishers[finisher].encode(tasks[name])
-            case effects.FinishClip(finisher, name, ranks):
-                finishers[finisher].finish(replace(tasks[name], ranks=ranks))
+            case effects.FinishClip(finisher, name, ranks, room):
+                layout = None if room == 1 else gangs[0].shapes[room][0].run.layout
+                finishers[finisher].finish(replace(tasks[name], ranks=ranks, layout=layout))
             case effects.ForgetPrompt(key):
                 self.folder.delete_prompt(key)
             case effects.RecordFailure(name, status, reasons):

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class BuildGang:
-    """Ask for a place and start the ranks there."""
+    """Ask for a place and start the ranks there; in the room of `others`, too, which are gone."""
 
     gang: int
+    others: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +69,17 @@ class EncodePrompt:
 
 @dataclass(frozen=True, slots=True)
 class FinishClip:
-    """Let a finisher decode and commit a clip whose latents are on disk; `ranks` say what they were computed on."""
+    """Let a finisher decode and commit a clip whose latents are on disk.
+
+    Args:
+        ranks: say what they were computed on.
+        room: of the gang that ended them, in gangs as they began.
+    """
 
     finisher: int
     clip: str
     ranks: tuple[Mapping[str, Any], ...] = ()
+    room: int = 1
 
 
 @dataclass(frozen=True, slots=True)

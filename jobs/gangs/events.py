@@ -14,12 +14,14 @@ class NewClip:
     Args:
         name: of this clip alone in the run.
         strikes: attempts that an earlier run lost.
+        num_steps: that it is denoised in.
     """
 
     name: str
     id: str
     prompt_key: str
     strikes: Sequence[str] = ()
+    num_steps: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,7 +108,7 @@ class FinisherWork:
                 self._model,
                 options,
                 rendered,
-                self._spec.run.layout,
+                task.layout or self._spec.run.layout,
                 resumed_at,
                 (*task.warnings, *([TILED] if is_tiled else [])),
             )

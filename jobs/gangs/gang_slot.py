@@ -4,7 +4,7 @@ One slot outlives many gangs. What follows from an event is `batch_state`'s to s
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -51,6 +51,8 @@ class GangSlot:
     """The actors of one slot and the calls that they have not answered yet.
 
     Attributes:
+        spec, group: of the gang that is there, or was there last.
+        shapes: the same of gangs by their room, in gangs as they began; 1 is always among them.
         resources: what one rank takes of the group.
         task: the clip that the gang has, while busy.
         answers: how each rank's part of the current call ended, by rank.
@@ -60,6 +62,7 @@ class GangSlot:
     spec: RunSpec
     group: GangGroup
     resources: Resources
+    shapes: Mapping[int, tuple[RunSpec, GangGroup]] = field(repr=False)
     actor: Any = field(repr=False)  # of `Actors`
     stage: Stage = "gone"
     task: Task | None = None
@@ -92,9 +95,14 @@ class GangSlot:
         """Everything that the loop waits for."""
         return [*self._calls, *self._lives, *([self._step_count_call] if self._step_count_call is not None else [])]
 
-    def build(self) -> None:
-        """Asks Ray for a place and starts the ranks there; they come up when there is room."""
+    def build(self, room: int = 1) -> None:
+        """Asks Ray for a place and starts the ranks there; they come up when there is room.
+
+        Args:
+            room: of the gang, in gangs as they began.
+        """
         self.num_built += 1
+        self.spec, self.group = self.shapes[room]
         # one bundle is on one node; several bundles each on another one
         self._group = placement_group([self.group.bundle] * self.group.num_nodes, strategy="STRICT_SPREAD")
         self._ranks = [

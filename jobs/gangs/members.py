@@ -19,13 +19,14 @@ class Stage(Enum):
 
 
 class GangStage(Enum):
-    """Where a gang stands. PLACING waits for room, which may take as long as it likes."""
+    """Where a gang stands. PLACING waits for room, as long as it takes; another gang has the room of JOINED."""
 
     GONE = "gone"
     PLACING = "placing"
     STARTING = "starting"
     IDLE = "idle"
     BUSY = "busy"
+    JOINED = "joined"
 
 
 @dataclass(slots=True)
@@ -42,12 +43,15 @@ class ClipState:
         farthest: step that it has reached so far.
         struck_on: nodes on which an attempt was lost, the nodes themselves staying.
         ranks: what its ranks computed on, once it is denoised.
+        room: of the gang that it is or was denoised on.
+        awaits: number of the larger gang that it is to go on with.
     """
 
     name: str
     id: str
     prompt_key: str
     strikes: list[str]
+    num_steps: int = 1
     stage: Stage = Stage.WAITING
     began_s: float | None = None
     avoids: str | None = None
@@ -57,6 +61,8 @@ class ClipState:
     farthest: int = 0
     struck_on: frozenset[str] = frozenset()
     ranks: tuple[Mapping[str, Any], ...] = ()
+    room: int = 1
+    awaits: int | None = None
 
 
 @dataclass(slots=True)
@@ -67,6 +73,10 @@ class GangState:
         clip: name of the clip it denoises, while BUSY.
         changed_s: time of the last sign of progress.
         explain_s: after so long a wait for a place it is said what is missing.
+        others: gangs whose room it has, beside its own.
+        promised: name of the clip that it was made for, and that waits for it.
+        told: (step of its clip, when it was told of it).
+        step_s: of its clip, as it was lately; None until two steps are known.
     """
 
     number: int
@@ -79,10 +89,19 @@ class GangState:
     num_losses_in_a_row: int = 0
     is_retired: bool = False
     is_stop_requested: bool = False
+    others: tuple[int, ...] = ()
+    promised: str | None = None
+    told: tuple[int, float] = (0, 0.0)
+    step_s: float | None = None
 
     @property
     def name(self) -> str:
         return f"gang-{self.number}"
+
+    @property
+    def room(self) -> int:
+        """In gangs as they began."""
+        return 1 + len(self.others)
 
     @property
     def is_placed(self) -> bool:

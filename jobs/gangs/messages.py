@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from cineray.distributed.layout import Layout
 from cineray.jobs.run_options import RunOptions
 from cineray.pipeline.footprint.fit import Demand
 from cineray.pipeline.loading.options import LoadOptions
@@ -37,6 +38,7 @@ class Task:
     Args:
         warnings: what was asked for and the pixels will not show.
         ranks: what its ranks computed on, where they have in this run.
+        layout: of the gang that denoised it to its end, where it is another than the run's.
     """
 
     request: ClipRequest
@@ -44,6 +46,7 @@ class Task:
     prompt_key: str
     warnings: tuple[str, ...] = ()
     ranks: tuple[Mapping[str, Any], ...] = ()
+    layout: Layout | None = None
 
     @property
     def name(self) -> str:

@@ -18,7 +18,10 @@ class RunMetrics:
         self._events = {
             "retries": Counter("cineray_retries", "Attempts that were lost."),
             "losses": Counter("cineray_gangs_lost", "Gangs that died or hung."),
-            "yields": Counter("cineray_yields", "Clips that were preempted for a node that goes or a signal."),
+            "yields": Counter(
+                "cineray_yields", "Clips that were preempted for a node that goes, a signal or a larger gang."
+            ),
+            "growths": Counter("cineray_growths", "Gangs that took the room of several."),
         }
         self._counted: dict[str, int] = {}
         self._idle_s = Counter("cineray_gang_idle_seconds", "Time that built gangs did not denoise.")

@@ -76,6 +76,12 @@ class Fleet:
     hosted: Resources
 
 
+def group_of_larger(group: GangGroup, num_ranks: int) -> GangGroup:
+    """The group of a gang of more ranks in the room of several: on one node, as theirs are."""
+    bundle = {name: amount / group.ranks_per_node * num_ranks for name, amount in group.bundle.items()}
+    return GangGroup(num_nodes=1, ranks_per_node=num_ranks, bundle=bundle)
+
+
 def finishers_for(num_gangs: int, asked: int | None = None) -> int:
     """How many finishers so many gangs have: as many as the user says, else one per four."""
     return asked or -(-num_gangs // GANGS_PER_FINISHER)

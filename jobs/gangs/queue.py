@@ -94,7 +94,9 @@ class ClipQueue:
         if isinstance(stands, Doubt):
             self.doubted.append(f"{request.id}: {video} is rendered again: {stands.reason}")
         self.tasks[task.name] = task
-        return NewClip(task.name, request.id, task.prompt_key, tuple(self._earlier_strikes(task)))
+        return NewClip(
+            task.name, request.id, task.prompt_key, tuple(self._earlier_strikes(task)), request.num_inference_steps
+        )
 
     def warned(self, name: str, unread: Sequence[str]) -> Task:
         """The task of a clip that is assigned, with all that it must be warned of.

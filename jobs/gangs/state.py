@@ -7,6 +7,7 @@ worker state machine (distributed/worker_state_machine.py, `handle_stimulus`).
 A clip goes WAITING -> DENOISING (on a gang) -> DENOISED (latents on disk) -> FINISHING (on a finisher) -> ended.
 """
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -63,6 +64,7 @@ from cineray.jobs.gangs.retry import (
     is_quarantined,
     is_retired,
 )
+from cineray.jobs.gangs.tail import Growth, Standing, grow
 
 START_S = 1800.0  # a gang or a finisher that is placed may take so long to load its weights
 REPEAT_S = 300.0  # between two times that it is said
@@ -83,17 +85,24 @@ class BatchState:
         hang_s: a gang whose step takes longer is killed.
         depth: clips to have waiting.
         num_apart: the first so many finishers have places of their own; None for all.
+        larger: of a gang that takes the room of so many, how much faster its steps are; empty: gangs stay as they are.
 
     Attributes:
         waiting, denoised: names of clips, in the order in which they go on.
         stopped_by: the signal that ends the run early.
         aborted: why it is aborted.
-        counts: "retries", "losses" of gangs and "yields" so far.
+        counts: "retries", "losses" of gangs, "yields" and "growths" so far.
         busy_s, idle_s: of all gangs together; `could_be_busy_s` leaves out the time in which no clip waited.
     """
 
     def __init__(
-        self, num_gangs: int, num_finishers: int, hang_s: float, depth: int, num_apart: int | None = None
+        self,
+        num_gangs: int,
+        num_finishers: int,
+        hang_s: float,
+        depth: int,
+        num_apart: int | None = None,
+        larger: Mapping[int, float] | None = None,
     ) -> None:
         self.gangs = [GangState(number) for number in range(num_gangs)]
         self.finishers = [
@@ -121,6 +130,10 @@ class BatchState:
         self._num_retired: Counter[str] = Counter()
         self._num_finishing = 0
         self._prompt_failures: dict[str, list[int]] = {}  # key -> numbers of finishers that could not encode it
+        self._larger = dict(larger or {})
+        self._growing: dict[int, Growth] = {}  # by the gang whose clip is to move
+        self._num_awaiting = 0  # clips that wait for a larger gang
+        self._start_s = 0.0  # that a gang took to start, at most
         self._last_loss = ""
         self._now_s: float | None = None
         self._effects: list[Effect] = []
@@ -155,6 +168,13 @@ class BatchState:
         return "end" if self.is_exhausted else "clips"
 
     @property
+    def is_in_tail(self) -> bool:
+        """Whether gangs may grow, and no clip is left for one that is idle: then `Tick` says what follows."""
+        in_hand = len(self.waiting) > self._num_awaiting or not self.is_exhausted
+        is_ending = self.stopped_by is not None or self.aborted is not None
+        return bool(self._larger and self.clips) and not (in_hand or is_ending)
+
+    @property
     def prompts(self) -> list[str]:
         """Keys of the prompts that are encoded on disk."""
         return list(self._prompts)
@@ -179,7 +199,7 @@ class BatchState:
 
     def _on_clips_read(self, event: ClipsRead, _now_s: float) -> None:
         for new in event.clips:
-            self.clips[new.name] = ClipState(new.name, new.id, new.prompt_key, list(new.strikes))
+            self.clips[new.name] = ClipState(new.name, new.id, new.prompt_key, list(new.strikes), new.num_steps)
             self._prompts.need(new.prompt_key)
             self.waiting.append(new.name, new.prompt_key)
         self.is_exhausted = self.is_exhausted or event.is_last
@@ -196,6 +216,7 @@ class BatchState:
 
     def _on_gang_ready(self, event: GangReady, now_s: float) -> None:
         gang = self.gangs[event.gang]
+        self._start_s = max(self._start_s, now_s - gang.changed_s)
         gang.changed_s = now_s
         self._enter(gang, GangStage.IDLE)
         self._do(Log("built", {"actor": gang.name, "pids": list(event.pids), "nodes": sorted(gang.nodes)}))
@@ -207,10 +228,16 @@ class BatchState:
             clip = self.clips[gang.clip or ""]
             if event.step > clip.farthest:
                 clip.farthest, clip.num_fruitless = event.step, 0
+            known, at_s = gang.told
+            if event.step > known:
+                step_s = (now_s - at_s) / (event.step - known)
+                gang.step_s = step_s if gang.step_s is None else (gang.step_s + step_s) / 2
+            gang.told = event.step, now_s
 
     def _on_gang_ended(self, event: GangEnded, now_s: float) -> None:
         gang = self.gangs[event.gang]
         clip = None if gang.clip is None else self.clips[gang.clip]
+        growth = self._growing.pop(gang.number, None)
         if event.outcomes is None and clip is not None:
             gang.num_losses_in_a_row = 0
             if event.preempted_at is None:
@@ -225,7 +252,10 @@ class BatchState:
             kept = {"step": event.preempted_at, "kept": event.is_kept}
             self._do(Log("yielded", {"id": clip.id, "gang": gang.name, **kept}))
             self._do(Say(f"{clip.id}: preempted after step {event.preempted_at} by {gang.name}"))
-            self._put_down(gang, now_s)
+            if growth is not None and event.is_kept and not gang.nodes & self._draining:
+                self._grow(growth, clip, now_s)
+            if gang.stage is GangStage.BUSY:
+                self._put_down(gang, now_s)
             return
         decision = classify_failure(event.outcomes or ())
         if clip is not None and decision.clip == "failed":
@@ -330,12 +360,13 @@ class BatchState:
     def _on_stop_requested(self, event: StopRequested, now_s: float) -> None:
         """Every gang preempts its clip after the step it is in; finishers end the clips they have."""
         self.stopped_by = event.signal
+        self._growing.clear()
         self._do(Log("stopping", {"signal": event.signal}))
         for gang in self.gangs:
             if gang.stage is GangStage.BUSY:
                 gang.is_stop_requested = True
                 self._do(RequestStop(gang.number))
-            elif gang.stage is not GangStage.GONE and not self._hosts_work(gang):
+            elif gang.stage not in (GangStage.GONE, GangStage.JOINED) and not self._hosts_work(gang):
                 self._kill(gang, now_s)
 
     def _on_drain_ended(self, _event: DrainEnded, _now_s: float) -> None:
@@ -356,6 +387,9 @@ class BatchState:
             if gang.stage is GangStage.PLACING and waited_s >= gang.explain_s:
                 gang.explain_s = waited_s + REPEAT_S
                 self._do(ExplainWait(gang.number, waited_s))
+                if gang.others:
+                    self._stay(f"{gang.name} finds no place as a larger gang")
+                    self._kill(gang, now_s)
         for finisher in self.finishers:
             is_loading = finisher.stage == "loading" or (finisher.stage == "placing" and not finisher.is_apart)
             limit_s = START_S if is_loading else FINISH_STEPS * self._hang_s
@@ -363,6 +397,8 @@ class BatchState:
             if is_watched and is_hung(now_s, finisher.changed_s, limit_s):
                 self._lose_finisher(finisher, f"no sign of progress for {limit_s:g} s", now_s)
             self._look_elsewhere(finisher, now_s)
+        if self.is_in_tail and self._gangs_in[GangStage.IDLE]:
+            self._look_for_growth(now_s)
 
     def _look_elsewhere(self, finisher: FinisherState, now_s: float) -> None:
         """A finisher that finds no place of its own stands with a gang, as soon as one has its place."""
@@ -373,6 +409,82 @@ class BatchState:
             )
             finisher.is_apart = False
             self._empty(finisher, "no place", now_s, is_excused=True)
+
+    # ---- fewer clips than gangs
+
+    def _look_for_growth(self, now_s: float) -> None:
+        """Lets clips be preempted that would be done sooner in the room of several gangs."""
+        coming = [(number, growth.num_gangs) for number, growth in self._growing.items()]
+        coming += [(gang.number, gang.room) for gang in self.gangs if gang.promised is not None]
+        standing = [Standing(gang=number, room=room, node="", rest_s=math.inf) for number, room in coming]
+        passed_over = self._leaving | self._reserved | {number for number, _ in coming}
+        hosts = {finisher.gang for finisher in self.finishers if finisher.finishing}
+        for number in (self._gangs_in[GangStage.IDLE] | self._gangs_in[GangStage.BUSY]) - passed_over:
+            gang, may_move = self.gangs[number], number not in hosts and len(self.gangs[number].nodes) == 1
+            if gang.stage is GangStage.BUSY:
+                standing.append(self._busy(gang, may_move, now_s))
+            elif may_move:
+                standing.append(Standing(gang=number, room=gang.room, node=min(gang.nodes)))
+        for growth in grow(standing, self._larger, self._start_s, self._num_starting(now_s)):
+            gang = self.gangs[growth.gang]
+            self._growing[gang.number] = growth
+            gang.is_stop_requested = True
+            self._leaving.add(gang.number)
+            self._do(RequestStop(gang.number))
+
+    def _num_starting(self, now_s: float) -> int:
+        """Gangs whose room comes soon: clips move away from it, or they start, or have not waited for long."""
+        elsewhere = sum(number not in growth.room for number, growth in self._growing.items())
+        starting = [self.gangs[number] for number in self._gangs_in[GangStage.STARTING]]
+        placing = [self.gangs[number] for number in self._gangs_in[GangStage.PLACING]]
+        starting += [gang for gang in placing if now_s - gang.changed_s < PLACE_S]
+        return elsewhere + len([gang for gang in starting if gang.promised is None])
+
+    def _busy(self, gang: GangState, may_move: bool, now_s: float) -> Standing:
+        rest_s, (step, at_s) = math.inf, gang.told
+        if gang.step_s is not None:
+            left = self.clips[gang.clip or ""].num_steps - step
+            rest_s = max(0.0, left * gang.step_s - (now_s - at_s))
+        node, step_s = min(gang.nodes, default=""), gang.step_s if may_move else None
+        return Standing(gang=gang.number, room=gang.room, node=node, rest_s=rest_s, step_s=step_s)
+
+    @property
+    def _reserved(self) -> set[int]:
+        """Gangs whose room a larger one will take: they take no clip."""
+        return {number for growth in self._growing.values() for number in growth.room}
+
+    def _grow(self, growth: Growth, clip: ClipState, now_s: float) -> None:
+        """The clip has been preempted: its larger gang is built, if the room for it is still there."""
+        gangs = [self.gangs[number] for number in growth.room]
+        are_there = all(gang.number == growth.gang or gang.stage is GangStage.IDLE for gang in gangs)
+        if not (self._larger and are_there and len({gang.nodes for gang in gangs}) == 1):
+            return
+        lead = gangs[0]
+        room = [number for gang in gangs for number in (gang.number, *gang.others)]
+        for gang in gangs:
+            self._kill(gang, now_s)
+        lead.others = tuple(number for number in room if number != lead.number)[: growth.num_gangs - 1]
+        for number in lead.others:
+            self._enter(self.gangs[number], GangStage.JOINED)
+        clip.awaits, lead.promised = lead.number, clip.name
+        self._num_awaiting += 1
+        self.counts["growths"] += 1
+        took = ", ".join(self.gangs[number].name for number in lead.others)
+        self._do(
+            Log("grown", {"actor": lead.name, "room": [f"gang-{number}" for number in lead.others], "id": clip.id})
+        )
+        self._do(Say(f"{clip.id}: goes on with {lead.name} in the room of {took}, too: {growth.saved_s:.0f} s sooner"))
+        self._begin_placing(lead, now_s)
+
+    def _stay(self, reason: str) -> None:
+        """No gang grows any more."""
+        self._larger = {}
+        self._do(Say(f"{reason}: gangs are as large as they were from now on"))
+
+    def _forget_awaited(self, clip: ClipState) -> None:
+        if clip.awaits is not None:
+            self.gangs[clip.awaits].promised = clip.awaits = None
+            self._num_awaiting -= 1
 
     # ---- what clips and gangs go through
 
@@ -464,6 +576,7 @@ class BatchState:
             self.waiting.remove(clip.name)
         elif clip.stage is Stage.DENOISED:
             self.denoised.remove(clip.name)
+        self._forget_awaited(clip)
         del self.clips[clip.name]
         self._prompts.release(clip.prompt_key)
         wall_s = 0.0 if clip.began_s is None else now_s - clip.began_s
@@ -486,6 +599,8 @@ class BatchState:
         gang.is_retired = is_retired(gang.num_losses_in_a_row)
         self._num_retired["gang"] += gang.is_retired
         self.counts["losses"] += 1
+        if gang.others:
+            self._stay(f"{gang.name} was lost as a larger gang")
         then = "retired" if gang.is_retired else "built again"
         self._do(Log("lost", {"actor": gang.name, "reason": reason, "then": then}))
         self._do(Say(f"{gang.name} was lost and is {then}: {reason}"))
@@ -499,6 +614,13 @@ class BatchState:
                 self._take_along(finisher, gang, now_s)
         gang.nodes, gang.is_stop_requested = frozenset(), False
         self._leaving.discard(gang.number)
+        self._growing.pop(gang.number, None)
+        if gang.others:
+            for number in gang.others:
+                self._enter(self.gangs[number], GangStage.GONE)
+            gang.others = ()
+            if gang.promised is not None:
+                self._forget_awaited(self.clips[gang.promised])
         self._do(KillGang(gang.number))
 
     def _put_down(self, gang: GangState, now_s: float) -> None:
@@ -572,10 +694,7 @@ class BatchState:
                 self._do(Abort(self.aborted))
                 return
         for gang in [self.gangs[number] for number in sorted(self._gangs_in[GangStage.GONE])]:
-            # first, as who asks Ray first for a place has it first
-            gang.changed_s, gang.explain_s = now_s, PLACE_S
-            self._enter(gang, GangStage.PLACING)
-            self._do(BuildGang(gang.number))
+            self._begin_placing(gang, now_s)  # first, as who asks Ray first for a place has it first
         for finisher in [self.finishers[number] for number in sorted(self._finishers_gone)]:
             host = None if finisher.is_apart else self._host(finisher, now_s)
             if finisher.is_apart or host is not None:
@@ -583,6 +702,11 @@ class BatchState:
                 finisher.gang = None if host is None else host.number
                 self._finishers_gone.discard(finisher.number)
                 self._do(BuildFinisher(finisher.number, finisher.gang))
+
+    def _begin_placing(self, gang: GangState, now_s: float) -> None:
+        gang.changed_s, gang.explain_s = now_s, PLACE_S
+        self._enter(gang, GangStage.PLACING)
+        self._do(BuildGang(gang.number, gang.others))
 
     def _host(self, finisher: FinisherState, now_s: float) -> GangState | None:
         """The gang that a finisher stands with: one and the same, or where that has no place, the one with fewest."""
@@ -627,7 +751,7 @@ class BatchState:
                 finisher.finishing.append(clip.name)
                 self._num_finishing += 1
                 self._move(clip, Stage.FINISHING)
-                self._do(FinishClip(finisher.number, clip.name, clip.ranks))
+                self._do(FinishClip(finisher.number, clip.name, clip.ranks, clip.room))
 
     def _hand_to_gangs(self, now_s: float) -> None:
         idle = self._gangs_in[GangStage.IDLE]
@@ -636,20 +760,25 @@ class BatchState:
         if not idle or self._is_behind or self.waiting.next() is None:
             return
         others = len(idle) + len(self._gangs_in[GangStage.BUSY]) - 1
-        for gang in [self.gangs[number] for number in sorted(idle - self._leaving)]:
+        for gang in [self.gangs[number] for number in sorted(idle - self._leaving - self._reserved)]:
             name = self._next_clip(gang, others)
             if name is None:
                 continue
             clip = self.clips[name]
             self.waiting.remove(name)
             clip.began_s = now_s if clip.began_s is None else clip.began_s
+            self._forget_awaited(clip)
             self._move(clip, Stage.DENOISING)
+            clip.room = gang.room
             gang.clip, gang.step, gang.changed_s = name, None, now_s
+            gang.told, gang.step_s = (clip.farthest, now_s), None
             self._enter(gang, GangStage.BUSY)
             self._do(AssignClip(gang.number, name, self._prompts.warnings(clip.prompt_key)))
 
     def _next_clip(self, gang: GangState, num_others: int) -> str | None:
         """The first waiting clip with its prompt that need not wait for another gang."""
+        if gang.promised is not None:
+            return gang.promised if self.clips[gang.promised].prompt_key in self._prompts else None
         name = self.waiting.next()
         if name is None or not self._avoids(name, gang, num_others):
             return name
@@ -659,6 +788,8 @@ class BatchState:
     def _avoids(self, name: str, actor: GangState | FinisherState, num_others: int) -> bool:
         """Whether a clip that this one's memory was too small for, or its node lost, had better wait for others."""
         clip = self.clips[name]
+        if clip.awaits is not None:
+            return not isinstance(actor, GangState) or actor.number != clip.awaits
         if isinstance(actor, GangState) and clip.struck_on & actor.nodes:
             return self._works_apart_from(clip.struck_on)
         return clip.avoids == actor.name and num_others > 0
@@ -672,11 +803,17 @@ class BatchState:
         """Adds up how gangs spent the time since the last event."""
         passed_s = 0.0 if self._now_s is None else now_s - self._now_s
         self._now_s = now_s
-        busy_s = len(self._gangs_in[GangStage.BUSY]) * passed_s
-        idle_s = len(self._gangs_in[GangStage.IDLE]) * passed_s
+        busy_s = self._room_of(GangStage.BUSY) * passed_s
+        idle_s = self._room_of(GangStage.IDLE) * passed_s
         self.busy_s += busy_s
         self.idle_s += idle_s
         self.could_be_busy_s += busy_s + (idle_s if self.waiting else 0.0)
+
+    def _room_of(self, stage: GangStage) -> int:
+        """In gangs as they began."""
+        if not self._gangs_in[GangStage.JOINED]:
+            return len(self._gangs_in[stage])
+        return sum(self.gangs[number].room for number in self._gangs_in[stage])
 
     def _do(self, effect: Effect) -> None:
         self._effects.append(effect)

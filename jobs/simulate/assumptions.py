@@ -1,7 +1,8 @@
 """What a simulation takes for granted: the fleet, how long things take, how often nodes are lost."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from cineray.pipeline.request import InputError
 
@@ -71,6 +72,7 @@ class Assumptions:
     replace_s: from a node's loss to its successor.
     seen_s: until the driver hears of a loss.
     straggler_share, straggler_factor: so many nodes are slower, by that factor.
+    larger: of a gang that takes the room of so many, how much faster its steps are; empty: gangs stay as they are.
     """
 
     num_gpus: int
@@ -89,6 +91,7 @@ class Assumptions:
     seen_s: float = SEEN_S
     straggler_share: float = 0.0
     straggler_factor: float = 1.0
+    larger: Mapping[int, float] = field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -129,6 +132,14 @@ class Assumptions:
             raise InputError(f"--straggler-share must be 0 to 1, got {self.straggler_share:g}")
         if not 1 <= self.straggler_factor < math.inf:
             raise InputError(f"--straggler-factor must be 1 or more, got {self.straggler_factor:g}")
+        for room, speedup in self.larger.items():
+            if not 2 <= room <= self.gangs_per_node:
+                raise InputError(
+                    f"--elastic-tail: a gang must take the room of 2 to {self.gangs_per_node} gangs, as many as a node "
+                    f"has, got {room}"
+                )
+            if not 1 <= speedup < math.inf:
+                raise InputError(f"--elastic-tail: a larger gang must be 1 or more times as fast, got {speedup:g}")
 
     @property
     def gangs_per_node(self) -> int:

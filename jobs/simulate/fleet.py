@@ -53,6 +53,8 @@ class Gang:
         is_wanted: to be placed as soon as its node takes actors.
         use, since_s: what its GPUs do, and since when; None while idle.
         told_step: the last one that the run was told of.
+        room: in gangs as they began; 0 while another has it.
+        others: that have no room meanwhile.
     """
 
     number: int
@@ -65,6 +67,8 @@ class Gang:
     clip: Clip | None = None
     attempt: Attempt | None = None
     told_step: int = 0
+    room: int = 1
+    others: tuple["Gang", ...] = ()
 
 
 @dataclass(slots=True)

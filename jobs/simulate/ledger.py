@@ -76,6 +76,7 @@ class Simulated:
         gpu_hours: by use; their sum is that of all GPUs over the makespan.
         per_hour: clips done in each hour; the last one is not a whole hour.
         num_retries, num_gangs_lost, num_preempted: as the run counts them.
+        num_grown: clips that went on in the room of several gangs.
         aborted: why the run would end early.
         num_events: that the run's state was told.
     """
@@ -88,6 +89,7 @@ class Simulated:
     num_retries: int
     num_gangs_lost: int
     num_preempted: int
+    num_grown: int
     num_nodes_lost: int
     num_retired: int
     aborted: str | None
@@ -107,6 +109,7 @@ class Simulated:
             "retries": self.num_retries,
             "gangs_lost": self.num_gangs_lost,
             "preempted": self.num_preempted,
+            "grown": self.num_grown,
             "nodes_lost": self.num_nodes_lost,
             "gangs_retired": self.num_retired,
             "clips_done_per_hour": list(self.per_hour),

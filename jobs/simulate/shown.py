@@ -24,6 +24,8 @@ def figures(found: Simulated) -> Iterator[tuple[str, str]]:
     yield "gangs lost", f"{found.num_gangs_lost:,}"
     yield "nodes lost", f"{found.num_nodes_lost:,}"
     yield "clips preempted with notice", f"{found.num_preempted:,}"
+    if found.num_grown:
+        yield "clips moved to larger gangs", f"{found.num_grown:,}"
     if found.num_retired:
         yield "gangs retired", f"{found.num_retired:,}"
     yield "clips done in each hour", _hours(found)

@@ -41,7 +41,8 @@ class SimulatedBatch:
         on_end: Callable[[int], None] = lambda _: None,
     ) -> None:
         num_finishers = finishers_for(assumed.gangs, assumed.num_finishers)
-        self.state = BatchState(assumed.gangs, num_finishers, assumed.hang_s, clips_ahead(assumed.gangs))
+        gangs = assumed.gangs
+        self.state = BatchState(gangs, num_finishers, assumed.hang_s, clips_ahead(gangs), larger=assumed.larger)
         self.ledger = Ledger()
         self.now_s = 0.0
         self._assumed = assumed
@@ -55,6 +56,7 @@ class SimulatedBatch:
         self._num_idle = 0
         self._num_read = 0
         self._num_events = 0
+        self._looks = False
         self._order = count()
         self._coming: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
 
@@ -90,11 +92,12 @@ class SimulatedBatch:
     def _use(self, gang: Gang, use: Use | None) -> None:
         """From now on the gang's GPUs do this; None is idle, whose time `_pass_time` sums up."""
         if gang.use is not None:
-            self._spend(gang.use, self.now_s - gang.since_s)
-        self._num_idle += (use is None) - (gang.use is None)
+            self._spend(gang.use, gang.room * (self.now_s - gang.since_s))
+        self._num_idle += gang.room * ((use is None) - (gang.use is None))
         gang.use, gang.since_s = use, self.now_s
 
     def _spend(self, use: Use, gang_s: float) -> None:
+        """Args: gang_s: seconds of gangs as they began."""
         self.ledger.gpu_s[use] += gang_s * self._assumed.ranks_per_gang
 
     # ---- the run's state
@@ -107,6 +110,14 @@ class SimulatedBatch:
                 perform(self, effect)
         if self.state.num_wanted:
             self._read()
+        if self.state.is_in_tail and not self._looks:
+            self._looks = True
+            self._in(TICK_S, self._look)
+
+    def _look(self) -> None:
+        """The driver asks gangs for their steps every second; here while something may follow from that."""
+        self._looks = False
+        self._tick()
 
     def _read(self) -> None:
         while wanted := self.state.num_wanted:
@@ -115,7 +126,7 @@ class SimulatedBatch:
                 name = str(self._num_read)
                 self._num_read += 1
                 self._clips[name] = Clip(name, plan)
-                new.append(events.NewClip(name, plan.id, plan.prompt_key))
+                new.append(events.NewClip(name, plan.id, plan.prompt_key, num_steps=plan.seconds.num_steps))
             self._tell(events.ClipsRead(tuple(new), is_last=len(new) < wanted))
 
     # ---- nodes
@@ -189,6 +200,12 @@ class SimulatedBatch:
     def _build_gang(self, effect: effects.BuildGang) -> None:
         gang = self._fleet.gangs[effect.gang]
         gang.is_wanted = True
+        for number in effect.others:
+            other = self._fleet.gangs[number]
+            self._use(other, Use.NO_NODE)
+            other.room = 0
+            gang.others += (other,)
+            gang.room += 1
         if gang.node.takes_actors:
             self._in(0.0, self._place, gang, gang.life)
 
@@ -211,7 +228,7 @@ class SimulatedBatch:
         if not gang.is_there:
             return  # it is dead, and the driver does not know yet
         seconds = clip.plan.seconds
-        step_s = seconds.step_s * gang.node.slowness
+        step_s = seconds.step_s * gang.node.slowness / self._assumed.larger.get(gang.room, 1.0)
         self._use(gang, Use.COMPUTING)
         gang.clip, gang.told_step = clip, clip.num_kept
         gang.attempt = Attempt(
@@ -265,9 +282,9 @@ class SimulatedBatch:
         if clip.name not in self._clips:
             computed_s = 0.0  # quarantined a moment ago: its steps are kept for nobody
         clip.num_kept += num_kept
-        clip.gpu_s += computed_s * self._assumed.ranks_per_gang
-        self._spend(Use.SAVING, num_saves * attempt.save_s)
-        self._spend(Use.LOST, spent_s - num_saves * attempt.save_s - computed_s)
+        clip.gpu_s += gang.room * computed_s * self._assumed.ranks_per_gang
+        self._spend(Use.SAVING, gang.room * num_saves * attempt.save_s)
+        self._spend(Use.LOST, gang.room * (spent_s - num_saves * attempt.save_s - computed_s))
         gang.since_s = self.now_s
 
     def _kill_gang(self, effect: effects.KillGang) -> None:
@@ -276,6 +293,9 @@ class SimulatedBatch:
         self._use(gang, Use.RETIRED if self.state.gangs[gang.number].is_retired else Use.NO_NODE)
         gang.is_there = gang.is_wanted = False
         gang.life += 1
+        for other in gang.others:
+            other.room, other.since_s = 1, self.now_s
+        gang.room, gang.others = 1, ()
 
     # ---- watchdogs
 
@@ -380,7 +400,8 @@ class SimulatedBatch:
             per_hour=tuple(ledger.per_hour),
             num_retries=counts["retries"],
             num_gangs_lost=counts["losses"],
-            num_preempted=counts["yields"],
+            num_preempted=counts["yields"] - counts["growths"],
+            num_grown=counts["growths"],
             num_nodes_lost=ledger.num_nodes_lost,
             num_retired=sum(gang.is_retired for gang in self.state.gangs),
             aborted=self.state.aborted,

@@ -18,6 +18,7 @@ from cineray.jobs.gangs.messages import RunSpec, WorkerLocation
 from cineray.jobs.gangs.placement import Fleet, plan_fleet
 from cineray.jobs.gangs.slots import Slots
 from cineray.jobs.gangs.state import BatchState
+from cineray.jobs.planning.choice import Larger
 from cineray.jobs.run_options import RunOptions
 from cineray.pipeline.loading.options import LoadOptions
 
@@ -56,14 +57,23 @@ class NoOpBatch:
     slots: Slots
 
     @classmethod
-    def begun(cls, layout: Layout, num_gangs: int, num_finishers: int | None, nodes: Sequence[Any]) -> "NoOpBatch":
+    def begun(
+        cls,
+        layout: Layout,
+        num_gangs: int,
+        num_finishers: int | None,
+        nodes: Sequence[Any],
+        larger: Sequence[Larger] = (),
+    ) -> "NoOpBatch":
         """Asks Ray for all places, with pretended GPUs."""
         fleet = plan_fleet("cuda", layout, num_gangs, num_finishers, nodes)
         cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import a test
         spec = RunSpec(model="none", options=LoadOptions(), out=Path("none"), lossless=False, run=RunOptions())
-        state = BatchState(fleet.num_gangs, fleet.num_finishers, 300.0, 4, fleet.num_apart)
-        batch = cls(fleet, state, Slots.of(spec, fleet, actors_of(NoOpRank, NoOpFinisher)))
-        batch.tell(events.ClipsRead((events.NewClip("a", "a", "p"),), is_last=True))
+        speedups = {gang.num_gangs: gang.speedup for gang in larger}
+        state = BatchState(fleet.num_gangs, fleet.num_finishers, 300.0, 4, fleet.num_apart, speedups)
+        batch = cls(fleet, state, Slots.of(spec, fleet, actors_of(NoOpRank, NoOpFinisher), larger))
+        clip = events.NewClip("a", "a", "p", num_steps=10**6)
+        batch.tell(events.ClipsRead((clip,), is_last=True))
         return batch
 
     def tell(self, *happened: events.Event) -> None:

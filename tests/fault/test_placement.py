@@ -14,10 +14,12 @@ from ray.cluster_utils import Cluster
 from waiting import wait_for
 
 from cineray.distributed.layout import Layout, parse_layout
-from cineray.jobs.gangs import state
+from cineray.jobs.gangs import events, state
 from cineray.jobs.gangs.cluster import nodes_now
 from cineray.jobs.gangs.gang_slot import scheduling_state
+from cineray.jobs.gangs.members import GangStage
 from cineray.jobs.gangs.placement import NodeRoom
+from cineray.jobs.planning.choice import Larger
 
 pytestmark = pytest.mark.ray
 
@@ -126,6 +128,27 @@ def test_sixteen_ranks_take_two_whole_nodes_and_their_ring_goes_over_nodes(nodes
         assert int(place.device) == layout.coordinates(rank).ulysses
     assert len({place.node_id for place in places}) == 2
     assert {place.node_id for place in batch.finisher_places()} <= {place.node_id for place in places}
+    batch.end()
+
+
+@pytest.mark.usefixtures("eight_gpus")
+def test_a_larger_gang_stands_in_the_room_of_four_and_its_finisher_with_it():
+    larger = [Larger(num_gangs=4, layout=parse_layout("cfg2xulysses4"), speedup=3.5)]
+    batch = NoOpBatch.begun(Layout(ulysses=2), 4, 1, list(nodes_now().values()), larger)
+    batch.until(batch.all_are_placed)
+    batch.until(lambda: all(gang.stage is GangStage.IDLE for gang in batch.state.gangs))
+    batch.until(lambda: batch.state.finishers[0].stage == "ready")
+    batch.tell(events.PromptEncoded(0, "p"))
+    (mover,) = (gang for gang in batch.state.gangs if gang.clip is not None)
+    time.sleep(0.1)
+    batch.tell(events.StepReached(mover.number, 1), events.Tick())
+    batch.tell(events.GangEnded(mover.number, preempted_at=2, is_kept=True))
+    assert mover.room == 4
+    batch.until(lambda: mover.is_placed and batch.state.finishers[0].stage == "ready")
+    (places,) = [found for found in batch.gang_places() if found]
+    assert len({place.device for place in places}) == NUM_GPUS
+    assert batch.finisher_places()[0].device in {place.device for place in places}
+    assert batch.slots.gangs[mover.number].spec.run.layout == parse_layout("cfg2xulysses4")
     batch.end()
 
 

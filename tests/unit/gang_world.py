@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cineray.jobs.gangs import effects, events
-from cineray.jobs.gangs.members import Stage
+from cineray.jobs.gangs.members import GangStage, Stage
 from cineray.jobs.gangs.retry import RankOutcome
 from cineray.jobs.gangs.state import BatchState
 
@@ -21,6 +21,7 @@ class World:
     Attributes:
         placing, starting, idle: gangs by what they do; `busy` the clip that each of the others denoises.
         finishing: clips in each finisher that is up, `encoding` its prompts.
+        joined: gang -> the larger one that has its room.
         stands_with: the gang in whose group a finisher stands that has no place of its own.
         ended: how each clip ended.
     """
@@ -33,6 +34,8 @@ class World:
     idle: set[int] = field(default_factory=set)
     busy: dict[int, str] = field(default_factory=dict)
     asked: set[int] = field(default_factory=set)
+    joined: dict[int, int] = field(default_factory=dict)
+    steps: dict[int, int] = field(default_factory=dict)
     loading: set[int] = field(default_factory=set)
     finishing: dict[int, list[str]] = field(default_factory=dict)
     encoding: dict[int, list[str]] = field(default_factory=dict)
@@ -65,19 +68,25 @@ class World:
 
     def perform(self, effect: effects.Effect) -> None:
         match effect:
-            case effects.BuildGang(gang):
-                assert gang not in self.placing | self.starting | self.idle | set(self.busy)
+            case effects.BuildGang(gang, others):
+                for number in (gang, *others):
+                    assert number not in self.placing | self.starting | self.idle | set(self.busy) | set(self.joined)
                 self.placing.add(gang)
+                self.joined |= dict.fromkeys(others, gang)
             case effects.KillGang(gang):
                 for there in (self.placing, self.starting, self.idle, self.asked):
                     there.discard(gang)
                 self.busy.pop(gang, None)
+                assert gang not in self.joined
+                self.joined = {number: lead for number, lead in self.joined.items() if lead != gang}
                 assert gang not in self.stands_with.values()  # else Ray would end them unheard
             case effects.AssignClip(gang, clip):
                 assert gang in self.idle  # so it has no clip
+                assert gang not in self.asked  # its ranks would put every clip down
                 assert clip not in self.busy.values()
                 self.idle.remove(gang)
                 self.busy[gang] = clip
+                self.steps[gang] = 0
             case effects.RequestStop(gang):
                 assert gang in self.busy
                 self.asked.add(gang)
@@ -114,6 +123,12 @@ class World:
         assert stages[Stage.DENOISED] == sorted(state.denoised)
         assert stages[Stage.DENOISING] == sorted(self.busy.values())
         assert stages[Stage.FINISHING] == sorted(name for names in self.finishing.values() for name in names)
+        assert {gang.number for gang in state.gangs if gang.stage is GangStage.JOINED} == set(self.joined)
+        assert {number: gang.number for gang in state.gangs for number in gang.others} == self.joined
+        for clip in state.clips.values():
+            if clip.awaits is not None:
+                assert clip.stage is Stage.WAITING
+                assert clip.awaits in self.placing | self.starting | self.idle
         known = [*state.clips, *self.ended, *(clip.name for clip in self.unread)]
         assert sorted(known) == sorted(clip.name for clip in self.clips)  # none is lost, none is there twice
 
@@ -136,6 +151,9 @@ class World:
                 can(events.GangEnded(gang), lambda g=gang: (self.busy.pop(g), self.idle.add(g)))
             else:
                 can(events.GangEnded(gang, preempted_at=3, is_kept=True), lambda g=gang: self.busy.pop(g))
+                if with_harm:  # it was in its last step
+                    can(events.GangEnded(gang), lambda g=gang: (self.busy.pop(g), self.idle.add(g)))
+                    can(events.GangEnded(gang, preempted_at=3), lambda g=gang: self.busy.pop(g))
         for finisher in sorted(self.loading):
             if with_harm:
                 can(events.FinisherPlaced(finisher))
@@ -154,6 +172,8 @@ class World:
             for name in names[:1]:
                 can(events.VideoCommitted(finisher, name), lambda f=finisher, n=name: self.finishing[f].remove(n))
         can(events.Tick())
+        for gang in sorted(self.busy):
+            things.append(lambda g=gang: self.step(g))
         if with_harm:
             self._add_harm(can)
         return things
@@ -195,6 +215,11 @@ class World:
 
     def _bury(self, gang: int) -> None:
         self.busy.pop(gang, None)
+
+    def step(self, gang: int, after_s: float = 1.0) -> None:
+        """A gang is a step further."""
+        self.steps[gang] += 1
+        self.tell(events.StepReached(gang, self.steps[gang]), after_s)
 
     def run_out(self, max_events: int = 10_000) -> None:
         """Lets all go well until the run is over."""

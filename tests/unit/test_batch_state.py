@@ -13,11 +13,12 @@ from cineray.jobs.gangs.retry import MAX_FRUITLESS, MAX_LOSSES_IN_A_ROW, MAX_STR
 from cineray.jobs.gangs.state import IN_FINISHER, PER_FINISHER, REPEAT_S, START_S, BatchState
 
 HANG_S = 10.0
+NUM_STEPS = 50
 
 
-def world(num_clips=4, num_gangs=2, num_finishers=1, prompts=1, depth=6, strikes=(), num_apart=None):
-    clips = [events.NewClip(f"c{i}", f"c{i}", f"p{i % prompts}", strikes) for i in range(num_clips)]
-    made = World(BatchState(num_gangs, num_finishers, HANG_S, depth, num_apart), clips)
+def world(num_clips=4, num_gangs=2, num_finishers=1, prompts=1, depth=6, strikes=(), num_apart=None, larger=None):
+    clips = [events.NewClip(f"c{i}", f"c{i}", f"p{i % prompts}", strikes, NUM_STEPS) for i in range(num_clips)]
+    made = World(BatchState(num_gangs, num_finishers, HANG_S, depth, num_apart, larger), clips)
     made.read()
     return made
 
@@ -35,15 +36,18 @@ def until(world, condition):
 @settings(deadline=None, max_examples=300)
 @given(
     st.data(),
-    st.integers(1, 3),
+    st.integers(1, 6),
     st.integers(1, 2),
     st.integers(0, 8),
     st.integers(1, 3),
     st.integers(0, 2),
+    st.sampled_from(({}, {2: 1.9}, {2: 1.9, 3: 2.7})),
 )
-def test_no_clip_is_lost_or_ends_twice_whatever_happens(data, num_gangs, num_finishers, num_clips, prompts, num_apart):
+def test_no_clip_is_lost_or_ends_twice_whatever_happens(
+    data, num_gangs, num_finishers, num_clips, prompts, num_apart, larger
+):
     """`World` checks after every event; in the end, every clip has ended or the run has said why not."""
-    here = world(num_clips, num_gangs, num_finishers, prompts, num_apart=num_apart)
+    here = world(num_clips, num_gangs, num_finishers, prompts, num_apart=num_apart, larger=larger)
     for _ in range(data.draw(st.integers(0, 60))):
         if here.state.is_over:
             break

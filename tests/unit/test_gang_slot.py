@@ -13,7 +13,7 @@ def test_a_fault_of_the_folder_that_one_rank_meets_ends_the_wait_for_the_others(
     class TwoRanks(GangSlot):
         num_ranks = 2  # type: ignore[assignment]
 
-    slot = TwoRanks(number=0, spec=None, group=None, resources=Resources(num_cpus=1, num_gpus=0), actor=None)  # type: ignore[arg-type]
+    slot = TwoRanks(number=0, spec=None, group=None, shapes={}, resources=Resources(num_cpus=1, num_gpus=0), actor=None)  # type: ignore[arg-type]
     monkeypatch.setattr(gang_slot, "outcome", lambda ref: OutputError("output folder o: .tmp is a file"))
     slot._calls = {"first rank": 0, "second rank": 1}
     slot.stage = "busy"

@@ -220,9 +220,12 @@ def test_a_long_stream_is_read_as_far_as_the_run_reads():
 def worlds(draw):
     """(assumptions, number of clips, their seconds, deaths) of a small world in trouble."""
     gpus_per_node = draw(st.integers(1, 4))
+    ranks_per_gang = draw(st.integers(1, gpus_per_node))
+    larger = draw(st.sampled_from(({}, {2: 1.6}, {2: 1.6, 3: 2.1, 4: 2.4})))
     assumed = Assumptions(
         num_gpus=draw(st.integers(gpus_per_node, 8)),
-        ranks_per_gang=draw(st.integers(1, gpus_per_node)),
+        ranks_per_gang=ranks_per_gang,
+        larger={room: speedup for room, speedup in larger.items() if room * ranks_per_gang <= gpus_per_node},
         gpus_per_node=gpus_per_node,
         num_finishers=draw(st.integers(1, 3)),
         hang_s=draw(st.sampled_from((15.0, 300.0))),
@@ -265,8 +268,51 @@ def test_each_clip_ends_once_and_no_gpu_time_is_lost_sight_of(world):
     assert min(found.gpu_hours.values()) >= -1e-9
     least_s = found.ended.get("done", 0) * seconds.num_steps * seconds.step_s * assumed.ranks_per_gang
     slowest = assumed.straggler_factor if assumed.straggler_share else 1.0
+    slowest *= max((room / speedup for room, speedup in assumed.larger.items()), default=1.0)  # GPUs that do one step
     assert least_s - 1e-6 <= gpu_s(found, Use.COMPUTING) <= slowest * least_s + 1e-6
     assert simulated(assumed, num_clips, seconds, deaths) == found
+
+
+# ---- fewer clips than gangs
+
+
+NODE_OF_EIGHT = Assumptions(num_gpus=8, save_s=0.0, larger={2: 1.95, 4: 3.8, 8: 7.0})
+LONG = ClipSeconds(num_steps=50, step_s=36.0)
+
+
+def test_ten_long_clips_on_eight_gpus_end_a_third_sooner():
+    """Eight clips of 1800 s; of the two others a step at once, then one more, and 48 on four GPUs each."""
+    assert simulated(replace(NODE_OF_EIGHT, larger={}), 10, LONG).makespan_s == 3600.0
+    found = simulated(NODE_OF_EIGHT, 10, LONG)
+    assert found.makespan_s == pytest.approx(1800.0 + 2 * 36.0 + 48 * 36.0 / 3.8, abs=2.0)
+    assert found.num_grown == 2
+    assert found.ended == {"done": 10}
+    assert sum(gpu_s(found, use) for use in Use) == pytest.approx(8 * found.makespan_s)
+
+
+def test_gangs_do_not_grow_where_they_would_take_longer_to_start_than_they_save():
+    found = simulated(replace(NODE_OF_EIGHT, start_s=1700.0), 10, LONG)
+    assert (found.makespan_s, found.num_grown) == (1700.0 + 3600.0, 0)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.integers(1, 20),
+    st.integers(1, 2),
+    st.sampled_from((0.0, 20.0, 90.0)),
+    st.sampled_from((2.0, 8.0, 30.0)),
+    st.lists(st.sampled_from((4, 10, 50)), min_size=1, max_size=4),
+)
+def test_a_batch_that_nothing_befalls_ends_no_later_for_it(num_clips, num_nodes, start_s, step_s, steps):
+    """But for what a second's grain of looks costs: two steps and a start-up of a clip that gained little."""
+    assumed = replace(NODE_OF_EIGHT, num_gpus=8 * num_nodes, start_s=start_s, finisher_start_s=start_s)
+    plans = [
+        PlannedClip(id=str(n), prompt_key="p", seconds=ClipSeconds(num_steps=steps[n % len(steps)], step_s=step_s))
+        for n in range(num_clips)
+    ]
+    found, plain = SimulatedBatch(assumed, plans).run(), SimulatedBatch(replace(assumed, larger={}), plans).run()
+    assert found.ended == plain.ended == {"done": num_clips}
+    assert found.makespan_s <= plain.makespan_s + 2 * step_s
 
 
 # ---- what it must not need, and what it refuses
@@ -298,6 +344,8 @@ def test_it_imports_neither_ray_nor_torch():
         ({"hang_s": 0.0}, "--hang-timeout must be above 0"),
         ({"straggler_share": 1.5}, "--straggler-share must be 0 to 1"),
         ({"straggler_factor": 0.5}, "--straggler-factor must be 1 or more"),
+        ({"larger": {2: 1.9}}, "--elastic-tail: a gang must take the room of 2 to 1 gangs"),
+        ({"num_gpus": 8, "gpus_per_node": 8, "larger": {4: 0.5}}, "must be 1 or more times as fast, got 0.5"),
     ],
 )
 def test_what_cannot_be_assumed_is_refused_in_a_line(changed, said):

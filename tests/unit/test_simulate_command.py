@@ -52,6 +52,16 @@ def test_json_is_one_object_with_what_was_assumed(simulate):
     assert simulate(*arguments[:-2], 8, "--json")[1] != out
 
 
+def test_gangs_that_grow_end_a_batch_of_few_clips_sooner(simulate):
+    few = ("--num-gpus", 8, "--num-clips", 10, "--clip-s", 1800, "--start-up-s", 60)
+    _, out, _ = simulate(*few, "--elastic-tail", "2=1.97,4=3.75,8=6.52", "--json")
+    found = json.loads(out.splitlines()[-1])["simulated"]
+    plain = json.loads(simulate(*few, "--json")[1].splitlines()[-1])["simulated"]
+    assert found["grown"] == 2
+    assert found["makespan_s"] < 0.7 * plain["makespan_s"]
+    assert "clips moved to larger gangs" in out
+
+
 def test_a_manifests_clips_take_the_steps_of_their_rows_and_share_prompts(simulate, tmp_path):
     manifest = tmp_path / "m.jsonl"
     rows = [{"prompt": "a red circle"}, {"prompt": "a red circle", "steps": 10}, {"prompt": "a blue square"}]
@@ -105,6 +115,8 @@ def test_a_run_that_would_be_aborted_says_why(simulate):
         (("--num-gpus", 8, "--num-clips", 2, "--clip-s", 5, "--plot", "p.jpg"), "must be a file named .png or .svg"),
         (("--num-gpus", 8, "--num-clips", 2, "--clip-s", 5, "--plot", "no/p.png"), "--plot no/p.png cannot be written"),
         (("--num-gpus", 8, "--manifest", "no.jsonl", "--clip-s", 5), "no.jsonl"),
+        (("--num-gpus", 8, "--num-clips", 2, "--clip-s", 5, "--elastic-tail", "2"), "must be such as 2=1.9,4=3.6"),
+        (("--num-gpus", 8, "--num-clips", 2, "--clip-s", 5, "--elastic-tail", "9=5"), "the room of 2 to 8 gangs"),
         (("--num-gpus", "x", "--num-clips", 2, "--clip-s", 5), "Invalid value for '--num-gpus'"),
     ],
 )
