@@ -14,15 +14,19 @@ import click
 
 from cineray.jobs.cli.exit_codes import EXIT_BAD_INPUT, EXIT_DONE
 from cineray.jobs.cli.options import json_option
+from cineray.jobs.cli.plan_simulated import Losses, SimulatedRow, show_simulated, simulate_plan, simulation_options
 from cineray.jobs.console.terminal import print_json, tell, write
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from cineray.distributed.layout import Layout
     from cineray.jobs.planning.evidence import ClipKind
     from cineray.jobs.planning.layouts import Fleet
     from cineray.jobs.planning.plan import Batch, Plan
     from cineray.jobs.planning.sidecars import PastClips
     from cineray.pipeline.loading.checkpoint import Checkpoint
+    from cineray.pipeline.request import ClipRequest
 
 _PATH = click.Path(path_type=Path)
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -76,6 +80,8 @@ class PlanArguments:
 @click.option("--price", type=float, metavar="USD", help="Of a GPU and hour.")
 @click.option("--study", type=_PATH, multiple=True, metavar="FILE", help="Of `cineray study`; several times.")
 @click.option("--out", type=_PATH, metavar="DIR", help="Folder of an earlier run, whose clips' times count.")
+@click.option("--simulate", is_flag=True, help="Then run the batch in simulated time; see docs/simulation.md.")
+@simulation_options
 @json_option
 @click.option("--csv", "as_csv", is_flag=True, help="Print every layout as CSV instead of the table.")
 @click.pass_context
@@ -88,6 +94,8 @@ def plan(
     price: float | None,
     study: tuple[Path, ...],
     out: Path | None,
+    simulate: bool,
+    losses: Losses,
     as_json: bool,
     as_csv: bool,
     **asked: Any,
@@ -103,6 +111,8 @@ def plan(
       cineray plan --model wan2.1-t2v-14b --width 1280 --height 720 --gpu h100 --num-gpus 8 --num-clips 10
       cineray plan --manifest m.jsonl --model wan2.1-t2v-14b --gpu h100 --num-gpus 16 --deadline 8h --price 2.5
       cineray plan --model hunyuan-video --gpu h20 --num-gpus 8 --cache dicache --json
+      cineray plan --manifest m.jsonl --model wan2.1-t2v-14b --gpu h100 --num-gpus 64 --simulate --start-up-s 60 \\
+          --spot-loss-per-gpu-hour 0.05 --replace-s 300
     """
     from cineray.jobs.cli.plan_table import print_csv, show_plan
     from cineray.jobs.planning.anchors import published
@@ -120,17 +130,20 @@ def plan(
     arguments = PlanArguments(**asked)
     if as_json and as_csv:
         raise InputError("give --json or --csv, not both")
+    if not simulate:
+        losses.refuse_without_simulation()
     fleet = fleet_of(find_gpu(gpu), num_gpus, nodes, price)
     checkpoint = published_checkpoint(arguments.model)
     studies = [read_study(path, arguments.model) for path in study]
     past = () if out is None else read_sidecars(out, num_branches_of(arguments.model))
-    batch, notes = _batch(arguments, checkpoint, past)
+    batch, notes, requests, kind_of = _batch(arguments, checkpoint, past)
     evidence = Evidence(fleet.gpu, WorkOf(forecast), published().tables, studies, past)
     render = _render_options(context)
+    layouts = _layouts(arguments, fleet, batch, checkpoint)
     found = make_plan(
         fleet,
         batch,
-        _layouts(arguments, fleet, batch, checkpoint),
+        layouts,
         evidence,
         lambda layout, decode: _is_runnable(layout, decode, render),
         deadline,
@@ -139,10 +152,16 @@ def plan(
         raise InputError(_does_not_fit(arguments.layout, found, fleet))
     line = _command(arguments, found, fleet, render)
     content = _content(arguments, fleet, found, notes, line)
+    simulated: list[SimulatedRow] = []
+    if simulate:
+        simulated = simulate_plan(found, fleet, batch, evidence, requests, kind_of, layouts, losses)
+        content["simulated"] = [row.content() for row in simulated]
     if as_csv:
         print_csv(found, fleet)
     else:
         show_plan(found, fleet, batch, notes, deadline)
+        if simulated:
+            show_simulated(simulated)
         if line:
             write(sys.stdout, line + "\n")
     if as_json:
@@ -153,8 +172,10 @@ def plan(
     return EXIT_DONE
 
 
-def _batch(asked: PlanArguments, checkpoint: Checkpoint, past: tuple[PastClips, ...]) -> tuple[Batch, list[str]]:
-    """The clips by kind, and what is assumed of them.
+def _batch(
+    asked: PlanArguments, checkpoint: Checkpoint, past: tuple[PastClips, ...]
+) -> tuple[Batch, list[str], Iterable[ClipRequest] | None, Callable[[ClipRequest], ClipKind]]:
+    """(the clips by kind, what is assumed of them, a manifest's requests, the kind of one).
 
     Raises:
         InputError: bad lines of the manifest, or a size that the model does not render.
@@ -178,6 +199,12 @@ def _batch(asked: PlanArguments, checkpoint: Checkpoint, past: tuple[PastClips, 
         "guidance_scale": asked.guidance,
     }
     sizes = asdict(checkpoint.defaults) | {name: value for name, value in typed.items() if value is not None}
+    requests: Iterable[ClipRequest] | None = None
+    known_kind = lru_cache(maxsize=1000)(partial(_kind, checkpoint))  # a million clips have a few sizes
+
+    def plain_kind(r: ClipRequest) -> ClipKind:
+        return known_kind(r.width, r.height, r.num_frames, r.num_inference_steps, r.guidance_scale, r.cache)
+
     if asked.manifest is None:
         kinds = Counter({_kind_of_sizes(checkpoint, sizes, asked.cache): asked.num_clips or 1})
     elif asked.num_clips is not None:
@@ -187,20 +214,17 @@ def _batch(asked: PlanArguments, checkpoint: Checkpoint, past: tuple[PastClips, 
             **sizes, negative_prompt=None, seed=0, cache=asked.cache, image=None, image_fit="stretch"
         )
         with checking_lines(asked.manifest.name) as on_row:
-            checked = check_manifest(asked.manifest, defaults, checkpoint, on_row)
-        known_kind = lru_cache(maxsize=1000)(partial(_kind, checkpoint))  # a million clips have a few sizes
-        kinds = Counter(
-            known_kind(r.width, r.height, r.num_frames, r.num_inference_steps, r.guidance_scale, r.cache)
-            for r in checked.requests()
-        )
+            requests = check_manifest(asked.manifest, defaults, checkpoint, on_row)
+        kinds = Counter(map(plain_kind, requests))
     notes: dict[str, None] = {}
-    known: list[tuple[ClipKind, int]] = []
-    for kind, count in kinds.items():
+    known: dict[ClipKind, ClipKind] = {}
+    for kind in kinds:
         found, note = computed_share_of(kind.policy, asked.model, past, share)
         notes |= {note: None} if note else {}
-        known.append((replace(kind, computed_share=found), count))
+        known[kind] = replace(kind, computed_share=found)
     is_counted = asked.manifest is not None or asked.num_clips is not None
-    return Batch(tuple(known), is_counted), list(notes)
+    batch = Batch(tuple((known[kind], count) for kind, count in kinds.items()), is_counted)
+    return batch, list(notes), requests, lambda request: known[plain_kind(request)]
 
 
 def _kind_of_sizes(checkpoint: Checkpoint, sizes: dict[str, Any], cache: str) -> ClipKind:
