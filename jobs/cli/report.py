@@ -21,20 +21,23 @@ from cineray.jobs.console.terminal import print_json, tell
 def report(folder: Path, out: Path | None, as_json: bool) -> int:
     """Makes one HTML page of a batch: its clips, what ran when, what the cache decided, what failed and why.
 
-    Reads the output folder alone, while a driver runs or after. The page needs no network; its videos are the files in
+    Of the folder of a study it makes a page of its pictures, tables and rows.
+    Reads the folder alone, while a driver runs or after. The page needs no network; its videos are the files in
     DIR, so keep it beside them, or where the relative path to them stays the same.
 
     \b
     Examples:
       cineray report out/demo
       cineray report /nfs/batch --out /nfs/pages/batch.html --json
+      cineray report out/study
     """
     from cineray.jobs.console.measure import progress_bar
     from cineray.jobs.report.report import write_report
 
     written = write_report(folder, out, progress_bar)
     tell(*(f"cineray report: {remark}" for remark in written.page.remarks))
-    tell(f"{written.path}: {written.page.facts['clips']} clips, {written.num_bytes:,} bytes")
+    what = "clips" if "clips" in written.page.facts else "rows"
+    tell(f"{written.path}: {written.page.facts[what]} {what}, {written.num_bytes:,} bytes")
     if as_json:
         print_json({"page": str(written.path), "bytes": written.num_bytes} | written.page.facts)
     return EXIT_DONE

@@ -10,6 +10,7 @@ from pathlib import Path
 from cineray.jobs.out_file import check_out, ended_by_sigterm, replace_text
 from cineray.jobs.report.batch import batch_page
 from cineray.jobs.report.page import Page, ProgressBar
+from cineray.jobs.report.study import is_study, study_page
 from cineray.pipeline.request import InputError
 
 PAGE_NAME = "report.html"
@@ -52,4 +53,4 @@ def _maker_for(folder: Path) -> Callable[[Path, Path, ProgressBar], Page]:
         os.listdir(folder)
     except OSError as error:
         raise InputError(f"{_COMMAND}: {folder} cannot be read: {error.strerror}; give a render's --out") from None
-    return batch_page
+    return study_page if is_study(folder) else batch_page
