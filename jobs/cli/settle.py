@@ -123,14 +123,18 @@ def _larger(
     from cineray.jobs.planning.choice import larger_gangs
 
     base = replace(options.layout, gangs=1)
+    if options.num_gangs == 1:
+        tell("--elastic-tail: there is one gang, which has nobody's room to take")
+        return ()
     why = f"no larger gang than {base.text} is known to be faster on {machines.text}"
     try:
-        larger = larger_gangs(base, machines, kinds, layouts, seconds)
+        known = larger_gangs(base, machines, kinds, layouts, seconds)
+        larger = tuple(gang for gang in known if gang.num_gangs <= options.num_gangs)
     except InputError as error:
         larger, why = (), error.lines[0]
     if larger:
-        known = ", ".join(f"{gang.layout.text} {gang.speedup:.2f} times as fast" for gang in larger)
-        tell(f"--elastic-tail: gangs may grow at the end, by the plan: {known}")
+        said = ", ".join(f"{gang.layout.text} {gang.speedup:.2f} times as fast" for gang in larger)
+        tell(f"--elastic-tail: gangs may grow at the end, by the plan: {said}")
     else:
         tell(f"--elastic-tail: gangs stay as they are: {why}")
     return larger

@@ -177,6 +177,10 @@ def test_an_elastic_tail_knows_how_much_faster_larger_gangs_are(new_request, tmp
     found = settle(run_of(tmp_path, num_gangs=8, elastic_tail=True), hd_clips(new_request, 10), ())
     assert [gang.num_gangs for gang in found.larger] == [2, 4, 8]
     assert "--elastic-tail: gangs may grow at the end, by the plan: cfg2 1.9" in capsys.readouterr().err
+    of_three = settle(run_of(tmp_path, num_gangs=3, elastic_tail=True), hd_clips(new_request, 10), ())
+    assert [gang.num_gangs for gang in of_three.larger] == [2]
+    assert settle(run_of(tmp_path, elastic_tail=True), hd_clips(new_request, 10), ()).larger == ()
+    assert "there is one gang, which has nobody's room to take" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("eight_h100s")
