@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cineray.distributed.layout import Layout, check_layout
 from cineray.jobs.console.terminal import tell
 from cineray.jobs.manifest.order import longest_first
-from cineray.jobs.run_options import RunOptions
+from cineray.jobs.run_options import RunOptions, decodes_on_gang
 from cineray.pipeline.request import ClipRequest, InputError
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _chosen(
 
     is_cuda = plan.load_options.device == "cuda"
     try:
-        choice = choose(machines, kinds, layouts, seconds, _decode(plan))
+        choice = choose(machines, kinds, layouts, seconds, lambda layout: _decode(plan, layout))
     except InputError as error:
         num_gangs = min(machines.num_places, sum(kinds.values())) if is_cuda else 1
         layout = Layout(gangs=max(1, num_gangs))
@@ -123,14 +123,18 @@ def _larger(
     from cineray.jobs.planning.choice import larger_gangs
 
     base = replace(options.layout, gangs=1)
+    if options.num_gangs == 1:
+        tell("--elastic-tail: there is one gang, which has nobody's room to take")
+        return ()
     why = f"no larger gang than {base.text} is known to be faster on {machines.text}"
     try:
-        larger = larger_gangs(base, machines, kinds, layouts, seconds)
+        known = larger_gangs(base, machines, kinds, layouts, seconds)
+        larger = tuple(gang for gang in known if gang.num_gangs <= options.num_gangs)
     except InputError as error:
         larger, why = (), error.lines[0]
     if larger:
-        known = ", ".join(f"{gang.layout.text} {gang.speedup:.2f} times as fast" for gang in larger)
-        tell(f"--elastic-tail: gangs may grow at the end, by the plan: {known}")
+        said = ", ".join(f"{gang.layout.text} {gang.speedup:.2f} times as fast" for gang in larger)
+        tell(f"--elastic-tail: gangs may grow at the end, by the plan: {said}")
     else:
         tell(f"--elastic-tail: gangs stay as they are: {why}")
     return larger
@@ -151,7 +155,10 @@ def _machines(options: RunOptions, device: str) -> "Machines":
     return machines_at(options.address, device)
 
 
-def _decode(plan: "RunPlan") -> str:
+def _decode(plan: "RunPlan", layout: Layout) -> str:
+    """How clips of gangs of this layout are decoded, as a plan calls it."""
+    if decodes_on_gang(plan.options.on(layout), plan.load_options, plan.checkpoint.model):
+        return "gang"
     return "tiled" if plan.load_options.vae_tiling else "finisher"
 
 
@@ -199,10 +206,10 @@ def _layouts(
             return [Layout()]
         return [layout for layout in timed if _fits(layout, num_heads, num_branches, num_tokens)]
     assert isinstance(seconds, Evidence)
-    decode, gpu = _decode(plan), seconds.gpu
+    gpu = seconds.gpu
     layouts = all_layouts(machines, num_heads, num_branches, num_tokens)
     needs = {
-        layout: max(seconds.work_of(kind.shape, layout, kind.cache, decode)[0].total for kind in kinds)
+        layout: max(seconds.work_of(kind.shape, layout, kind.cache, _decode(plan, layout))[0].total for kind in kinds)
         for layout in layouts
     }
     fitting = [layout for layout, need in needs.items() if need <= gpu.memory_bytes]

@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # torch and matplotlib take seconds to import; `--help` shoul
     default=("none",),
     show_default=True,
     metavar="SPEC",
-    help="Once for each policy.",
+    help="Once for each policy; {model} in it stands for each model's name, as in smoothcache:{model}.json.",
 )
 @click.option("--num-clips", type=int, default=1, show_default=True, metavar="K", help="The first K clips are timed.")
 @click.option("--repeats", type=int, default=2, show_default=True, metavar="R", help="Of each clip on each layout.")
@@ -96,7 +96,7 @@ def _plan(
     Raises:
         InputError: no clips, bad clips, or a number that cannot be.
     """
-    from cineray.jobs.measure.study import StudyPlan, parse_layouts, take_sample
+    from cineray.jobs.measure.study import StudyPlan, cache_of, parse_layouts, take_sample
     from cineray.pipeline.loading.checkpoint import open_checkpoint
     from cineray.pipeline.request import InputError
 
@@ -111,7 +111,8 @@ def _plan(
         checkpoint = open_checkpoint(clips.model)
         requests = []
         for cache in caches[-1:] if clips.manifest == Path("-") else caches:  # a schedule may be of other steps
-            _, checked = read_requests(clips, run_defaults(clips, checkpoint, cache, None), checkpoint, most)
+            defaults = run_defaults(clips, checkpoint, cache_of(cache, checkpoint.name), None)
+            _, checked = read_requests(clips, defaults, checkpoint, most)
             requests = list(checked)
         samples.append(take_sample(checkpoint, load_options(clips, checkpoint), requests, num_clips))
     return StudyPlan(samples=tuple(samples), layouts=wanted, caches=caches, repeats=repeats)

@@ -69,7 +69,7 @@ class StudyPlan:
     """What is to be measured.
 
     Args:
-        caches: as typed.
+        caches: as typed; `cache_of` says what they are of a model.
         repeats: of every clip on every layout.
     """
 
@@ -128,7 +128,7 @@ def check_plan(plan: StudyPlan) -> None:
                 raise InputError(f"{COMMAND}: {sample.checkpoint.name}: {error}") from None
         for cache in plan.caches:
             try:
-                sample.checkpoint.plan_cache(cache)
+                sample.checkpoint.plan_cache(cache_of(cache, sample.checkpoint.name))
             except (ValueError, OSError) as error:
                 raise InputError(f"{COMMAND}: {sample.checkpoint.name}: --cache {error}") from None
         most = max(layout.world_size for layout in plan.layouts)
@@ -137,6 +137,11 @@ def check_plan(plan: StudyPlan) -> None:
                 f"{COMMAND}: a layout takes {most} ranks, this machine has {torch.cuda.device_count()} GPUs; "
                 "use --layouts"
             )
+
+
+def cache_of(cache: str, model: str) -> str:
+    """A policy as typed, with the name of the model or of its folder for `{model}`: a schedule is of one model."""
+    return cache.replace("{model}", Path(model).name)
 
 
 def parse_layouts(text: str) -> tuple[Layout, ...]:
@@ -193,7 +198,7 @@ def visits(layouts: Sequence[Layout], repeats: int) -> Iterator[tuple[int, Layou
 
 def _kinds(sample: Sample, plan: StudyPlan) -> list[tuple[str, int]]:
     """(cache, steps) of the clips that are rendered."""
-    kinds = [(cache, sample.steps) for cache in plan.caches]
+    kinds = [(cache_of(cache, sample.checkpoint.name), sample.steps) for cache in plan.caches]
     if "none" in plan.caches and sample.steps > 1:
         kinds.append(("none", sample.steps // 2))
     return kinds

@@ -6,7 +6,7 @@ those of study files alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -115,13 +115,19 @@ class StudySeconds:
         return found
 
 
-def choose(machines: Machines, kinds: Kinds, layouts: Iterable[Layout], seconds: Seconds, decode: str) -> Choice:
+def choose(
+    machines: Machines,
+    kinds: Kinds,
+    layouts: Iterable[Layout],
+    seconds: Seconds,
+    decode_of: Callable[[Layout], str] = lambda _: "finisher",
+) -> Choice:
     """The layout that ends the batch soonest; of equals the one whose first clip is done first.
 
     Args:
         kinds: of the clips that are left to render.
         layouts: of one gang, whatever fits.
-        decode: where clips are decoded.
+        decode_of: where the clips of gangs of a layout are decoded.
 
     Raises:
         InputError: nothing is known of such clips on any of the layouts, or none has room.
@@ -134,7 +140,7 @@ def choose(machines: Machines, kinds: Kinds, layouts: Iterable[Layout], seconds:
         if not num_gangs:
             continue
         try:
-            estimates = {kind: seconds.estimate(kind, gang, decode) for kind in kinds}
+            estimates = {kind: seconds.estimate(kind, gang, decode_of(gang)) for kind in kinds}
         except InputError as error:
             unknown = error.lines[0]
             continue

@@ -39,7 +39,7 @@ def h100():
 
 def chosen(machines, kinds, seconds):
     layouts = all_layouts(machines, num_heads=40, num_branches=2, num_tokens=10**5)
-    return choose(machines, kinds, layouts, seconds, "finisher")
+    return choose(machines, kinds, layouts, seconds)
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,9 @@ def test_a_study_alone_is_enough_for_a_model_or_machine_that_nobody_has_publishe
     seconds, kind = StudySeconds([study], "cpu"), ClipKind(Shape("tiny-wan", 32, 32, 5), steps=20, num_branches=2)
     here = Machines(device="cpu", card="", places=(2,))
     assert seconds.estimate(kind, Layout(), "finisher").clip_s == pytest.approx(19.0)  # twice the steps of the study
-    one = choose(here, {kind: 1}, seconds.layouts([kind]), seconds, "finisher")
+    one = choose(here, {kind: 1}, seconds.layouts([kind]), seconds)
     assert (one.layout, one.makespan_s) == (Layout(cfg=2), pytest.approx(11.0))
-    assert choose(here, {kind: 8}, seconds.layouts([kind]), seconds, "finisher").layout == Layout(gangs=2)
+    assert choose(here, {kind: 8}, seconds.layouts([kind]), seconds).layout == Layout(gangs=2)
     (larger,) = larger_gangs(Layout(), here, {kind: 1}, seconds.layouts([kind]), seconds)
     assert (larger.num_gangs, larger.layout, larger.speedup) == (2, Layout(cfg=2), pytest.approx(1.8))
     with pytest.raises(InputError, match="no source says how long clips of tiny-wan 64x32x5"):
@@ -155,7 +155,7 @@ def test_a_run_takes_the_layout_of_the_plan_says_so_in_a_line_and_writes_it_down
     assert found.options.num_gangs == 2
     assert found.options.layout == parse_layout("cfg2xulysses2")
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("--layout auto: 10 clips on 8 x NVIDIA H100 80GB HBM3 on 1 node: 2 x cfg2xulysses2: 2,472 s")
+    assert line.startswith("--layout auto: 10 clips on 8 x NVIDIA H100 80GB HBM3 on 1 node: 2 x cfg2xulysses2: 2,448 s")
     assert "8 x 1 rank 3,6" in line
     assert found.about["layout_chosen"]["layout"] == "gangs2xcfg2xulysses2"
     assert list(found.requests) == clips
@@ -177,6 +177,10 @@ def test_an_elastic_tail_knows_how_much_faster_larger_gangs_are(new_request, tmp
     found = settle(run_of(tmp_path, num_gangs=8, elastic_tail=True), hd_clips(new_request, 10), ())
     assert [gang.num_gangs for gang in found.larger] == [2, 4, 8]
     assert "--elastic-tail: gangs may grow at the end, by the plan: cfg2 1.9" in capsys.readouterr().err
+    of_three = settle(run_of(tmp_path, num_gangs=3, elastic_tail=True), hd_clips(new_request, 10), ())
+    assert [gang.num_gangs for gang in of_three.larger] == [2]
+    assert settle(run_of(tmp_path, elastic_tail=True), hd_clips(new_request, 10), ()).larger == ()
+    assert "there is one gang, which has nobody's room to take" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("eight_h100s")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cineray.distributed.layout import Layout, parse_layout
 from cineray.jobs.cli.main import main
-from cineray.jobs.measure.study import Sample, StudyPlan, visits, wanted_places
+from cineray.jobs.measure.study import Sample, StudyPlan, cache_of, visits, wanted_places
 from cineray.jobs.measure.study_law import StudiedClips, fit_law, heldout_errors, study_of
 from cineray.jobs.measure.study_log import append_line, append_row, begin_log, read_rows
 from cineray.jobs.measure.study_plots import draw_all
@@ -266,6 +266,22 @@ def test_every_gang_and_the_halved_steps_are_wanted():
     places = list(wanted_places(plan))
     assert len(places) == len(set(places)) == 2 * 3 * (1 + 2)
     assert {(place.cache, place.steps) for place in places} == {("none", 8), ("dicache", 8), ("none", 4)}
+
+
+def test_a_policy_that_is_of_one_model_is_named_by_it():
+    clip = ClipRequest(
+        id="a", prompt="p", width=64, height=64, num_frames=5, num_inference_steps=8, guidance_scale=5.0, fps=8
+    )
+    samples = tuple(
+        Sample(checkpoint=open_checkpoint(name), options=LoadOptions(), clips=(clip,))
+        for name in ("tiny-wan", "tiny-hunyuan")
+    )
+    plan = StudyPlan(samples=samples, layouts=(Layout(),), caches=("smoothcache:s/{model}.json",), repeats=1)
+    assert [place.cache for place in wanted_places(plan)] == [
+        "smoothcache:s/tiny-wan.json",
+        "smoothcache:s/tiny-hunyuan.json",
+    ]
+    assert cache_of("smoothcache:{model}.json", "/models/mine") == "smoothcache:mine.json"
 
 
 PROMPT = "a red circle moving left on a navy background"
