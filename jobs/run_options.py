@@ -65,7 +65,7 @@ class RunOptions:
         if self.decode not in get_args(Decode):
             raise InputError(f"--decode must be {', '.join(get_args(Decode))}, got {self.decode}")
 
-        if self.shard_weights and self.layout.sequence_ranks == 1:
+        if self.shard_weights and not self.picks_layout and self.layout.sequence_ranks == 1:
             raise InputError(
                 f"--shard-weights needs ranks that share a clip's tokens, layout {self.layout.text} has none; "
                 "give --sp 2 or more, or leave it out"

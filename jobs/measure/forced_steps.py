@@ -12,34 +12,31 @@ import torch
 
 from cineray.caching.plan import CachePlan
 from cineray.caching.trace import Trace
+from cineray.pipeline.adapters.protocol import Advance
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.request import ClipRequest
 from cineray.pipeline.resume.tensor_file import read_tensors, write_tensors
 
 
 class Recording:
-    """A clip's scheduler that leaves each step's output, and the latents that follow, in a folder."""
+    """A clip's `advance` that leaves each step's output, and the latents that follow, in a folder."""
 
-    def __init__(self, scheduler: Any, folder: Path) -> None:
-        self._scheduler = scheduler
+    def __init__(self, advance: Advance, folder: Path) -> None:
+        self._advance = advance
         self._folder = folder
         self._num_steps = 0
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> "Recording":
-        return self  # the loop steps a copy; this is the clip's own already
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._scheduler, name)
-
-    def step(self, output: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor, **how: Any) -> Any:
-        (following, *more) = self._scheduler.step(output, timestep, latents, **how)
+    def __call__(
+        self, scheduler: Any, output: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor
+    ) -> torch.Tensor:
+        following = self._advance(scheduler, output, timestep, latents)
         write_tensors({"output": output, "latents": following}, {}, _step_path(self._folder, self._num_steps))
         self._num_steps += 1
-        return (following, *more)
+        return following
 
 
 class Teacher:
-    """A clip's scheduler that goes on with the recorded latents, whatever the step's output is.
+    """A clip's `advance` that goes on with the recorded latents, whatever the step's output is.
 
     Attributes:
         errors: of each step's output, its distance from the recorded one relative to that one's norm.
@@ -49,20 +46,14 @@ class Teacher:
         self.errors: list[float] = []
         self._folder = folder
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> "Teacher":
-        return self
-
-    def step(self, output: torch.Tensor, _timestep: torch.Tensor, latents: torch.Tensor, **_how: Any) -> Any:
+    def __call__(
+        self, _scheduler: Any, output: torch.Tensor, _timestep: torch.Tensor, latents: torch.Tensor
+    ) -> torch.Tensor:
         recorded = read_tensors(_step_path(self._folder, len(self.errors))).tensors
         expected = recorded["output"].double()
         distance = (output.detach().cpu().double() - expected).norm() / expected.norm()
         self.errors.append(distance.item())
-        return (recorded["latents"].to(latents.device),)
-
-
-def last_latents(folder: Path, num_steps: int) -> torch.Tensor:
-    """The latents behind the last step, on the CPU."""
-    return read_tensors(_step_path(folder, num_steps - 1)).tensors["latents"]
+        return recorded["latents"].to(latents.device)
 
 
 def keep_decisions(trace: Trace | None, folder: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cineray.distributed.layout import Layout
-from cineray.jobs.measure.forced_steps import Recording, Teacher, keep_decisions, last_latents, with_decisions
+from cineray.jobs.measure.forced_steps import Recording, Teacher, keep_decisions, with_decisions
 from cineray.jobs.measure.local_ranks import run_on_local_ranks
 from cineray.jobs.measure.verify import MIN_PSNR_DB, GangOptions, encode_on_rank, joined, prompt_path
 from cineray.pipeline.finite import NotFiniteError
@@ -149,8 +149,8 @@ def _record_on_rank(rank: int, num_ranks: int, init_method: str, job: _Job) -> l
             folder = _clip_folder(job, number)
             folder.mkdir()
             prepared = _prepared(job, model, number, request)
-            recording = Recording(prepared.denoising.scheduler, folder)
-            prepared = replace(prepared, denoising=replace(prepared.denoising, scheduler=recording))
+            recording = Recording(prepared.denoising.advance, folder)
+            prepared = replace(prepared, denoising=replace(prepared.denoising, advance=recording))
             try:
                 clip = denoise_prepared(model, request, prepared, lambda *_: None, gang=gang)
                 keep_decisions(clip.trace, folder)
@@ -179,24 +179,22 @@ def _step_on_rank(rank: int, num_ranks: int, init_method: str, job: _Job) -> lis
     with joined(job.layout, rank, num_ranks, init_method, job.model_name, job.options, job.gang) as (gang, model):
         found = []
         for number, request in enumerate(job.requests):
-            errors, seconds = _forced(gang, model, job, number, request)
-            latents = last_latents(_clip_folder(job, number), request.num_inference_steps).to(gang.device)
-            clip = DenoisedClip(latents=latents, trace=None, encode_s=0.0, denoise_s=seconds)
+            errors, clip = _forced(gang, model, job, number, request)
             rendered = decode_clip_on_gang(gang, model, clip, request)
-            found.append((errors, seconds, None if rendered is None else rendered.frames))
+            found.append((errors, clip.denoise_s, None if rendered is None else rendered.frames))
         return found
 
 
 def _forced(
     gang: Gang, model: LoadedModel, job: _Job, number: int, request: ClipRequest
-) -> tuple[tuple[float, ...], float]:
-    """(errors, seconds) of a clip whose every step begins at the recorded latents."""
+) -> tuple[tuple[float, ...], DenoisedClip]:
+    """(errors, the clip) of steps that begin at the recorded latents each; so the clip's latents are the recorded."""
     folder = _clip_folder(job, number)
     request = replace(request, cache=with_decisions(request, model.checkpoint, folder))
     prepared, teacher = _prepared(job, model, number, request), Teacher(folder)
-    prepared = replace(prepared, denoising=replace(prepared.denoising, scheduler=teacher))
+    prepared = replace(prepared, denoising=replace(prepared.denoising, advance=teacher))
     clip = denoise_prepared(model, request, prepared, lambda *_: None, gang=gang)
-    return tuple(teacher.errors), clip.denoise_s
+    return tuple(teacher.errors), clip
 
 
 def _prepared(job: _Job, model: LoadedModel, number: int, request: ClipRequest) -> Any:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from cineray.jobs.cli.main import main
 from cineray.jobs.measure import verify_steps
-from cineray.jobs.measure.forced_steps import Recording, Teacher, last_latents
+from cineray.jobs.measure.forced_steps import Recording, Teacher
 from cineray.pipeline.render import denoise_clip, denoise_prepared, prepare_clip
 
 SMALL = ["--width", "32", "--height", "48", "--frames", "5", "--steps", "4", "--dtype", "bfloat16"]
@@ -67,23 +67,20 @@ def test_another_model_on_the_ranks_is_told(model, tmp_path, capsys, monkeypatch
 def test_a_taught_clip_steps_from_what_was_recorded(loaded, new_request, tmp_path):
     model, request = loaded("wan"), new_request(num_inference_steps=3)
     expected = denoise_clip(model, request, lambda *_: None).latents
-    prepared = prepare_clip(model, request)
-    recording = Recording(prepared.denoising.scheduler, tmp_path)
-    recorded = denoise_prepared(
-        model, request, replace(prepared, denoising=replace(prepared.denoising, scheduler=recording)), lambda *_: None
-    )
-    assert torch.equal(recorded.latents, expected)
-    assert torch.equal(last_latents(tmp_path, 3), expected)
-    teacher = Teacher(tmp_path)
-    fresh = prepare_clip(model, request)
-    taught = denoise_prepared(
-        model, request, replace(fresh, denoising=replace(fresh.denoising, scheduler=teacher)), lambda *_: None
-    )
+
+    def denoise(make_advance):
+        prepared = prepare_clip(model, request)
+        advance = make_advance(prepared.denoising.advance)
+        prepared = replace(prepared, denoising=replace(prepared.denoising, advance=advance))
+        return advance, denoise_prepared(model, request, prepared, lambda *_: None).latents
+
+    _, recorded = denoise(lambda advance: Recording(advance, tmp_path))
+    assert torch.equal(recorded, expected)
+    teacher, taught = denoise(lambda _: Teacher(tmp_path))
     assert teacher.errors == [0.0, 0.0, 0.0]
-    assert torch.equal(taught.latents, expected)
+    assert torch.equal(taught, expected)
     wrong = Teacher(tmp_path)
-    output = torch.zeros_like(expected)
-    following = [wrong.step(output, torch.zeros(()), expected)[0] for _ in range(3)]
+    following = [wrong(None, torch.zeros_like(expected), torch.zeros(()), expected) for _ in range(3)]
     assert wrong.errors == [1.0, 1.0, 1.0]
     assert torch.equal(following[-1], expected)  # an output that is all wrong changes no latents
 
