@@ -128,6 +128,7 @@ def memory_check(checkpoint: Checkpoint, options: LoadOptions, run: RunOptions) 
             layout=run.layout,
             has_finishers=run.uses_ray,
             shares_gpu=run.uses_ray and num_actors > len(here),
+            shards_weights=run.shard_weights,
             decodes_on_gang=run.uses_ray and decodes_on_gang(run, options, checkpoint.model),
         ),
         min(here, default=None),

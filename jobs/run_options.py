@@ -32,6 +32,7 @@ class RunOptions:
         lease_s: a driver that is silent for so long loses the output folder.
         decode: by the "gang", each rank a band of rows, or by a "finisher"; "auto" as `decodes_on_gang` says. By rows
             a few of 100,000 values are the next of 256 levels, as between two GPUs.
+        shard_weights: each rank that shares a clip's tokens holds a part of the transformer's weights.
     """
 
     sp: int = 1
@@ -45,6 +46,7 @@ class RunOptions:
     lease_s: float = TTL_S
     elastic_tail: bool = False
     decode: Decode = "auto"
+    shard_weights: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("sp", self.sp), ("gangs", self.num_gangs), ("finishers", self.num_finishers or 1)):
@@ -62,6 +64,20 @@ class RunOptions:
             raise InputError(f"--checkpoint-every must be 0 or more, got {self.checkpoint_s:g}")
         if self.decode not in get_args(Decode):
             raise InputError(f"--decode must be {', '.join(get_args(Decode))}, got {self.decode}")
+
+        if self.shard_weights and not self.picks_layout and self.layout.sequence_ranks == 1:
+            raise InputError(
+                f"--shard-weights needs ranks that share a clip's tokens, layout {self.layout.text} has none; "
+                "give --sp 2 or more, or leave it out"
+            )
+
+    def check_goes_with(self, options: "LoadOptions") -> None:
+        """Raises InputError where weights that are sharded cannot be loaded so."""
+        others = (("--quantize", options.quantize), ("--offload", options.offload))
+        asked = [f"{name} {value}" for name, value in others if value != "none"]
+        asked += ["--compile"] if options.compile else []
+        if self.shard_weights and asked:
+            raise InputError(f"--shard-weights does not go with {' or '.join(asked)}; leave one of them out")
 
     def _check_layout(self) -> None:
         if self.layout_name is None:

@@ -23,6 +23,7 @@ from cineray.pipeline.denoise import StepDone, denoise, run_here
 from cineray.pipeline.loading.model import LoadedModel
 from cineray.pipeline.parallel.decode import decoding_by_rows
 from cineray.pipeline.parallel.sharding import ShardedTransformer
+from cineray.pipeline.parallel.weights import shard_weights
 from cineray.pipeline.request import ClipRequest
 from cineray.pipeline.resume.step_state import Keeper
 from cineray.pipeline.resume.trace_keeper import TraceKeeper
@@ -172,6 +173,25 @@ class Gang:
             return latents, None
         trace = self._whole_trace(cache.trace)
         return latents, kept.with_earlier(trace) if kept else trace
+
+    def shard_weights(self, model: LoadedModel) -> None:
+        """Leaves each rank a part of the transformers' weights, and puts the model on the gang's device.
+
+        Args:
+            model: loaded with `stays_on_host`, or on the device; the same on every rank.
+
+        Raises:
+            ValueError: no two ranks of this gang share a clip's tokens.
+        """
+        axis = self.mesh.sequence
+        if axis.size == 1:
+            raise ValueError(f"shard-weights: in layout {self.mesh.layout.text} no ranks share a clip's tokens")
+        models = by_transformer(model.checkpoint.model)
+        for name in model.checkpoint.model.denoiser_parts:
+            transformer = getattr(model.pipe, name, None)
+            if transformer is not None:
+                shard_weights(transformer, axis, self.device, models)
+        model.pipe.to(self.device)
 
     def decode(self, model: LoadedModel, request: ClipRequest, latents: torch.Tensor) -> torch.Tensor | None:
         """The video on the gang's first rank, None on the others."""

@@ -17,9 +17,14 @@ from typing import Any
 
 from rich.progress import track
 
+from cineray.jobs.run_options import RunOptions, decodes_on_gang
 from cineray.pipeline.footprint.cases import Case, cases, run
+from cineray.pipeline.footprint.fit import Setup, demands, fits, nearest_fit
 from cineray.pipeline.footprint.forecast import forecast
 from cineray.pipeline.footprint.laws import TABLE, errors_of, read_table
+from cineray.pipeline.footprint.published import published_checkpoint
+from cineray.pipeline.loading.options import LoadOptions
+from cineray.pipeline.request import ClipRequest
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -84,7 +89,7 @@ CARDS = (("24 GB", 25.3), ("48 GB", 48.3), ("80 GB", 85.0), ("141 GB", 151.0))  
 
 def markdown() -> str:
     """The tables of the document: errors of the laws, then memory by model, size, layout, policy and way to decode."""
-    return f"{errors()}\n\n{memory_by_part()}"
+    return f"{errors()}\n\n{fullest_cards()}\n\n{memory_by_part()}"
 
 
 def errors() -> str:
@@ -96,6 +101,67 @@ def errors() -> str:
         said = f"{of_flop:+.1%}" if any(error[1] for error in found) else "closed form"
         lines.append(f"| {part} | {len(found)} | {of_bytes:+.1%} | {said} |")
     return "\n".join(lines)
+
+
+# (model, width, height, frames, ranks by ulysses, sum on the fullest card before decodes were tiled or shared, encoders
+# and VAE left to finishers: the same harness, cineray 0.1.0, whose two processes were added up by hand)
+FULLEST = (
+    ("wan2.1-t2v-1.3b", 832, 480, 81, 1, None),
+    ("wan2.1-t2v-1.3b", 832, 480, 81, 4, None),
+    ("wan2.1-t2v-14b", 832, 480, 81, 1, 58.6),
+    ("wan2.1-t2v-14b", 832, 480, 81, 4, None),
+    ("wan2.1-t2v-14b", 832, 480, 81, 8, 53.2),
+    ("wan2.1-t2v-14b", 1280, 720, 81, 1, 79.9),
+    ("wan2.1-t2v-14b", 1280, 720, 81, 8, 65.7),
+    ("wan2.1-i2v-14b-720p", 1280, 720, 81, 1, 86.7),
+    ("wan2.1-i2v-14b-720p", 1280, 720, 81, 8, None),
+    ("hunyuan-video", 1280, 720, 129, 1, 98.7),
+    ("hunyuan-video", 1280, 720, 129, 2, 91.7),
+    ("hunyuan-video", 1280, 720, 129, 4, 86.6),
+    ("hunyuan-video", 1280, 720, 129, 8, 84.3),
+)
+
+
+def fullest_cards() -> str:
+    """What the fullest card takes before and now, and the options with which the clip fits smaller ones."""
+    sizes = [(name, round(size * 1e9)) for name, size in CARDS if name != "141 GB"]
+    names = " | ".join(name for name, _ in sizes)
+    lines = [f"| clip, dicache | ranks | before | now | {names} |", "|---|---|---|---|---|---|---|"]
+    for model, width, height, frames, ulysses, before in FULLEST:
+        known = published_checkpoint(model)
+        run, tiles = RunOptions(sp=ulysses), known.adapter.tiles_on_gpus
+        options = LoadOptions(device="cuda", vae_tiling=tiles)
+        setup = Setup(
+            options=options,
+            layout=run.layout,
+            has_finishers=True,
+            shares_gpu=True,
+            decodes_on_gang=decodes_on_gang(run, options, known.model),
+        )
+        clip = ClipRequest(
+            id="1",
+            prompt="a",
+            width=width,
+            height=height,
+            num_frames=frames,
+            num_inference_steps=50,
+            guidance_scale=known.defaults.guidance_scale,
+            fps=16,
+            cache="dicache",
+            image="first.png" if known.size_rule.takes_image else None,
+        )
+        now = max(demand.tensor_bytes for demand in demands(known, clip, setup)) / 1e9
+        said = [_options(known, clip, setup, size, ulysses) for _, size in sizes]
+        then = "" if before is None else f"{before:.1f}"
+        lines.append(f"| {model}, {width}x{height}, {frames} | {ulysses} | {then} | {now:.1f} | {' | '.join(said)} |")
+    return "\n".join(lines)
+
+
+def _options(known: Any, clip: ClipRequest, setup: Setup, memory_bytes: int, max_ranks: int) -> str:
+    if fits(known, clip, setup, memory_bytes):
+        return "fits"
+    found = nearest_fit(known, clip, setup, memory_bytes, max_ranks)
+    return "no" if found is None else f"`{found[0]}`"
 
 
 def memory_by_part() -> str:

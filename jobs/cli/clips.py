@@ -41,6 +41,8 @@ def load_options(asked: ClipArguments, checkpoint: "Checkpoint", decode: str = "
     from cineray.pipeline.request import InputError
 
     device, tiles = asked.loading["device"] or default_device(), asked.loading["vae_tiling"]
+    if decode == "gang" and not checkpoint.model.row_convolutions:
+        raise InputError(f"model {checkpoint.name}: its decoder cannot be shared by ranks; leave --decode gang out")
     if decode == "gang" and tiles:
         raise InputError(
             "--decode gang decodes by bands of rows, not in tiles; leave --vae-tiling or --decode gang out"

@@ -290,7 +290,9 @@ def verify(
 
     Prints the largest error of the latents, the PSNR of the frames, and whether every step was decided alike. On a
     CPU in float32 everything must be equal bit for bit, except with a ring, whose softmax is added up in another
-    order. Exit code 1 if a layout gives another clip. Processes have one thread each.
+    order. In 16 bits each step begins at the same latents on both sides, and its output may be three times as far off
+    as another attention kernel's on one rank. Exit code 1 if a layout gives another clip. Processes have one thread
+    each.
 
     \b
     Examples:
@@ -301,9 +303,10 @@ def verify(
     from dataclasses import replace
 
     from cineray.jobs.measure.local_ranks import RankFailed
-    from cineray.jobs.measure.verify import GangOptions, choose_layouts
+    from cineray.jobs.measure.verify import GangOptions, Verified, check_gpus, choose_layouts
     from cineray.jobs.measure.verify import verify as verify_clips
-    from cineray.jobs.measure.verify_table import show_verified
+    from cineray.jobs.measure.verify_steps import VerifiedSteps, verify_steps
+    from cineray.jobs.measure.verify_table import CLIP_NAMES, STEP_NAMES, show_verified
     from cineray.pipeline.finite import NotFiniteError
     from cineray.pipeline.loading.checkpoint import open_checkpoint
 
@@ -315,8 +318,14 @@ def verify(
     _, requests = read_requests(asked, run_defaults(asked, checkpoint, cache, None), checkpoint)
     clips = list(requests)
     chosen = choose_layouts(checkpoint, clips, layouts.split(",") if layouts else [])
+    num_rows, arguments = len(clips) * len(chosen), (checkpoint, options, clips, chosen, gang)
+    check_gpus(options, chosen)
+    rows: list[Verified] | list[VerifiedSteps]
     try:
-        rows = show_verified(verify_clips(checkpoint, options, clips, chosen, gang), len(clips) * len(chosen))
+        if options.dtype_name == "float32":
+            rows = show_verified(verify_clips(*arguments), num_rows, CLIP_NAMES)
+        else:
+            rows = show_verified(verify_steps(*arguments), num_rows, STEP_NAMES)
     except NotFiniteError as error:
         tell(f"cineray verify: {error}")
         return EXIT_FAILED_CLIPS

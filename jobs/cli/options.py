@@ -226,6 +226,11 @@ _RUN_OPTIONS = [  # by the names of RunOptions
         help="Who decodes: each rank of a gang a band of rows, or a finisher.",
     ),
     click.option(
+        "--shard-weights",
+        is_flag=True,
+        help="Each rank of a clip holds a part of the transformer: less memory, more exchange.",
+    ),
+    click.option(
         "--hang-timeout",
         "hang_s",
         type=float,

@@ -94,7 +94,9 @@ class FinisherWork:
         clip, resumed_at = found
         try:
             decoded = (
-                (self._read_decoded(clip, task), False) if self._spec.decodes_on_gang else self._decode(clip, request)
+                (_read_decoded(clip, task, folder), False)
+                if self._spec.decodes_on_gang
+                else self._decode(clip, request)
             )
             rendered, is_tiled = decoded
             if rendered is None:
@@ -125,25 +127,6 @@ class FinisherWork:
             if self._spec.decodes_on_gang:
                 folder.frames_path(request.id, task.fingerprint).unlink(missing_ok=True)
         return record
-
-    def _read_decoded(self, clip: DenoisedClip, task: Task) -> RenderedClip | None:
-        """The clip with the frames that its gang has left on disk."""
-        request = task.request
-        path = OutputFolder.existing(self._spec.out).frames_path(request.id, task.fingerprint)
-        try:
-            found = read_frames(path, task.fingerprint, (request.num_frames, request.height, request.width))
-        except (FileNotFoundError, TensorFileError) as reason:
-            said = "there are none" if isinstance(reason, FileNotFoundError) else str(reason)
-            tell(f"cineray: clip {request.id} is decoded anew; its frames on disk are not used: {said}")
-            return None
-        return RenderedClip(
-            frames=found.frames,
-            latents=clip.latents.float().cpu(),
-            trace=clip.trace,
-            encode_s=clip.encode_s,
-            denoise_s=clip.denoise_s,
-            decode_s=found.decode_s,
-        )
 
     def _decode(self, clip: DenoisedClip, request: ClipRequest) -> tuple[RenderedClip, bool]:
         """The frames, and whether memory was so short that they were decoded in tiles though nobody asked for it."""
@@ -185,6 +168,26 @@ class FinisherWork:
         latents = state.latents.to(self._model.pipe._execution_device)
         clip = DenoisedClip(latents=latents, trace=trace, encode_s=notes.encode_s, denoise_s=notes.denoise_s)
         return clip, list(notes.resumed_at)
+
+
+def _read_decoded(clip: DenoisedClip, task: Task, folder: OutputFolder) -> RenderedClip | None:
+    """The clip with the frames that its gang has left on disk."""
+    request = task.request
+    path = folder.frames_path(request.id, task.fingerprint)
+    try:
+        found = read_frames(path, task.fingerprint, (request.num_frames, request.height, request.width))
+    except (FileNotFoundError, TensorFileError) as reason:
+        said = "there are none" if isinstance(reason, FileNotFoundError) else str(reason)
+        tell(f"cineray: clip {request.id} is decoded anew; its frames on disk are not used: {said}")
+        return None
+    return RenderedClip(
+        frames=found.frames,
+        latents=clip.latents.float().cpu(),
+        trace=clip.trace,
+        encode_s=clip.encode_s,
+        denoise_s=clip.denoise_s,
+        decode_s=found.decode_s,
+    )
 
 
 def _fault(error: Exception, folder: OutputFolder, doing: str) -> ClipFault:

@@ -88,7 +88,8 @@ class RankWork:
         # loading comes first: it takes ranks unequally long, and a collective would not wait for it
         decoder_parts = () if self._spec.decodes_on_gang else checkpoint.model.decoder_parts
         finishers_parts = (*checkpoint.model.encoder_parts, *decoder_parts)
-        self._model = load_model(checkpoint, options, skip_components=finishers_parts)
+        shards = self._spec.run.shard_weights
+        self._model = load_model(checkpoint, options, skip_components=finishers_parts, stays_on_host=shards)
         torch.set_num_threads(rank_threads())
         self._gang = Gang.join(
             self._spec.run.layout,
@@ -100,6 +101,8 @@ class RankWork:
             attention=options.gang_attention,
             parallel_decode=self._spec.decodes_on_gang,
         )
+        if shards:
+            self._gang.shard_weights(self._model)
 
     def denoise(self, task: Task) -> Denoised | Preempted | NoPrompt | ClipFault:
         """Denoises a clip with the other ranks; the first rank leaves the latents, or the frames too, on disk."""

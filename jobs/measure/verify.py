@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,9 +15,9 @@ from cineray.distributed.consensus import Mode
 from cineray.distributed.layout import Layout, check_layout, fitting_layouts, parse_layout
 from cineray.jobs.measure.local_ranks import run_on_local_ranks
 from cineray.pipeline.finite import NotFiniteError
-from cineray.pipeline.gang import Attention, Gang
+from cineray.pipeline.gang import SOLO, Attention, Gang
 from cineray.pipeline.loading.checkpoint import Checkpoint, open_checkpoint
-from cineray.pipeline.loading.model import LoadOptions, load_model
+from cineray.pipeline.loading.model import LoadedModel, LoadOptions, load_model
 from cineray.pipeline.media.compare import psnr_db
 from cineray.pipeline.render import RenderedClip, decode_clip_on_gang, denoise_clip
 from cineray.pipeline.request import ClipRequest, InputError
@@ -126,6 +127,14 @@ def choose_layouts(checkpoint: Checkpoint, requests: list[ClipRequest], texts: l
     return layouts
 
 
+def check_gpus(options: LoadOptions, layouts: list[Layout]) -> None:
+    """Raises InputError where a layout takes more ranks than there are GPUs."""
+    if options.device == "cuda":
+        most, there = max(layout.world_size for layout in layouts), torch.cuda.device_count()
+        if most > there:
+            raise InputError(f"verify: a layout takes {most} ranks, this machine has {there} GPUs; use --layouts")
+
+
 def verify(
     checkpoint: Checkpoint,
     options: LoadOptions,
@@ -140,15 +149,10 @@ def verify(
     Raises:
         RankFailed: a rank died, raised or hung.
         NotFiniteError: of a clip that cannot be compared.
-        InputError: more ranks than GPUs.
     """
-    if options.device == "cuda":
-        most, there = max(layout.world_size for layout in layouts), torch.cuda.device_count()
-        if most > there:
-            raise InputError(f"verify: a layout takes {most} ranks, this machine has {there} GPUs; use --layouts")
     with TemporaryDirectory(prefix="cineray-verify-") as prompts:
         arguments = (checkpoint.name, options, requests, gang, prompts)
-        run_on_local_ranks(_encode_on_rank, 1, *arguments, timeout_s=gang.timeout_s, device=options.device)
+        run_on_local_ranks(encode_on_rank, 1, *arguments, timeout_s=gang.timeout_s, device=options.device)
         reference = _render(Layout(), *arguments)
         for layout in layouts:
             must_be_equal = layout.ring == 1 and options.device == "cpu" and options.dtype_name == "float32"
@@ -179,7 +183,7 @@ def _render(
     return per_rank[0]
 
 
-def _encode_on_rank(
+def encode_on_rank(
     _rank: int,
     _num_ranks: int,
     _init_method: str,
@@ -193,7 +197,7 @@ def _encode_on_rank(
     checkpoint = open_checkpoint(model_name)
     model = load_model(checkpoint, options, skip_components=checkpoint.model.denoiser_parts)
     for number, request in enumerate(requests):
-        encode_prompt(model, request, _prompt_path(prompts, number))
+        encode_prompt(model, request, prompt_path(prompts, number))
 
 
 def _render_on_rank(
@@ -207,22 +211,10 @@ def _render_on_rank(
     gang_options: GangOptions,
     prompts: str,
 ) -> list[RenderedClip | NotFiniteError | None]:
-    device = f"cuda:{rank}" if options.device == "cuda" else "cpu"
-    with Gang.join(
-        layout,
-        rank,
-        num_ranks,
-        device=device,
-        init_method=init_method,
-        attention=gang_options.attention,  # type: ignore[arg-type]  # join checks it
-        consensus=gang_options.consensus,  # type: ignore[arg-type]
-        parallel_decode=gang_options.parallel_decode,
-    ) as gang:
-        checkpoint = open_checkpoint(model_name)
-        model = load_model(checkpoint, options, skip_components=checkpoint.model.encoder_parts)
+    with joined(layout, rank, num_ranks, init_method, model_name, options, gang_options) as (gang, model):
         clips: list[RenderedClip | NotFiniteError | None] = []
         for number, request in enumerate(requests):
-            encoded = read_encoded(_prompt_path(prompts, number)).tensors
+            encoded = read_encoded(prompt_path(prompts, number)).tensors
             try:
                 denoised = denoise_clip(model, request, lambda *_: None, gang=gang, encoded=encoded)
                 clips.append(decode_clip_on_gang(gang, model, denoised, request))
@@ -231,7 +223,44 @@ def _render_on_rank(
         return clips
 
 
-def _prompt_path(prompts: str, number: int) -> Path:
+@contextmanager
+def joined(
+    layout: Layout,
+    rank: int,
+    num_ranks: int,
+    init_method: str,
+    model_name: str,
+    options: LoadOptions,
+    gang_options: GangOptions,
+) -> Iterator[tuple[Gang, LoadedModel]]:
+    """This rank's gang and its model, without text encoders; one rank alone meets nobody.
+
+    Loading comes first: it takes ranks unequally long, and a collective would not wait for it.
+    """
+    device = "cpu"
+    if options.device == "cuda":
+        device = f"cuda:{rank}"
+        torch.cuda.set_device(device)
+    checkpoint = open_checkpoint(model_name)
+    model = load_model(checkpoint, options, skip_components=checkpoint.model.encoder_parts)
+    if num_ranks == 1:
+        yield SOLO, model
+        return
+    with Gang.join(
+        layout,
+        rank,
+        num_ranks,
+        device=device,
+        init_method=init_method,
+        timeout_s=gang_options.timeout_s,
+        attention=gang_options.attention,  # type: ignore[arg-type]  # join checks it
+        consensus=gang_options.consensus,  # type: ignore[arg-type]
+        parallel_decode=gang_options.parallel_decode,
+    ) as gang:
+        yield gang, model
+
+
+def prompt_path(prompts: str, number: int) -> Path:
     return Path(prompts) / f"{number}.safetensors"
 
 

@@ -3,19 +3,28 @@
 import math
 import sys
 from collections.abc import Iterator
+from typing import TypeVar
 
 from rich.progress import Progress
 
 from cineray.jobs.console.terminal import new_console, tell
 from cineray.jobs.measure.verify import Verified
+from cineray.jobs.measure.verify_steps import VerifiedSteps
 from cineray.text import printable
 
+CLIP_NAMES = ("clip", "layout", "max error", "PSNR dB", "decisions", "skipped steps", "")
+STEP_NAMES = ("clip", "layout", "step error", "may be", "of step", "PSNR dB", "")
+_Row = TypeVar("_Row", Verified, VerifiedSteps)
 
-def show_verified(rows: Iterator[Verified], num_rows: int) -> list[Verified]:
-    """Prints each row as it comes, with a bar on a terminal; returns them all."""
+
+def show_verified(rows: Iterator[_Row], num_rows: int, names: tuple[str, ...]) -> list[_Row]:
+    """Prints each row as it comes, with a bar on a terminal; returns them all.
+
+    Args:
+        names: `CLIP_NAMES` or `STEP_NAMES`, whichever the rows are of.
+    """
     console = new_console(sys.stderr)
-    form = "{:>4}  {:<20} {:<12} {:<10} {:<24} {:<14} {}"
-    names = ("clip", "layout", "max error", "PSNR dB", "decisions", "skipped steps", "")
+    form = "{:>4}  {:<20} {:<12} {:<12} {:<24} {:<14} {}"
     tell(form.format(*names))
     seen = []
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bars:
@@ -23,17 +32,18 @@ def show_verified(rows: Iterator[Verified], num_rows: int) -> list[Verified]:
         for row in rows:
             seen.append(row)
             bars.advance(bar)
-            line = form.format(
-                row.id,
-                row.layout,
-                f"{row.max_error:.2g}",
-                "equal" if math.isinf(row.psnr_db) else f"{row.psnr_db:.1f}",
-                "equal" if row.first_difference is None else f"differ at {row.first_difference}",
-                row.skipped_steps,
-                "ok" if row.ok else "NOT THE SAME",
-            )
+            line = form.format(row.id, row.layout, *_cells(row), "ok" if row.ok else "NOT THE SAME")
             if console.is_terminal:
                 console.print(printable(line), markup=False, emoji=False, highlight=False, soft_wrap=True)
             else:
                 tell(line)
     return seen
+
+
+def _cells(row: Verified | VerifiedSteps) -> tuple[object, ...]:
+    psnr = "equal" if math.isinf(row.psnr_db) else f"{row.psnr_db:.1f}"
+    if isinstance(row, VerifiedSteps):
+        step = row.worst_step
+        return f"{row.errors[step]:.2g}", f"{row.bounds[step]:.2g}", f"{step} of {len(row.errors)}", psnr
+    decisions = "equal" if row.first_difference is None else f"differ at {row.first_difference}"
+    return f"{row.max_error:.2g}", psnr, decisions, row.skipped_steps

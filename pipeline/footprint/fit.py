@@ -32,6 +32,10 @@ class Setup:
         has_finishers: others than the ranks encode and decode; else one process does it all.
         shares_gpu: a finisher stands on a rank's GPU.
         decodes_on_gang: the ranks decode, by rows where the model can.
+        shards_weights: the ranks that share a clip's tokens share the transformer's weights too.
+
+    Raises:
+        InputError: weights that are sharded with what they do not go with.
     """
 
     options: LoadOptions
@@ -39,6 +43,14 @@ class Setup:
     has_finishers: bool = False
     shares_gpu: bool = False
     decodes_on_gang: bool = False
+    shards_weights: bool = False
+
+    def __post_init__(self) -> None:
+        others = self.options.quantize != "none" or self.options.offload != "none" or self.options.compile
+        if self.shards_weights and (others or self.layout.sequence_ranks == 1):
+            raise InputError(
+                "--shard-weights goes with ranks that share a clip, and with weights that stay as they are"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,6 +205,8 @@ def _changes(known: Checkpoint, setup: Setup, max_ranks: int) -> Iterator[tuple[
         ulysses *= 2
     if not options.vae_tiling and not setup.decodes_on_gang:
         yield "--vae-tiling", {"options": {"vae_tiling": True}}
+    if not setup.shards_weights:
+        yield "--shard-weights", {"shards_weights": True}
     if options.offload == "none":
         if not (setup.has_finishers and setup.decodes_on_gang):
             yield "--offload model", {"options": {"offload": "model"}}
@@ -231,9 +245,14 @@ def _transformer_weights(known: Checkpoint, setup: Setup, weights: int) -> int:
     options = setup.options
     if options.offload in ("group", "sequential"):
         return min(weights, _leaf_bytes(known)["transformer"])
+    linear = block_linear_parameters(known.configs.transformer)
     if options.quantize != "none":
-        linear = block_linear_parameters(known.configs.transformer)
         return weights - linear * (_ELEMENT_BYTES[options.dtype_name] - 1)
+    if setup.shards_weights:
+        size = linear * _ELEMENT_BYTES[options.dtype_name]
+        num_blocks = sum(known.configs.transformer[name] for name in known.model.layout.counts)
+        # its own part, and two blocks that are gathered: one at work and one on its way
+        return weights - size + size // setup.layout.sequence_ranks + 2 * size // num_blocks
     return weights
 
 

@@ -35,14 +35,14 @@ def load_fake(model: str, parts: tuple[str, ...], num_layers: int | None = None)
         made[name] = _part(found, name, kinds[name], num_layers, options)
     absent = [name for name in ("vae",) if made[name] is None]  # the pipeline asks it for its scale factors
     for name in absent:
-        made[name] = _empty(found, name, kinds[name])
+        made[name] = empty_part(found, name, kinds[name])
     pipe = getattr(diffusers, checkpoint.pipeline_class)(**made)
     pipe.register_modules(**dict.fromkeys(absent))
     checkpoint.adapter.loaded(pipe, options.device)
     return LoadedModel(checkpoint=checkpoint, pipe=pipe, options=options, digest="fake", revision=None)
 
 
-def _empty(found: Published, name: str, kind: str, **changes: int) -> Any:
+def empty_part(found: Published, name: str, kind: str, **changes: int) -> Any:
     """A part on no device at all."""
     import diffusers
     import transformers
@@ -66,9 +66,9 @@ def _part(found: Published, name: str, kind: str, num_layers: int | None, option
         return getattr(diffusers, kind).from_config(dict(found.files["scheduler/scheduler_config.json"]))
     if name == "vae":
         dtype = DTYPES[vae_dtype_name(published_checkpoint(found.name), options)]
-        return on_gpu(_empty(found, name, kind), dtype, keep_float32=())
+        return on_gpu(empty_part(found, name, kind), dtype, keep_float32=())
     fewer = {n: num_layers for n in ("num_layers", "num_single_layers") if num_layers and n in found.config(name)}
-    module = _empty(found, name, kind, **(fewer if name == "transformer" else {}))
+    module = empty_part(found, name, kind, **(fewer if name == "transformer" else {}))
     kept = module._keep_in_fp32_modules if name == "transformer" else ()  # transformers keeps them for float16 alone
     return on_gpu(module, DTYPE, keep_float32=kept or ())
 
@@ -97,5 +97,5 @@ def on_gpu(module: nn.Module, dtype: torch.dtype, keep_float32: tuple[str, ...] 
 def num_parameters(model: str, part: str) -> int:
     """The number of parameters of a part of a named checkpoint, all its layers; on no device at all."""
     found = published(model)
-    module = _empty(found, part, found.files["model_index.json"][part][1])
+    module = empty_part(found, part, found.files["model_index.json"][part][1])
     return sum(parameter.numel() for parameter in module.parameters())

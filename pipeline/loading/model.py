@@ -44,12 +44,15 @@ class LoadedModel:
         return self.checkpoint.adapter
 
 
-def load_model(checkpoint: Checkpoint, options: LoadOptions, skip_components: Sequence[str] = ()) -> LoadedModel:
+def load_model(
+    checkpoint: Checkpoint, options: LoadOptions, skip_components: Sequence[str] = (), *, stays_on_host: bool = False
+) -> LoadedModel:
     """Loads the pipeline, from safetensors only.
 
     Args:
         skip_components: parts that stay out of memory and are None in the pipeline: some of the model's
             `encoder_parts`, `denoiser_parts` and `decoder_parts`.
+        stays_on_host: the caller puts it on the device, as `Gang.shard_weights` does: whole it may not fit there.
 
     Raises:
         InputError: a file is missing or broken, the weights are not those that the configuration asks for or are not
@@ -68,7 +71,7 @@ def load_model(checkpoint: Checkpoint, options: LoadOptions, skip_components: Se
         library.utils.logging.set_verbosity_error()
     try:
         _check_names(checkpoint, folder, skip_components)
-        pipe = _load(checkpoint, folder, options, skip_components)
+        pipe = _load(checkpoint, folder, options, skip_components, stays_on_host)
         _check_loaded(checkpoint, pipe)
     except InputError:
         raise
@@ -95,13 +98,15 @@ def _check_names(checkpoint: Checkpoint, folder: Path, skip_components: Sequence
             check_names(component, kind, folder / component.name)
 
 
-def _load(checkpoint: Checkpoint, folder: Path, options: LoadOptions, skip_components: Sequence[str]) -> Any:
+def _load(
+    checkpoint: Checkpoint, folder: Path, options: LoadOptions, skip_components: Sequence[str], stays_on_host: bool
+) -> Any:
     import diffusers
 
     dtype = DTYPES[options.dtype_name]
     skipped = [name for name in skip_components if name in checkpoint.parts]
     # tensor by tensor onto the GPU, else a copy of all weights stands in host memory first, for each rank
-    is_straight = options.device == "cuda" and options.offload == "none" and not options.lora
+    is_straight = options.device == "cuda" and options.offload == "none" and not options.lora and not stays_on_host
     pipe = getattr(diffusers, checkpoint.pipeline_class).from_pretrained(
         folder,
         device_map=options.device if is_straight else None,
@@ -117,7 +122,7 @@ def _load(checkpoint: Checkpoint, folder: Path, options: LoadOptions, skip_compo
     transformers = expert_transformers(pipe, checkpoint.model.denoiser_parts)
     if transformers:
         fuse_loras(pipe, options.lora)
-    if options.offload == "none" and not is_straight:
+    if options.offload == "none" and not is_straight and not stays_on_host:
         pipe.to(options.device)
     check_finite(pipe.components)  # on the device, where it is fastest, and before parts of it are offloaded
     for transformer in transformers:

@@ -1,6 +1,4 @@
-"""What is done to a transformer once its weights are there: LoRA, quantization, attention kernel, compilation.
-
-And another scheduler is put in its place."""
+"""What is done once weights are there: LoRA, quantization, attention kernel, compilation, another scheduler."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ import pytest
 import torch.distributed as dist
 from torch import nn
 
+from cineray.jobs.cli.main import main
 from cineray.jobs.gangs.finisher_work import FinisherWork
 from cineray.jobs.gangs.messages import Denoised, RunSpec, Task
 from cineray.jobs.gangs.rank_work import LOCALHOST, RankWork
@@ -122,3 +123,18 @@ def test_who_decodes(run, options, model, expected):
 def test_an_unknown_way_to_decode_is_refused():
     with pytest.raises(InputError, match="--decode must be auto, gang, finisher, got rank"):
         RunOptions(decode="rank")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--vae-tiling"], "--decode gang decodes by bands of rows, not in tiles"),
+        (["--model", "MODEL"], "its decoder cannot be shared by ranks; leave --decode gang out"),
+    ],
+)
+def test_what_does_not_go_with_a_gang_that_decodes(words, said, checkpoint_folder, tmp_path, capsys):
+    words = [str(checkpoint_folder("flux")) if word == "MODEL" else word for word in words]
+    out = tmp_path / "out"
+    assert main(["render", "a cat", "--out", str(out), "--sp", "2", "--decode", "gang", *words]) == 2
+    assert said in capsys.readouterr().err
+    assert not out.exists()

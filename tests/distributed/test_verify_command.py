@@ -115,7 +115,7 @@ def test_ranks_do_without_text_encoders(model, tmp_path, new_request):
     requests = [new_request(width=16, height=16, num_frames=1, num_inference_steps=2)]
     alone = render_clip(load_model(open_checkpoint(str(folder)), LoadOptions()), requests[0], lambda done, total: None)
     arguments = (str(folder), LoadOptions(), requests, verify.GangOptions(), str(prompts))
-    verify._encode_on_rank(0, 1, "", *arguments)
+    verify.encode_on_rank(0, 1, "", *arguments)
     weights = folder / "text_encoder" / "model.safetensors"
     save_file({name: torch.zeros_like(value) for name, value in load_file(weights).items()}, weights, {"format": "pt"})
     (clip,) = verify._render_on_rank(0, 1, (tmp_path / "rendezvous").as_uri(), Layout(), *arguments)

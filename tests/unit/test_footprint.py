@@ -11,7 +11,6 @@ import torch
 
 from cineray.distributed.consensus import GangConsensus
 from cineray.distributed.layout import parse_layout
-from cineray.pipeline.footprint import subject
 from cineray.pipeline.footprint.cases import ALWAYS_SKIPS, NUM_LAYERS, Case, request_of, run
 from cineray.pipeline.footprint.exchange_log import Exchange, disagreement
 from cineray.pipeline.footprint.fake_gpu import fake_gpu
@@ -21,7 +20,7 @@ from cineray.pipeline.footprint.layer_caches import layer_cache_bytes
 from cineray.pipeline.footprint.measure import denoise_on
 from cineray.pipeline.footprint.operations import forward_flop
 from cineray.pipeline.footprint.published import published, published_checkpoint, published_names
-from cineray.pipeline.footprint.subject import load_fake, num_parameters
+from cineray.pipeline.footprint.subject import empty_part, load_fake, num_parameters
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +46,7 @@ def test_parameters_of_the_transformers(model, billions):
 @pytest.mark.parametrize("model", [WAN, "wan2.1-i2v-14b-720p", HUNYUAN])
 def test_weights_that_can_be_held_in_8_bits_are_as_many_as_the_blocks_have(model):
     found = published(model)
-    transformer = subject._empty(found, "transformer", found.files["model_index.json"]["transformer"][1])
+    transformer = empty_part(found, "transformer", found.files["model_index.json"]["transformer"][1])
     lists = [module for module in transformer.children() if isinstance(module, torch.nn.ModuleList)]
     layers = [layer for each in lists for layer in each.modules() if isinstance(layer, torch.nn.Linear)]
     assert block_linear_parameters(found.config("transformer")) == sum(layer.weight.numel() for layer in layers)

@@ -1,11 +1,13 @@
 """What does not fit into a GPU is refused before weights are read, with the nearest setup that does; by forecast."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from cineray.distributed.layout import Layout, parse_layout
 from cineray.jobs import memory_check as memory_check_module
+from cineray.jobs.cli.main import main
 from cineray.jobs.manifest.check import RunDefaults, check_manifest, check_prompts
 from cineray.jobs.memory_check import MemoryCheck, memory_check
 from cineray.jobs.run_options import RunOptions
@@ -22,7 +24,7 @@ from cineray.pipeline.footprint.fit import (
     shortage,
 )
 from cineray.pipeline.footprint.forecast import forecast
-from cineray.pipeline.footprint.published import published_checkpoint
+from cineray.pipeline.footprint.published import published, published_checkpoint
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.errors import LoadingError
 from cineray.pipeline.loading.options import LoadOptions
@@ -190,3 +192,39 @@ def test_a_folder_that_is_built_like_a_published_checkpoint_is_known_as_it():
     fewer = {**WAN.configs.transformer, "num_layers": 2}
     assert published_like(replace(folder, configs=replace(WAN.configs, transformer=fewer))) is None
     assert published_like(open_checkpoint("tiny-hunyuan")) is None
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The hub's cache with Wan 14B's configuration, no weights; and two pretended GPUs of 48 GB."""
+    found = published(WAN.name)
+    cache = tmp_path / "hub" / f"models--{found.repository.replace('/', '--')}"
+    for name, content in found.files.items():
+        file = cache / "snapshots" / ("0" * 40) / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content))
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(memory_check_module, "gpu_memory_bytes", lambda: (L40S, L40S))
+
+
+@pytest.mark.usefixtures("hub")
+def test_the_command_refuses_in_one_line_and_a_dry_run_shows_the_forecast(tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["render", "a cat", "--model", "wan2.1-t2v-14b", "--device", "cuda", "--out", str(out)]
+    large = ["--width", "1280", "--height", "720"]
+    assert main([*command, *large]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "cineray: prompt 1: a clip of 1280x720, 81 frames does not fit, by forecast: it takes 59.5 GB"
+    )
+    assert not out.exists()
+    assert main([*command, *large, "--dry-run", "--json"]) == 2
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["refused"] == 1
+    assert answer["memory"][0]["bytes"] == sum(answer["memory"][0]["parts"].values()) > L40S
+    assert main([*command, *large, "--offload", "group", "--dry-run"]) == 0
+    assert "memory, by forecast: 23.9 GB of the GPU (transformer 0.3" in capsys.readouterr().out
+    assert not out.exists()

@@ -1,0 +1,54 @@
+"""Shards the weights of a transformer's blocks over the ranks that share a clip's tokens (FSDP2, `fully_shard`).
+
+Each rank keeps its part of every block; a block is gathered right before it runs and let go right behind, while the
+next one is on its way. What is computed is what whole weights compute, bit for bit. Ranks of one guidance half alone
+share weights: the halves may skip different steps, and who gathers a block waits for all that hold a part of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from cineray.distributed.mesh import Axis
+from cineray.pipeline.adapters import Models
+
+
+class _Root(nn.Module):
+    """The blocks' common root, by which FSDP2 knows that they run one after the other: at most two are whole at once.
+
+    The transformer itself cannot be it: FSDP2 gives a module another class, and models are told by their class.
+    """
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def shard_weights(transformer: nn.Module, axis: Axis, device: torch.device, models: Models) -> None:
+    """Leaves this rank its part of the weights of each block; what stands outside the blocks is whole on every rank.
+
+    Args:
+        transformer: on the device, or still on the host: then one block at a time goes to the device before it is cut.
+        axis: more than one rank; each calls it with the same weights.
+
+    Raises:
+        ValueError: a transformer whose blocks are not known.
+    """
+    kind = type(transformer).__name__
+    if kind not in models:
+        raise ValueError(f"shard-weights: {kind} is not supported; supported: {', '.join(models)}")
+    blocks = [block for name in models[kind].layout.lists for block in getattr(transformer, name)]
+    transformer.requires_grad_(requires_grad=False)  # trainable ones of several types cannot be sharded together
+    mesh = DeviceMesh.from_group(axis.group, device.type)  # type: ignore[arg-type]  # more than one rank has a group
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    root = _Root(blocks)
+    fully_shard(root, mesh=mesh, reshard_after_forward=True)
+    root(torch.zeros((), device=device))  # the first forward makes it the root
+    transformer.to(device)

@@ -1,0 +1,125 @@
+"""`--shard-weights`: each rank holds a part of the blocks' weights, and every pixel is that of whole weights."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_hunyuan, build_wan
+
+from cineray.distributed.layout import Layout, parse_layout
+from cineray.jobs.cli.main import main
+from cineray.jobs.run_options import RunOptions
+from cineray.pipeline.footprint.fit import RANK, Setup, demands
+from cineray.pipeline.footprint.published import published_checkpoint
+from cineray.pipeline.gang import SOLO, Gang
+from cineray.pipeline.loading.checkpoint import open_checkpoint
+from cineray.pipeline.loading.model import load_model
+from cineray.pipeline.loading.options import LoadOptions
+from cineray.pipeline.render import render_clip_on_gang
+from cineray.pipeline.request import ClipRequest, InputError
+
+CLIP = ClipRequest(
+    id="1",
+    prompt="a red circle",
+    width=48,
+    height=80,
+    num_frames=9,
+    num_inference_steps=9,
+    guidance_scale=4.0,
+    fps=8,
+    cache="dicache-paper(threshold=0.3)",  # whose branches decide by themselves
+)
+
+
+def render_on_rank(rank, num_ranks, init_method, layout, source, options, cache):
+    """For whole and for sharded weights: (latents and frames, share of the blocks' weights here, skipped steps, class)."""
+    found = []
+    with Gang.join(parse_layout(layout), rank, num_ranks, init_method=init_method, timeout_s=120) as gang:
+        for is_sharded in (False, True):
+            model = load_model(open_checkpoint(source), options, stays_on_host=is_sharded)
+            lists = [getattr(model.pipe.transformer, name) for name in model.checkpoint.model.layout.lists]
+            whole = sum(p.numel() for blocks in lists for p in blocks.parameters())
+            if is_sharded:
+                gang.shard_weights(model)
+            held = [p.to_local() if is_sharded else p for blocks in lists for p in blocks.parameters()]
+            clip = render_clip_on_gang(gang, model, CLIP_OF[cache], lambda *_: None)
+            skipped = clip.trace.summary()["skipped_steps"] if clip and clip.trace else 0
+            pixels = None if clip is None else (clip.latents, clip.frames)
+            found.append((pixels, sum(p.numel() for p in held) / whole, skipped, type(model.pipe.transformer).__name__))
+    return found
+
+
+CLIP_OF = {"none": ClipRequest(**{**{f: getattr(CLIP, f) for f in CLIP.__slots__}, "cache": "none"}), "dicache": CLIP}
+
+
+@pytest.mark.parametrize(
+    ("build", "layout", "options", "cache"),
+    [
+        (build_wan, "ulysses2", LoadOptions(), "dicache"),
+        (build_wan, "cfg2xulysses2", LoadOptions(), "dicache"),
+        (build_wan, "ring2", LoadOptions(dtype="bfloat16"), "none"),
+        (build_hunyuan, "ulysses2", LoadOptions(), "none"),
+    ],
+)
+def test_sharded_weights_render_the_same_pixels(ranks, tmp_path, build, layout, options, cache):
+    build().save_pretrained(tmp_path / "model")
+    arguments = (layout, str(tmp_path / "model"), options, cache)
+    results = ranks.run(render_on_rank, parse_layout(layout).world_size, *arguments, timeout_s=300)
+    (whole, share_of_whole, skipped, kind), (sharded, _, skipped_too, kind_too) = results[0]
+    assert torch.equal(sharded[0], whole[0])
+    assert np.array_equal(sharded[1], whole[1])
+    assert (share_of_whole, kind, skipped) == (1.0, kind_too, skipped_too)
+    assert (skipped > 0) == (cache != "none")
+    for (_, _, _, _), (_, share, _, _) in results:
+        assert share == pytest.approx(0.5, abs=0.05)
+
+
+def test_what_it_does_not_go_with_is_one_line():
+    run = RunOptions(sp=2, shard_weights=True)
+    run.check_goes_with(LoadOptions(device="cuda"))
+    for options, said in (
+        (LoadOptions(device="cuda", quantize="fp8"), "--quantize fp8"),
+        (LoadOptions(device="cuda", offload="group"), "--offload group"),
+        (LoadOptions(device="cuda", compile=True), "--compile"),
+    ):
+        with pytest.raises(InputError, match=f"--shard-weights does not go with {said}; leave one of them out"):
+            run.check_goes_with(options)
+    for layout in ({}, {"cfg_parallel": True}):
+        with pytest.raises(InputError, match="needs ranks that share a clip's tokens"):
+            RunOptions(shard_weights=True, **layout)
+    with pytest.raises(ValueError, match="no ranks share a clip's tokens"):
+        SOLO.shard_weights(load_model(open_checkpoint("tiny-wan"), LoadOptions(), ("text_encoder", "vae")))
+
+
+def test_the_command_refuses_it_before_anything_loads(capsys, tmp_path):
+    out = tmp_path / "out"
+    command = ["render", "a cat", "--out", str(out), "--sp", "2", "--shard-weights", "--compile"]
+    assert main(command) == 2
+    assert "--shard-weights does not go with --compile" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_the_forecast_has_a_part_of_the_weights_and_two_whole_blocks():
+    known = published_checkpoint("wan2.1-t2v-14b")
+    clip = ClipRequest(
+        id="1",
+        prompt="a",
+        width=1280,
+        height=720,
+        num_frames=81,
+        num_inference_steps=50,
+        guidance_scale=5.0,
+        fps=16,
+    )
+
+    def weights(ulysses, shards):
+        setup = Setup(
+            options=LoadOptions(device="cuda"),
+            layout=Layout(ulysses=ulysses),
+            has_finishers=True,
+            shards_weights=shards,
+        )
+        return next(d for d in demands(known, clip, setup) if d.place == RANK).parts["transformer"]
+
+    whole = weights(8, shards=False)
+    assert weights(8, shards=True) / whole == pytest.approx(1 / 8 + 2 / 40, rel=0.1)
+    assert weights(2, shards=True) / whole == pytest.approx(1 / 2 + 2 / 40, rel=0.1)
