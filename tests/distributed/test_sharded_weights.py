@@ -31,7 +31,7 @@ CLIP = ClipRequest(
 
 
 def render_on_rank(rank, num_ranks, init_method, layout, source, options, cache):
-    """For whole and for sharded weights: (latents and frames, share of the blocks' weights here, skipped steps, class)."""
+    """For whole and sharded weights: (latents and frames, share of the blocks' weights here, skipped steps, class)."""
     found = []
     with Gang.join(parse_layout(layout), rank, num_ranks, init_method=init_method, timeout_s=120) as gang:
         for is_sharded in (False, True):
