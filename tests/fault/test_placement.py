@@ -14,7 +14,7 @@ from ray.cluster_utils import Cluster
 from waiting import wait_for
 
 from cineray.distributed.layout import Layout, parse_layout
-from cineray.jobs.gangs import events, state
+from cineray.jobs.gangs import events, handing_out
 from cineray.jobs.gangs.cluster import nodes_now
 from cineray.jobs.gangs.gang_slot import scheduling_state
 from cineray.jobs.gangs.members import GangStage
@@ -185,7 +185,7 @@ def test_a_gang_that_waits_for_its_second_node_says_so_and_renders_the_pixels_of
     manifest = write_manifest(tmp_path / "m.jsonl", ["a"], 20)
     code, _, said = render(capsys, manifest, tmp_path / "one", model)
     assert code == 0, said
-    monkeypatch.setattr(state, "PLACE_S", 2.0)
+    monkeypatch.setattr(handing_out, "PLACE_S", 2.0)
     cluster = nodes({"num_cpus": 1})
 
     def bring_a_node():

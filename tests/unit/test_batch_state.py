@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cineray.jobs.gangs import events
+from cineray.jobs.gangs.fleet_state import PER_FINISHER
+from cineray.jobs.gangs.handing_out import IN_FINISHER
 from cineray.jobs.gangs.members import PLACE_S, GangStage
 from cineray.jobs.gangs.retry import MAX_FRUITLESS, MAX_LOSSES_IN_A_ROW, MAX_STRIKES, RankOutcome
-from cineray.jobs.gangs.state import IN_FINISHER, PER_FINISHER, REPEAT_S, START_S, BatchState
+from cineray.jobs.gangs.state import REPEAT_S, START_S, BatchState
 
 HANG_S = 10.0
 NUM_STEPS = 50

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cineray.jobs.gangs.fleet_state import PER_FINISHER
+from cineray.jobs.gangs.handing_out import IN_FINISHER
 from cineray.jobs.gangs.retry import MAX_STRIKES
-from cineray.jobs.gangs.state import IN_FINISHER, PER_FINISHER, START_S, clips_ahead
+from cineray.jobs.gangs.state import START_S, clips_ahead
 from cineray.jobs.simulate.assumptions import Assumptions, ClipSeconds, PlannedClip, RankDeath
 from cineray.jobs.simulate.attempt import Attempt, steps_per_save
 from cineray.jobs.simulate.clips import equal_clips
