@@ -153,7 +153,7 @@ class HandingOut(Transitions):
         standing = [Standing(gang=number, room=room, node="", rest_s=math.inf) for number, room in coming]
         passed_over = self._leaving | self._reserved | {number for number, _ in coming}
         hosts = {finisher.gang for finisher in self.finishers if finisher.finishing}
-        for number in (self._gangs_in[GangStage.IDLE] | self._gangs_in[GangStage.BUSY]) - passed_over:
+        for number in sorted((self._gangs_in[GangStage.IDLE] | self._gangs_in[GangStage.BUSY]) - passed_over):
             gang, may_move = self.gangs[number], number not in hosts and len(self.gangs[number].nodes) == 1
             if gang.stage is GangStage.BUSY:
                 standing.append(self._busy(gang, may_move, now_s))
