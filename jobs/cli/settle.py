@@ -242,7 +242,7 @@ def _kinds_of(checkpoint: "Checkpoint") -> "Callable[[ClipRequest], ClipKind]":
         return ClipKind(
             shape=Shape(checkpoint.name, width, height, frames),
             steps=steps,
-            num_branches=min(len(checkpoint.model.branches), 1 + is_guided),
+            num_branches=min(checkpoint.num_calls, 1 + is_guided),
             cache="none" if policy is None else cache,
             policy=text,
             computed_share=computed_share_of(text, checkpoint.name, (), None)[0],

@@ -56,7 +56,7 @@ class Sample:
     def num_branches(self) -> int:
         """Calls of the transformer per step."""
         is_guided = self.clips[0].guidance_scale > 1
-        return min(len(self.checkpoint.model.branches), 1 + is_guided)
+        return min(self.checkpoint.num_calls, 1 + is_guided)
 
     @property
     def size(self) -> str:

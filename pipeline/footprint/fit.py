@@ -91,7 +91,8 @@ def published_like(checkpoint: Checkpoint) -> Checkpoint | None:
 
 def _is_like(checkpoint: Checkpoint, known: Checkpoint) -> bool:
     ours, theirs = checkpoint.configs, known.configs
-    if checkpoint.pipeline_class != known.pipeline_class:
+    # Wan 2.2's two experts have the pipeline class of Wan 2.1
+    if (checkpoint.pipeline_class, checkpoint.model.family) != (known.pipeline_class, known.model.family):
         return False
     pairs = ((ours.transformer, theirs.transformer), (ours.vae, theirs.vae))
     # a published file leaves out what is its class's default, and so may ours

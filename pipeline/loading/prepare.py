@@ -91,13 +91,16 @@ def compile_blocks(transformer: nn.Module) -> None:
 
 
 def other_scheduler(own: Any, name: str) -> Any:
-    """A scheduler of another class with the settings of a pipeline's own, for a model that predicts the flow.
+    """A scheduler of another class with the settings of a pipeline's own.
 
-    What one class calls `flow_shift` the other calls `shift`; one that serves other models too is told which this is.
+    Of a model that predicts the flow, what one class calls `flow_shift` the other calls `shift`; one that serves other
+    models too is told which this is.
     """
     import diffusers
 
     kind: Any = getattr(diffusers, name)
+    if own.config.get("prediction_type", "flow_prediction") != "flow_prediction":
+        return kind.from_config(own.config)
     shift = own.config.get("flow_shift", own.config.get("shift", 1.0))
     if "shift" in inspect.signature(kind).parameters:
         return kind.from_config(own.config, shift=shift)

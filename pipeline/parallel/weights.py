@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from cineray.distributed.mesh import Axis
-from cineray.pipeline.adapters import Models
+from cineray.pipeline.adapters import Models, transformers_in
 
 
 class _Root(nn.Module):
@@ -42,7 +42,8 @@ def shard_weights(transformer: nn.Module, axis: Axis, device: torch.device, mode
     """
     kind = type(transformer).__name__
     if kind not in models:
-        raise ValueError(f"shard-weights: {kind} is not supported; supported: {', '.join(models)}")
+        supported = ", ".join(transformers_in(models.values()))
+        raise ValueError(f"shard-weights: {kind} is not supported; supported: {supported}")
     blocks = [block for name in models[kind].layout.lists for block in getattr(transformer, name)]
     transformer.requires_grad_(requires_grad=False)  # trainable ones of several types cannot be sharded together
     mesh = DeviceMesh.from_group(axis.group, device.type)  # type: ignore[arg-type]  # more than one rank has a group

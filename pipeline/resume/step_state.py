@@ -23,6 +23,9 @@ from cineray.pipeline.finite import is_finite
 from cineray.pipeline.resume.tensor_file import MAX_TENSOR_BYTES, TensorFileError, read_tensors, write_tensors
 
 FORMAT = "cineray step state 2"
+# a Brownian tree that the next step makes anew from the generator's seed: it gives the noise between two sigmas,
+# whatever was asked of it before (diffusers' CosineDPMSolverMultistepScheduler)
+_MADE_ANEW = ("noise_sampler",)
 Plain = None | bool | int | float | str
 
 
@@ -205,7 +208,8 @@ def scheduler_state(scheduler: Any, fresh: Any) -> dict[str, Any]:
     Raises:
         StepStateError: one of them is neither tensor nor plain value.
     """
-    changed = {name: value for name, value in vars(scheduler).items() if not _same(value, vars(fresh).get(name))}
+    values = {name: value for name, value in vars(scheduler).items() if name not in _MADE_ANEW}
+    changed = {name: value for name, value in values.items() if not _same(value, vars(fresh).get(name))}
     for name, value in changed.items():
         if not all(isinstance(part, torch.Tensor | Plain) for part in (value if isinstance(value, list) else [value])):
             raise StepStateError(f"{type(scheduler).__name__}.{name} holds {type(value).__name__}; it cannot be saved")

@@ -120,6 +120,29 @@ def test_a_clip_resumes_bit_for_bit(loaded, new_request, tmp_path, name):
         path.unlink()
 
 
+def test_stable_audio_with_its_own_scheduler(loaded, new_request, tmp_path):
+    """Its noise comes from torchsde, an optional package."""
+    pytest.importorskip("torchsde")
+    from diffusers import CosineDPMSolverMultistepScheduler
+
+    model, path = loaded("stable_audio"), tmp_path / f"1.{MARK}.safetensors"
+    pipe = type(model.pipe)(**{**model.pipe.components, "scheduler": CosineDPMSolverMultistepScheduler()})
+    pipe.set_progress_bar_config(disable=True)
+    model = replace(model, pipe=pipe)
+    request = clip_of("stable_audio", new_request, tmp_path, num_inference_steps=STEPS, seed=7)
+    whole = render_clip(model, request, quiet)
+    assert np.array_equal(whole.frames, pixels_of("stable_audio", model, request))
+    asked = iter([False] * 2)
+    with pytest.raises(ClipPreempted):
+        denoise_clip(model, request, quiet, keeper=StepKeeper(path, MARK, SOLO, 1e9, lambda: next(asked, True)))
+    steps = []
+    keeper = StepKeeper(path, MARK, SOLO, 1e9, lambda: False)
+    assert torch.equal(
+        denoise_clip(model, request, lambda done, _: steps.append(done), keeper=keeper).latents, whole.latents
+    )
+    assert steps == [4, 5, 6]
+
+
 def test_stages_that_hold_only_their_parts_make_the_same_clip(checkpoint_folder, new_request, tmp_path, name):
     request = clip_of(name, new_request, tmp_path, num_inference_steps=2)
     checkpoint, options = open_checkpoint(str(checkpoint_folder(name))), LoadOptions()
@@ -143,5 +166,7 @@ def test_a_clip_is_cached_and_as_before_without(loaded, new_request, tmp_path, n
     cached = denoise_clip(model, replace(request, cache=cache), quiet)
     assert cached.trace is not None
     assert cached.trace.summary()["skipped_steps"] > 0
+    assert {entry.branch for entry in cached.trace.entries} == set(model.checkpoint.model.branches)
+    assert {entry.sample for entry in cached.trace.entries} == {0}
     assert not torch.equal(cached.latents, plain)
     assert torch.equal(denoise_clip(model, request, quiet).latents, plain)

@@ -2,9 +2,11 @@
 
 import json
 import wave
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from diffusers import EDMDPMSolverMultistepScheduler
 from more_models import CLIPS
 from PIL import Image
 
@@ -12,9 +14,13 @@ from cineray.jobs.cli.main import main
 from cineray.jobs.output.folder import OutputFolder
 from cineray.jobs.output.record import fingerprint_of, render_options
 from cineray.pipeline.adapters import KNOWN_MODELS, MODELS
+from cineray.pipeline.footprint.fit import published_like
+from cineray.pipeline.footprint.published import published_checkpoint
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.options import LoadOptions
-from cineray.pipeline.media.output import OUTPUTS, PICTURE, SOUND, VideoError
+from cineray.pipeline.loading.prepare import other_scheduler
+from cineray.pipeline.media.ffmpeg import VideoError
+from cineray.pipeline.media.output import OUTPUTS, PICTURE, SOUND
 from cineray.pipeline.media.sound import read_wav, write_wav
 
 pytestmark = pytest.mark.slow
@@ -45,7 +51,12 @@ def said(capsys):
 
 def test_a_picture_is_written_known_again_and_reported(checkpoint_folder, tmp_path, capsys):
     folder, out = checkpoint_folder("flux"), tmp_path / "out"
-    arguments = ["a red circle \N{SNOWMAN}", *options_of("flux"), "--cache", "interval(interval=2)"]
+    arguments = [
+        "a red circle \N{SNOWMAN}",
+        *options_of("flux", num_inference_steps=8),
+        "--cache",
+        "interval(interval=2)",
+    ]
     assert render(folder, out, *arguments) == 0
     (clip,) = said(capsys)["clips"]
     assert clip["video"].endswith(".png")
@@ -262,6 +273,19 @@ def test_a_checkpoint_gets_its_authors_defaults(checkpoint_folder, name, family,
     checkpoint = open_checkpoint(str(checkpoint_folder(name)))
     assert checkpoint.model.family == family
     assert {field: getattr(checkpoint.defaults, field) for field in sizes} == sizes
+
+
+def test_two_experts_are_not_taken_for_the_one_of_the_same_size():
+    known = published_checkpoint("wan2.1-t2v-14b")
+    assert published_like(replace(known, name="mine")) == known
+    two = next(model for model in MODELS.values() if model.family == "wan2.2")
+    assert published_like(replace(known, name="mine", model=two)) is None
+
+
+def test_another_scheduler_predicts_what_the_models_own_does():
+    own = EDMDPMSolverMultistepScheduler(prediction_type="v_prediction", sigma_min=0.3, sigma_max=500)
+    other = other_scheduler(own, "EDMEulerScheduler")
+    assert (other.config.prediction_type, other.config.sigma_min) == ("v_prediction", 0.3)
 
 
 def test_every_pipeline_class_has_an_owner_and_every_checkpoint_a_name_of_its_own():
