@@ -516,12 +516,13 @@ class BatchState:
             return clip.num_fruitless <= MAX_FRUITLESS
         is_known = bool(gang.nodes & clip.struck_on)
         clip.struck_on |= gang.nodes
-        return is_known and self._works_apart_from(clip.struck_on)
+        return is_known and self._has_another_node(clip)
 
-    def _works_apart_from(self, nodes: frozenset[str]) -> bool:
-        """Whether a gang that takes clips stands on other nodes alone."""
+    def _has_another_node(self, clip: ClipState) -> bool:
+        """Whether a gang works, and would take the clip, that stands only where the clip was not lost yet."""
         working = self._gangs_in[GangStage.IDLE] | self._gangs_in[GangStage.BUSY]
-        return any(not self.gangs[number].nodes & nodes for number in working - self._leaving)
+        gangs = (self.gangs[number] for number in working - self._leaving)
+        return any(gang.name != clip.avoids and not gang.nodes & clip.struck_on for gang in gangs)
 
     def _strike(
         self, clip: ClipState, reason: str, now_s: float, is_excused: bool = False, to_finish: bool = False
@@ -791,7 +792,7 @@ class BatchState:
         if clip.awaits is not None:
             return not isinstance(actor, GangState) or actor.number != clip.awaits
         if isinstance(actor, GangState) and clip.struck_on & actor.nodes:
-            return self._works_apart_from(clip.struck_on)
+            return self._has_another_node(clip)
         return clip.avoids == actor.name and num_others > 0
 
     @property
