@@ -127,10 +127,11 @@ class FleetState:
         is_leaving = finisher.gang is not None and self._is_leaving(self.gangs[finisher.gang])
         return finisher.stage == "ready" and not is_leaving
 
-    def _works_apart_from(self, nodes: frozenset[str]) -> bool:
-        """Whether a gang that takes clips stands on other nodes alone."""
+    def _has_another_node(self, clip: ClipState) -> bool:
+        """Whether a gang works, and would take the clip, that stands only where the clip was not lost yet."""
         working = self._gangs_in[GangStage.IDLE] | self._gangs_in[GangStage.BUSY]
-        return any(not self.gangs[number].nodes & nodes for number in working - self._leaving)
+        gangs = (self.gangs[number] for number in working - self._leaving)
+        return any(gang.name != clip.avoids and not gang.nodes & clip.struck_on for gang in gangs)
 
     @property
     def _reserved(self) -> set[int]:

@@ -133,7 +133,7 @@ class HandingOut(Transitions):
         if clip.awaits is not None:
             return not isinstance(actor, GangState) or actor.number != clip.awaits
         if isinstance(actor, GangState) and clip.struck_on & actor.nodes:
-            return self._works_apart_from(clip.struck_on)
+            return self._has_another_node(clip)
         return clip.avoids == actor.name and num_others > 0
 
     def _look_elsewhere(self, finisher: FinisherState, now_s: float) -> None:

@@ -25,7 +25,7 @@ class Transitions(FleetState):
             return clip.num_fruitless <= MAX_FRUITLESS
         is_known = bool(gang.nodes & clip.struck_on)
         clip.struck_on |= gang.nodes
-        return is_known and self._works_apart_from(clip.struck_on)
+        return is_known and self._has_another_node(clip)
 
     def _strike(
         self, clip: ClipState, reason: str, now_s: float, is_excused: bool = False, to_finish: bool = False

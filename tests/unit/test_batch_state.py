@@ -265,6 +265,18 @@ def test_a_second_loss_on_one_node_is_no_strike_while_there_are_others():
     assert len(alone.state.clips["c0"].strikes) == 1
 
 
+def test_a_clip_that_was_lost_on_one_node_and_does_not_fit_on_the_other_is_still_tried():
+    here = world(num_clips=1, num_gangs=3)  # gangs 0 and 2 stand on node0, gang 1 on node1
+    until(here, lambda: len(here.idle) == 2 and 0 in here.busy)
+    lose(here, 0, DIED)
+    assert here.busy == {1: "c0"}
+    here.busy.pop(1)
+    here.idle.add(1)
+    here.tell(events.GangEnded(1, outcomes=(SHORT,)))
+    here.run_out()
+    assert here.ended == {"c0": "done"}
+
+
 def test_a_node_that_hangs_loses_its_gangs_and_quarantines_no_clip():
     here = world(num_clips=30, num_gangs=4, depth=10)
     for _ in range(10_000):
