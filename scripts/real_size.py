@@ -53,20 +53,20 @@ def main(argv: list[str] | None = None) -> None:
     making.add_argument("--layers", type=int, default=30, help="of the transformer")
     making.add_argument("--text-layers", type=int, default=1)
     making.add_argument("--vocabulary", type=int, help="of the text encoder, instead of the published one")
-    rendering = commands.add_parser("render")
+    rendering = commands.add_parser("render", description="Takes further options of `cineray render`.")
     rendering.add_argument("folder", type=Path)
     rendering.add_argument("--out", type=Path, required=True)
     rendering.add_argument("--sp", type=int, default=2)
     rendering.add_argument("--cache", default="dicache")
-    rendering.add_argument("options", nargs=argparse.REMAINDER, help="more of `cineray render`, behind --")
     loading = commands.add_parser("load")
     loading.add_argument("folder", type=Path)
     loading.add_argument("--ranks", type=int, nargs="+", default=[1, 4])
-    asked = parser.parse_args(argv)
+    asked, more = parser.parse_known_args(argv)
+    if more and asked.command != "render":
+        parser.error(f"unknown: {' '.join(more)}")
     if asked.command == "make":
         make(asked.folder, asked.layers, asked.text_layers, asked.vocabulary)
     elif asked.command == "render":
-        more = [option for option in asked.options if option != "--"]
         print(json.dumps(render(asked.folder, asked.out, asked.sp, asked.cache, more)))
     else:
         for num_ranks in asked.ranks:
