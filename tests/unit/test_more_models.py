@@ -53,7 +53,7 @@ def test_a_picture_is_written_known_again_and_reported(checkpoint_folder, tmp_pa
     folder, out = checkpoint_folder("flux"), tmp_path / "out"
     arguments = [
         "a red circle \N{SNOWMAN}",
-        *options_of("flux", num_inference_steps=8),
+        *options_of("flux", num_inference_steps=10),
         "--cache",
         "interval(interval=2)",
     ]
