@@ -194,6 +194,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for _, item in sorted(zip(groups, items, strict=True), key=lambda pair: first[pair[0]])]
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuses to begin where groups are not kept together: two Rays at once would wait for each other."""
+    if session.config.getoption("loadgroup", False) and not all("@" in item.nodeid for item in session.items):
+        raise pytest.UsageError("this pytest-xdist does not keep groups together with this pytest: see pyproject.toml")
+
+
 def _watched(item: pytest.Item) -> Generator[None, object, object]:
     if item.get_closest_marker("fast") is None:
         return (yield)
