@@ -11,8 +11,8 @@ from cineray.pipeline.request import ClipRequest
 # of three steps and a computed last one leave at most four to skip.
 MAX_IDLE_STEPS = 8
 # What `dicache` chooses by itself is worse than as many computed steps alone on clips that are this short: 12 steps on
-# tiny-wan had 40.5 dB at 1.24x, 10 uncached ones 45.5 dB; at 20 steps it is 50.5 against 41.7. A threshold that is given
-# is one's own choice.
+# tiny-wan had 40.5 dB at 1.24x, 10 uncached ones 45.5 dB; at 20 steps it is 50.5 against 41.7. A threshold that is
+# given is one's own choice.
 MAX_PRESET_STEPS = 15
 
 
