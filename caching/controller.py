@@ -54,6 +54,22 @@ class CacheController:
         """Drops the tensors; the trace stays."""
         self._histories.clear()
 
+    def is_planned(self, context: StepContext) -> bool:
+        """Whether every row of the call to come is skipped unseen, without a probe, and no other rank need be asked."""
+        history = self._histories.get(context.branch)
+        if history is None or history.last_step != context.step_index - 1:
+            return False
+        if self.consensus.num_ranks > 1 or self.consensus.branches_are_split:
+            return False
+        if not history.rows or not all(row.num_pairs for row in history.rows):
+            return False
+        if self.policy.plans_ahead:
+            return all(row.is_planned for row in history.rows)
+        if self.policy.signal != "none" or self.trace.probe_depth or self._exchange.is_joint:
+            return False
+        seen = [row.observed(context, index, RowSums()) for index, row in enumerate(history.rows)]
+        return not any(self.policy.decide(observation).compute for observation in seen)
+
     def begin_call(self, context: StepContext, blocks_input: torch.Tensor) -> list[int]:
         """Begins a call. The probe blocks must run for the rows that it returns: those no earlier decision holds for.
 

@@ -12,7 +12,8 @@ from cineray.caching.policy import Signal
 if TYPE_CHECKING:  # a driver on Ray reads policies, and does without torch
     import torch
 
-Alignment = Literal["none", "l1", "lsq"]
+# "plan": the policy says where along the line, and nothing is compared
+Alignment = Literal["none", "l1", "lsq", "plan"]
 Branches = Literal["separate", "joint"]
 Base = Literal["input", "probe"]
 
@@ -29,7 +30,12 @@ class Forecasting:
 
     def keeps_probe_residual(self, signal: Signal) -> bool:
         """Whether anything, the policy's signal included, compares what the probe blocks added at computed steps."""
-        return self.alignment != "none" or self.base == "probe" or signal == "probe-residual"
+        return self.follows_probe or self.base == "probe" or signal == "probe-residual"
+
+    @property
+    def follows_probe(self) -> bool:
+        """Whether a forecast is placed by what the probe blocks add."""
+        return self.alignment in ("l1", "lsq")
 
     @property
     def num_pairs(self) -> int:

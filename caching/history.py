@@ -85,7 +85,7 @@ class BranchHistory:
 
     def alignment_sums(self, blocks_input: torch.Tensor, probe: torch.Tensor) -> torch.Tensor | None:
         """This rank's part of the sums that place the probe's residual [4, B]; None without two computed steps."""
-        if self.forecasting.alignment == "none" or self.newest is None or self.older is None:
+        if not self.forecasting.follows_probe or self.newest is None or self.older is None:
             return None
         return alignment_sums(probe - self.kept(blocks_input), self.newest.probe, self.older.probe)
 

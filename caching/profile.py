@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cineray.files import read_regular
 from cineray.text import printable
 
 MAX_PROFILE_BYTES = 4 * 2**20  # 1,000 steps of two branches are 40 kB
+ANY_FAMILY = "any"  # of a generic profile
+COMMANDS = {"auto": "quality"}  # of `cineray calibrate`, where it is not the policy's name
 SHIPPED = Path(__file__).resolve().parent / "profiles"
 
 
@@ -135,7 +138,65 @@ class DiCacheProfile(Profile):
         return skip_costs.tolist(), (np.interp(wanted, known, self.expected_change) * scale).tolist()
 
 
-AnyProfile = TypeVar("AnyProfile", TeaCacheProfile, MagCacheProfile, DiCacheProfile)
+class FittedProfile(Profile):
+    """How a model's residuals move over the steps, for `fitted`; mean over the calibration's clips.
+
+    Args:
+        products: inner products of the residuals of steps i and j <= i, of the guided combination of the branches, in
+            units of the last step's.
+        weights: what an error of the residual costs at each step.
+    """
+
+    policy: Literal["fitted"] = "fitted"
+    products: tuple[tuple[Finite, ...], ...]
+    weights: tuple[Finite, ...]
+
+    @model_validator(mode="after")
+    def _a_triangle(self) -> "FittedProfile":
+        if not 2 <= len(self.products) == len(self.weights) <= 1000:
+            raise ValueError("products and weights must have one row and one number for each of 2 to 1,000 steps")
+        if any(len(row) != number for number, row in enumerate(self.products, 1)):
+            raise ValueError("products must be a triangle: one number in the first row, two in the second, and so on")
+        if min(self.weights) < 0 or min(row[-1] for row in self.products) < 0:
+            raise ValueError("weights and squares must be 0 or more")
+        return self
+
+    def at(self, num_steps: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(products [T, T], weights [T]) for another number of steps, whose residuals lie on the lines between."""
+        known = len(self.weights)
+        products = np.zeros((known, known))
+        for number, row in enumerate(self.products):
+            products[number, : number + 1] = products[: number + 1, number] = row
+        places = np.linspace(0, known - 1, num_steps)
+        lower = np.minimum(places.astype(int), known - 2)
+        shares = np.zeros((num_steps, known))
+        shares[np.arange(num_steps), lower] = 1 - (places - lower)
+        shares[np.arange(num_steps), lower + 1] = places - lower
+        return shares @ products @ shares.T, shares @ np.array(self.weights)
+
+
+class QualityPoint(BaseModel):
+    """What a speed-up of `fitted` keeps on the calibration's clips, in dB, clip by clip."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    speedup: Annotated[Finite, Field(ge=1)]
+    psnr_db: Annotated[tuple[Finite, ...], Field(min_length=2, max_length=10_000)]
+
+
+class QualityProfile(Profile):
+    """What settings of `fitted` keep, for `auto`.
+
+    Args:
+        fitted: the profile that they were measured with, as `fitted` takes it.
+    """
+
+    policy: Literal["auto"] = "auto"
+    fitted: str = "auto"
+    points: Annotated[tuple[QualityPoint, ...], Field(min_length=1, max_length=1000)]
+
+
+AnyProfile = TypeVar("AnyProfile", TeaCacheProfile, MagCacheProfile, DiCacheProfile, FittedProfile, QualityProfile)
 
 
 def shipped_profile(kind: type[AnyProfile], family: str, transformer: Mapping[str, Any]) -> AnyProfile | None:
@@ -172,13 +233,13 @@ def find_profile(kind: type[AnyProfile], name_or_file: str, family: str, transfo
     if name_or_file:
         path = shipped.get(name_or_file, Path(name_or_file))
         profile = _load(kind, path, f"a shipped profile ({', '.join(shipped)}) nor a file")
-        if not profile.fits(family, transformer):
+        if profile.family != ANY_FAMILY and not profile.fits(family, transformer):
             wants = printable(", ".join(f"{k} {v}" for k, v in profile.transformer.items()), 200)
             has = printable(", ".join(f"{k} {transformer.get(k)}" for k in profile.transformer), 200)
             shown, of = printable(name_or_file, 200), printable(profile.family, 60)
             raise ValueError(
                 f"cache: {policy} profile {shown} is for another model: {of} with {wants}; this one "
-                f"is {family} with {has}; calibrate one with `cineray calibrate {policy}`"
+                f"is {family} with {has}; calibrate one with `cineray calibrate {COMMANDS.get(policy, policy)}`"
             )
         return profile
     fitting = _fitting(kind, family, transformer)
@@ -189,9 +250,10 @@ def find_profile(kind: type[AnyProfile], name_or_file: str, family: str, transfo
             f"cache: several {policy} profiles fit this model: {', '.join(fitting)}; say which, as "
             f"{policy}(profile={next(iter(fitting))})"
         )
+    command = COMMANDS.get(policy, policy)
     raise ValueError(
-        f"cache: {policy} has no profile of this model; make one with `cineray calibrate {policy} --out FILE.json` and "
-        f"use it as {policy}(profile=FILE.json)"
+        f"cache: {policy} has no profile of this model; make one with `cineray calibrate {command} --out FILE.json` "
+        f"and use it as {policy}(profile=FILE.json)"
     )
 
 

@@ -11,8 +11,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from cineray.caching.plan import AnyPlan, CachePlan, ModelFacts, PolicyConfig, check_depth
 from cineray.caching.policies import dicache
+from cineray.caching.policies.auto import AutoConfig
 from cineray.caching.policies.dicache import DiCacheConfig
 from cineray.caching.policies.first_block import FirstBlockConfig
+from cineray.caching.policies.fitted import FittedConfig
 from cineray.caching.policies.magcache import MagCacheConfig
 from cineray.caching.policies.schedule import IntervalConfig, ReplayPolicy
 from cineray.caching.policies.smoothcache import LayerPlan, parse_schedule, read_schedule
@@ -31,12 +33,15 @@ Policies = Mapping[str, PolicyConfig | type[PolicyConfig]]
 POLICIES: Policies = {
     "dicache": dicache.OURS,
     "dicache-paper": DiCacheConfig,
+    "fitted": FittedConfig(),
+    "auto": AutoConfig(),
     "fbcache": FirstBlockConfig(),
     "interval": IntervalConfig(),
     "teacache": TeaCacheConfig,
     "magcache": MagCacheConfig,
     "taylorseer": TaylorSeerConfig,
 }
+_FLOORS = "auto"  # the policy whose options may be floors, written psnr>=30
 _SHORT = "short"  # the option that every policy takes
 _WITH_FILE = {"smoothcache": "SCHEDULE.json", "replay": "TRACE.json"}
 
@@ -99,7 +104,9 @@ def parse_spec(text: str, policies: Policies = POLICIES) -> CacheSpec:
     allowed = [*own, *([_SHORT] if name in policies else [])]
     options: dict[str, str] = {}
     for option in filter(None, (o.strip() for o in (match["options"] or "").split(","))):
-        key, equals, value = (part.strip() for part in option.partition("="))
+        key, equals, value = (part.strip() for part in option.partition(">=" if name == _FLOORS else "="))
+        if name == _FLOORS and not equals:
+            key, equals, value = (part.strip() for part in option.partition("="))
         if key not in allowed or not equals:
             raise ValueError(
                 f"cache: unknown option {shorten(option)} of {name}; valid: {', '.join(allowed) or 'it has none'}"

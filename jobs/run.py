@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cineray.distributed.layout import Layout, check_layout
+from cineray.files import read_json
 from cineray.jobs.outlook import Outlook
 from cineray.jobs.output.folder import OutputFolder, refuse_early
 from cineray.jobs.output.lease import Lease
@@ -133,6 +134,18 @@ def render_run(
             if report.is_complete:
                 folder.delete_stale_clips()
             return report
+
+
+def add_to_run(plan: RunPlan, more: dict[str, Any]) -> None:
+    """Adds to the run.json of a run that has ended.
+
+    Raises:
+        OutputError: the folder is gone or cannot be written.
+        LeasedError: another driver renders into it.
+    """
+    with _held_folder(plan.out, plan.options.lease_s) as (folder, _):
+        content = read_json(plan.out / "run.json", follow_links=False)
+        folder.write_json("run.json", (content if isinstance(content, dict) else {}) | more)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ class IntervalConfig:
         low, high = self.gamma_clip
         least = int(self.alignment != "none")
         is_range = math.isfinite(low) and math.isfinite(high) and low <= high
+        check_field(self, "alignment", self.alignment != "plan", "none, l1 or lsq")
         check_field(self, "gamma_clip", is_range, "two numbers, low and high")
         check_field(self, "interval", self.interval >= 1, "1 or more steps")
         check_field(self, "probe_depth", self.probe_depth >= least, "1 or more blocks to align, else 0 or more")

@@ -54,6 +54,9 @@ def cineray() -> None:
 @click.option("--cache", default="none", show_default=True, metavar="SPEC", help="Cache policy; see docs/caching.md.")
 @click.option("--fps", type=int, metavar="N", help="Frames per second of the MP4.  [default: the model's]")
 @click.option("--lossless", is_flag=True, help="MP4s whose decoded RGB frames are exactly the rendered ones.")
+@click.option(
+    "--audit", type=float, metavar="SHARE", help="Render that share of the clips again uncached, and compare."
+)
 @click.option("--dry-run", is_flag=True, help="Say what is done, new, changed and refused; render nothing.")
 @click.option("--price", type=click.FloatRange(min=0), metavar="USD", help="Of a GPU for an hour, for --dry-run.")
 @click.option(
@@ -73,6 +76,7 @@ def render(
     cache: str,
     fps: int | None,
     lossless: bool,
+    audit: float | None,
     dry_run: bool,
     price: float | None,
     studies: tuple[Path, ...],
@@ -92,6 +96,7 @@ def render(
       cineray render "a cat walks" --model wan2.1-t2v-1.3b --device cuda --offload model --out out/cat
       cineray render --manifest m.jsonl --model wan2.1-t2v-14b --address auto --sp 4 --gangs 2 --out /nfs/m
     """
+    from cineray.jobs.audit import audit_run, check_share
     from cineray.jobs.idle_cache import WithoutIdleCaches
     from cineray.jobs.memory_check import memory_check
     from cineray.jobs.outlook import Outlook
@@ -99,6 +104,7 @@ def render(
     from cineray.jobs.run import RunPlan, render_run
     from cineray.pipeline.loading.checkpoint import open_checkpoint
 
+    share = None if audit is None else check_share(audit)
     checkpoint = open_checkpoint(asked.model)
     defaults = run_defaults(asked, checkpoint, cache, fps)
     options = load_options(asked, checkpoint, run.decode)
@@ -126,6 +132,9 @@ def render(
             report = render_run(plan, lambda: (num_clips, settled.requests), False, about)
         else:
             report = render_run(plan, check, takes_long_to_check(asked), about)
+        has_ended = report.stopped_by is None and report.abort_reason is None
+        if share is not None and has_ended:
+            tell(audit_run(plan, lambda: check()[1], share, about).line)
     except LeasedError as error:
         tell(f"cineray: {error}; wait until it has ended, or give another --out")
         return EXIT_LEASED

@@ -181,6 +181,70 @@ def dicache_skip_costs(asked: ClipArguments, trials: int, floor: float | None, o
     return EXIT_DONE
 
 
+@calibrate.command()
+@clip_options
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE.json",
+    required=True,
+    help="Profile file to write (overwritten).",
+)
+@json_option
+def fitted(asked: ClipArguments, out: Path, as_json: bool) -> int:
+    """Measures how a model's residuals move over the steps, and writes a profile.
+
+    Each clip is denoised once, uncached, and the first two a dozen times with one step skipped; two to six clips are
+    enough. Use the profile with
+    --cache "fitted(profile=FILE.json,speedup=2.5)"; it serves every speed-up and other numbers of steps.
+
+    \b
+    Example:
+      cineray calibrate fitted --manifest clips.jsonl --out profile.json
+    """
+    from cineray.jobs.measure.calibration import calibrate_fitted
+
+    checkpoint, requests = _clips_to_calibrate(asked)
+    profile = calibrate_fitted(checkpoint, load_options(asked, checkpoint), requests, out)
+    tell(f"{out}: {len(profile.weights)} steps, {len(requests)} clips")
+    if as_json:
+        print_json({"profile": str(out), "steps": len(profile.weights), "clips": len(requests)})
+    return EXIT_DONE
+
+
+@calibrate.command("quality")
+@clip_options
+@click.option("--profile", default="auto", show_default=True, metavar="NAME|FILE", help="Profile of `fitted`.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE.json",
+    required=True,
+    help="Profile file to write (overwritten).",
+)
+@json_option
+def quality_floors(asked: ClipArguments, profile: str, out: Path, as_json: bool) -> int:
+    """Measures what each speed-up of `fitted` keeps, for --cache "auto(psnr>=30,profile=FILE.json)".
+
+    Each clip is rendered uncached and at ten speed-ups; six to ten clips are enough. Stopped, the same command resumes
+    where it was (FILE.json.bench.json).
+
+    \b
+    Example:
+      cineray calibrate quality --manifest clips.jsonl --out quality.json
+    """
+    from cineray.caching.policies.auto import lower_bound
+    from cineray.jobs.measure.quality_profile import calibrate_quality
+
+    checkpoint, requests = _clips_to_calibrate(asked)
+    found = calibrate_quality(checkpoint, load_options(asked, checkpoint), requests, profile, out)
+    bounds = {point.speedup: round(lower_bound(point.psnr_db), 1) for point in found.points}
+    tell(*(f"speed-up {speedup:g}: a clip keeps {bound} dB (95 %)" for speedup, bound in bounds.items()))
+    if as_json:
+        print_json({"profile": str(out), "floors": [{"speedup": s, "psnr": b} for s, b in bounds.items()]})
+    return EXIT_DONE
+
+
 @click.group()
 def bench() -> None:
     """Measures cache policies."""
@@ -203,13 +267,26 @@ def bench() -> None:
     metavar="FILE.json",
     help="Keeps each row when it is done; the same command resumes.",
 )
+@click.option(
+    "--tables",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Folder for quality.csv, .md, .png and .svg of these rows.",
+)
 @json_option
 def quality(
-    asked: ClipArguments, policies: tuple[str, ...], targets: tuple[float, ...], out: Path | None, as_json: bool
+    asked: ClipArguments,
+    policies: tuple[str, ...],
+    targets: tuple[float, ...],
+    out: Path | None,
+    tables: Path | None,
+    as_json: bool,
 ) -> int:
-    """Compares cached clips with uncached ones: PSNR, SSIM, cost and seconds of each policy.
+    """Compares cached clips with uncached ones: PSNR, SSIM, cost and time of each policy.
 
-    A policy is written as for --cache, or is fewer-steps(N): N uncached steps, the rival that every cache must beat.
+    A policy is written as for --cache, or is fewer-steps(N): N uncached steps, the rival that every cache must beat; or
+    a cache of diffusers: diffusers:taylorseer-lite(interval=3,order=1,before=12,after=48), taylorseer, seacache,
+    fbcache, magcache, pab, fastercache. Time is measured on the first three clips, in turn with the uncached ones.
     One option may be left open with a question mark: its value is then searched on the first two clips for each
     speed-up of --at, and measured on all.
 
@@ -218,7 +295,7 @@ def quality(
       cineray bench quality --manifest clips.jsonl "fewer-steps(25)" dicache "dicache(threshold=0.1)"
       cineray bench quality --manifest clips.jsonl --at 2 --at 3 "fewer-steps(?)" "dicache(threshold=?)" --out b.json
     """
-    from cineray.jobs.measure.bench import bench_quality
+    from cineray.jobs.measure.bench import bench_quality, in_short, write_tables
     from cineray.jobs.out_file import check_out
     from cineray.jobs.run import use_threads
     from cineray.pipeline.loading.checkpoint import open_checkpoint
@@ -233,10 +310,13 @@ def quality(
     _, requests = read_requests(asked, run_defaults(asked, checkpoint, "none", None), checkpoint)
     use_threads(checkpoint, load_options(asked, checkpoint))
     model = load_model(checkpoint, load_options(asked, checkpoint))
+    requests = list(requests)
     rows = bench_quality(model, list(requests), list(policies), list(targets), out)
     _print_quality(rows)
+    if tables is not None:
+        write_tables(tables, rows, f"{checkpoint.name}, {requests[0].num_inference_steps} steps")
     if as_json:
-        print_json({"model": checkpoint.name, "rows": [asdict(row) for row in rows]})
+        print_json({"model": checkpoint.name, "rows": [{**asdict(row), **in_short(row)} for row in rows]})
     return EXIT_DONE
 
 
@@ -244,15 +324,18 @@ def _print_quality(rows: "list[BenchRow]") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("at", "speedup by blocks", "PSNR dB", "worst clip dB", "SSIM", "denoising s", box=None)
+    table = Table("at", "by blocks", "by CPU time", "PSNR dB [95 %]", "worst clip dB", "SSIM", "denoising s", box=None)
     table.add_column("policy", overflow="fold")
     for bench_row in rows:
         at, row = f"{bench_row.at:g}x" if bench_row.at else "", bench_row.row
         policy = Text(printable(bench_row.asked if row is None else row.policy))
         if row is None:
-            table.add_row(at, f"at most {bench_row.best_speedup:.2f}x", "", "", "", "", policy)
+            table.add_row(at, f"at most {bench_row.best_speedup:.2f}x", "", "", "", "", "", policy)
             continue
-        values = (f"{row.speedup:.2f}x", f"{row.psnr_db:.1f}", f"{row.worst_psnr_db:.1f}", f"{row.ssim:.4f}")
+        interval = "" if row.psnr_ci95 is None else f" [{row.psnr_ci95[0]:.1f}, {row.psnr_ci95[1]:.1f}]"
+        by_time = "" if row.cpu_ratio is None else f"{1 / row.cpu_ratio:.2f}x"
+        psnr = f"{row.psnr_db:.1f}{interval}"
+        values = (f"{row.speedup:.2f}x", by_time, psnr, f"{row.worst_psnr_db:.1f}", f"{row.ssim:.4f}")
         table.add_row(at, *values, f"{row.denoise_s:.2f}", policy)
     print_table(table)
 

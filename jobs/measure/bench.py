@@ -12,7 +12,8 @@ from pydantic import TypeAdapter
 from cineray.files import read_json, shaped
 from cineray.jobs.console.measure import progress_bar
 from cineray.jobs.measure.equal_cost import Sweep, find_value, parse_sweep
-from cineray.jobs.measure.quality import QualityMeter, QualityRow, policy_text, refuse_sounds
+from cineray.jobs.measure.quality import NUM_TIMED_CLIPS, QualityMeter, QualityRow, policy_text, refuse_sounds
+from cineray.jobs.measure.quality_tables import files_of
 from cineray.jobs.out_file import check_out, ended_by_sigterm, locked, replace_text
 from cineray.jobs.output.record import render_options, software_versions
 from cineray.pipeline.loading.model import LoadedModel
@@ -44,13 +45,19 @@ _ROWS = TypeAdapter(list[BenchRow])
 
 
 def bench_quality(
-    model: LoadedModel, requests: list[ClipRequest], policies: list[str], targets: list[float], out: Path | None
+    model: LoadedModel,
+    requests: list[ClipRequest],
+    policies: list[str],
+    targets: list[float],
+    out: Path | None,
+    num_timed: int = NUM_TIMED_CLIPS,
 ) -> list[BenchRow]:
     """Measures every policy; one with an open option once per target.
 
     Args:
         out: JSON file that receives each row when it is done; rows in it are not measured again, and stay. Several
             processes may measure into one file.
+        num_timed: clips of each policy that are rendered in turn with the uncached ones, for their time.
 
     Raises:
         InputError: a bad policy or target, or `out` holds a bench of other clips, or cannot be written.
@@ -65,6 +72,7 @@ def bench_quality(
             model,
             requests,
             lambda policy, clips, total: on_done(len(done), f"{policy}, clip {clips} of {total}"),
+            num_timed,
         )
         for policy, sweep, target in asked:
             row = known.get((policy, target)) or _measure(meter, policy, sweep, target)
@@ -73,6 +81,40 @@ def bench_quality(
                 known = file.add({(policy, target): row})
             on_done(len(done))
     return done
+
+
+def in_short(row: BenchRow) -> dict[str, Any]:
+    """A row as others read it: what ran, its cost and its quality, beside the whole row."""
+    found = row.row
+    if found is None:
+        return {"policy": row.asked}
+    return {
+        "policy": found.policy,
+        "num_clips": found.num_clips,
+        "cost": found.cost,
+        "wall_ratio": found.wall_ratio,
+        "psnr_mean": found.psnr_db,
+        "psnr_worst": found.worst_psnr_db,
+        "psnr_ci95": found.psnr_ci95,
+        "ssim": found.ssim,
+    }
+
+
+def write_tables(folder: Path, rows: list[BenchRow], title: str) -> None:
+    """Writes the rows that were measured as CSV, Markdown, PNG and SVG.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    measured = list({row.row.policy: row.row for row in rows if row.row is not None}.values())
+    if not measured:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files_of(measured, title).items():
+            (folder / name).write_bytes(content)
+    except OSError as error:
+        raise InputError(f"{_COMMAND}: {folder} cannot be written: {error.strerror}") from None
 
 
 def _asked(

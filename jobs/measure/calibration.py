@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from pydantic import ValidationError
 
 from cineray.caching.policies.smoothcache import LayerSchedule, dump_schedule
-from cineray.caching.profile import DiCacheProfile, MagCacheProfile, TeaCacheFit, TeaCacheProfile
+from cineray.caching.profile import DiCacheProfile, FittedProfile, MagCacheProfile, TeaCacheFit, TeaCacheProfile
 from cineray.jobs.console.measure import progress_bar
 from cineray.jobs.console.terminal import tell
 from cineray.jobs.measure.bench import measured_on
@@ -20,6 +20,7 @@ from cineray.jobs.measure.trial_log import TrialLog
 from cineray.jobs.out_file import check_out, ended_by_sigterm, replace_text
 from cineray.pipeline.adapters import MODELS, by_transformer, transformers_in
 from cineray.pipeline.calibrate.dicache import CURVE, MIN_STEPS, SPEEDUPS, CurvePoint, StepCostSearch
+from cineray.pipeline.calibrate.fitted import fit_residuals, num_renders
 from cineray.pipeline.calibrate.smoothcache import measure_layer_errors, smooth_schedule
 from cineray.pipeline.calibrate.teacache_magcache import StepChanges, fit_polynomial, magnitude_ratios, measure_steps
 from cineray.pipeline.loading.checkpoint import Checkpoint
@@ -72,7 +73,7 @@ def calibrate_teacache(
         InputError: a bad threshold, clips of different lengths, too few steps, an unknown family, or `out` not
             writable.
     """
-    family = _family(checkpoint)
+    family = family_of(checkpoint)
     with _measuring(out):
         model, changes = _measure_steps(checkpoint, options, requests, threshold)
         try:
@@ -81,8 +82,8 @@ def calibrate_teacache(
             raise InputError(f"calibrate: {error}; use clips with more steps") from None
         profile = TeaCacheProfile(
             family=family,
-            transformer=_identity(checkpoint),
-            source=_source(model, requests, "teacache"),
+            transformer=identity_of(checkpoint),
+            source=source_of(model, requests, "teacache"),
             signals={s: TeaCacheFit(coefficients=c, threshold=threshold) for s, (c, _) in fits.items()},  # type: ignore[misc]
         )
         replace_text(out, profile.model_dump_json(indent=1) + "\n", "calibrate")
@@ -110,13 +111,32 @@ def calibrate_magcache(
     with _measuring(out):
         model, changes = _measure_steps(checkpoint, options, requests, threshold)
         profile = MagCacheProfile(
-            family=_family(checkpoint),
-            transformer=_identity(checkpoint),
-            source=_source(model, requests, "magcache"),
+            family=family_of(checkpoint),
+            transformer=identity_of(checkpoint),
+            source=source_of(model, requests, "magcache"),
             ratios=magnitude_ratios(changes),  # type: ignore[arg-type]
             threshold=threshold,
             max_skips=max_skips,
         )
+        replace_text(out, profile.model_dump_json(indent=1) + "\n", "calibrate")
+    return profile
+
+
+def calibrate_fitted(
+    checkpoint: Checkpoint, options: LoadOptions, requests: list[ClipRequest], out: Path
+) -> FittedProfile:
+    """Measures how a model's residuals move and writes a profile to `out`, in one step.
+
+    Raises:
+        InputError: clips of different lengths, too few steps, an unsupported model, or `out` not writable.
+    """
+    num_steps = _number_of_steps(requests)
+    if num_steps < MIN_STEPS:
+        raise InputError(f"calibrate: fitted needs clips of {MIN_STEPS} or more steps")
+    with _measuring(out), progress_bar("clips", num_renders(len(requests), num_steps)) as on_done:
+        model = load_model(checkpoint, options)
+        names = family_of(checkpoint), identity_of(checkpoint), source_of(model, requests, "fitted")
+        profile = fit_residuals(model, requests, *names, on_done)
         replace_text(out, profile.model_dump_json(indent=1) + "\n", "calibrate")
     return profile
 
@@ -164,7 +184,9 @@ def calibrate_dicache(
             tell(f"resuming from {len(known)} points of an earlier run")
         search = StepCostSearch(model, requests, Path(folder), known)
         with progress_bar("trials", num_trials + 1) as on_done:
-            start = search.first_guess(_family(checkpoint), _identity(checkpoint), _source(model, requests, "dicache"))
+            start = search.first_guess(
+                family_of(checkpoint), identity_of(checkpoint), source_of(model, requests, "dicache")
+            )
             found = search.run(
                 start, SPEEDUPS, num_trials, lambda done, best: on_done(done + 1, f"best so far {best:.1f} dB")
             )
@@ -199,7 +221,7 @@ def _measure_steps(
         return model, measure_steps(model, requests, tuple(checkpoint.model.signals), on_done)
 
 
-def _family(checkpoint: Checkpoint) -> str:
+def family_of(checkpoint: Checkpoint) -> str:
     """The family of a model that TeaCache and MagCache know."""
     if not checkpoint.model.signals:
         known = ", ".join(transformers_in(model for model in MODELS.values() if model.signals))
@@ -207,14 +229,14 @@ def _family(checkpoint: Checkpoint) -> str:
     return checkpoint.model.family
 
 
-def _identity(checkpoint: Checkpoint) -> dict[str, object]:
+def identity_of(checkpoint: Checkpoint) -> dict[str, object]:
     """The entries of the transformer's configuration by which a profile is found."""
     config = checkpoint.configs.transformer
     names = (*checkpoint.model.layout.counts, "num_attention_heads", "attention_head_dim", "in_channels")
     return {name: config[name] for name in names}
 
 
-def _source(model: LoadedModel, requests: list[ClipRequest], policy: str) -> str:
+def source_of(model: LoadedModel, requests: list[ClipRequest], policy: str) -> str:
     first = requests[0]
     size = f"{first.width}x{first.height}, {first.num_frames} frames, {first.num_inference_steps} steps"
     clips = f"{len(requests)} clips of {size}, guidance {first.guidance_scale}"

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import get_args, get_type_hints
 
 from cineray.caching.spec import POLICIES, options_class, parse_spec
+from cineray.jobs.measure import peers
 from cineray.pipeline.request import InputError
 
 _FEWER = "fewer-steps(?)"
-_KNOB = re.compile(r"(?P<name>[a-z0-9-]+)\(([^()?]*,)?\s*(?P<option>[a-z_]+)\s*=\s*\?\s*(,[^()?]*)?\)")
+_KNOB = re.compile(r"(?P<name>(?:diffusers:)?[a-z0-9-]+)\(([^()?]*,)?\s*(?P<option>[a-z_]+)\s*=\s*\?\s*(,[^()?]*)?\)")
 
 FIRST_TRY = 0.1  # of a real option; doubled until it is fast enough
 CLOSE_ENOUGH = 1.01  # a speed-up within 1 % above the one asked for ends the search
@@ -50,6 +51,11 @@ def parse_sweep(text: str) -> Sweep | None:
     match = _KNOB.fullmatch(text.strip())
     if match is None:
         raise InputError(f"policy {text!r}: one option may be left open, as dicache(threshold=?) or {_FEWER}")
+    if peers.is_peer(text):
+        kind = peers.option_types(text.partition("(")[0]).get(match["option"])
+        if kind is None:
+            raise InputError(f"policy {text!r}: it has no option {match['option']}")
+        return Sweep(text=text.strip(), is_integer=kind is int)
     try:
         spec = parse_spec(text)
     except ValueError as error:

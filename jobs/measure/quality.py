@@ -2,18 +2,23 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from cineray.jobs.measure import peers
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.model import LoadedModel
 from cineray.pipeline.media.compare import EQUAL_CLIPS_DB, psnr_db, ssim
 from cineray.pipeline.media.output import SOUND
-from cineray.pipeline.render import render_clip
+from cineray.pipeline.render import DenoisedClip, decode_clip, denoise_prepared, prepare_clip
 from cineray.pipeline.request import ClipRequest, InputError
 
+NUM_TIMED_CLIPS = 3  # of each policy, in turn with the uncached ones
+NUM_RESAMPLES = 2000  # of the bootstrap
 FEWER_STEPS = re.compile(r"fewer-steps\((?P<steps>\d+)\)")
 
 ClipDone = Callable[[str, int, int], None]  # (policy, clips done, clips)
@@ -29,6 +34,10 @@ class QualityRow:
         speedup: 1 / cost.
         psnr_db, ssim: mean over clips, against the uncached clips; `worst_psnr_db` is the worst clip's.
         denoise_s: seconds that denoising a clip took here, mean over clips.
+        psnr_ci95: 95 % interval of the mean PSNR, bootstrap over clips; None for one clip.
+        clips_psnr_db: of each clip, in order, to compare policies pair by pair.
+        wall_ratio, cpu_ratio: denoising time over that of the uncached clip, which was rendered right before or after
+            it in this process; median over the first `num_timed` clips.
     """
 
     policy: str
@@ -40,6 +49,11 @@ class QualityRow:
     worst_psnr_db: float
     ssim: float
     denoise_s: float
+    psnr_ci95: tuple[float, float] | None = None
+    clips_psnr_db: tuple[float, ...] = ()
+    wall_ratio: float | None = None
+    cpu_ratio: float | None = None
+    num_timed: int = 0
 
 
 def refuse_sounds(checkpoint: Checkpoint, command: str) -> None:
@@ -52,11 +66,13 @@ def refuse_sounds(checkpoint: Checkpoint, command: str) -> None:
 
 
 def policy_text(policy: str, model: LoadedModel) -> str:
-    """A policy's whole text; `fewer-steps(N)` is its own.
+    """A policy's whole text; that of `fewer-steps(N)` is its own, a rival's its options.
 
     Raises:
         InputError: the model cannot run it.
     """
+    if peers.is_peer(policy):
+        return repr(peers.parse_peer(policy))
     if FEWER_STEPS.fullmatch(policy):
         return policy
     try:
@@ -79,9 +95,11 @@ class QualityMeter:
     model: LoadedModel
     requests: list[ClipRequest]
     on_clip: ClipDone
+    num_timed: int = NUM_TIMED_CLIPS
     _reference: list[np.ndarray] = field(default_factory=list)
     _rows: dict[str, QualityRow] = field(default_factory=dict)  # by policy: nothing is measured twice
     _speedups: dict[tuple[str, int], float] = field(default_factory=dict)
+    _products: float | None = None
 
     def measure(self, policy: str) -> QualityRow:
         """Renders with one policy and returns its row of the table.
@@ -92,23 +110,31 @@ class QualityMeter:
         if policy in self._rows:
             return self._rows[policy]
         if not self._reference:
-            self._reference = [clip.frames for clip in self._render("none", self.requests)]
-        psnr, similar, cost, seconds = [], [], [], []
-        for clip, original in zip(self._render(policy, self.requests), self._reference, strict=True):
-            psnr.append(min(psnr_db(clip.frames, original), EQUAL_CLIPS_DB))
-            similar.append(ssim(clip.frames, original))
-            cost.append(clip.cost)
-            seconds.append(clip.denoise_s)
+            self._reference = [self._frames(clip, r) for clip, r in self._render("none", self.requests)]
+        psnr, similar, timed, pairs = [], [], [], []
+        for (clip, request), original in zip(self._render(policy, self.requests), self._reference, strict=True):
+            frames = self._frames(clip, request)
+            psnr.append(min(psnr_db(frames, original), EQUAL_CLIPS_DB))
+            similar.append(ssim(frames, original))
+            timed.append(clip)
+            if len(pairs) < min(self.num_timed, len(self.requests)):
+                pairs.append((clip, self._denoise("none", self.requests[len(pairs)])))
+        cost = _mean([clip.cost for clip in timed])
         self._rows[policy] = QualityRow(
             policy=policy,
             text=policy_text(policy, self.model),
             num_clips=len(psnr),
-            cost=round(_mean(cost), 4),
-            speedup=round(1 / _mean(cost), 3),
+            cost=round(cost, 4),
+            speedup=round(1 / cost, 3),
             psnr_db=round(_mean(psnr), 2),
             worst_psnr_db=round(min(psnr), 2),
             ssim=round(_mean(similar), 4),
-            denoise_s=round(_mean(seconds), 3),
+            denoise_s=round(_mean([clip.denoised.denoise_s for clip in timed]), 3),
+            psnr_ci95=interval_of_mean(psnr),
+            clips_psnr_db=tuple(round(value, 2) for value in psnr),
+            wall_ratio=_median_ratio([(c.denoised.denoise_s, bare.denoised.denoise_s) for c, bare in pairs]),
+            cpu_ratio=_median_ratio([(c.cpu_s, bare.cpu_s) for c, bare in pairs]),
+            num_timed=len(pairs),
         )
         return self._rows[policy]
 
@@ -116,25 +142,66 @@ class QualityMeter:
         """1 / cost over the first clips."""
         place = (policy, num_clips)
         if place not in self._speedups:
-            self._speedups[place] = 1 / _mean([clip.cost for clip in self._render(policy, self.requests[:num_clips])])
+            found = [clip.cost for clip, _ in self._render(policy, self.requests[:num_clips])]
+            self._speedups[place] = 1 / _mean(found)
         return self._speedups[place]
 
-    def _render(self, policy: str, requests: list[ClipRequest]) -> Iterator["_Clip"]:
-        fewer = FEWER_STEPS.fullmatch(policy)
+    def _render(self, policy: str, requests: list[ClipRequest]) -> Iterator[tuple["_Clip", ClipRequest]]:
         for number, request in enumerate(requests, 1):
-            steps = int(fewer["steps"]) if fewer else request.num_inference_steps
-            changed = replace(request, cache="none" if fewer else policy, num_inference_steps=steps)
-            clip = render_clip(self.model, changed, lambda *_: None)
-            cost = clip.trace.summary()["cost"] if clip.trace else 1.0
+            clip = self._denoise(policy, request)
             self.on_clip(policy, number, len(requests))
-            yield _Clip(clip.frames, cost * steps / request.num_inference_steps, clip.denoise_s)
+            yield clip, request
+
+    def _frames(self, clip: "_Clip", request: ClipRequest) -> np.ndarray:
+        return decode_clip(self.model, clip.denoised, request).frames
+
+    def _denoise(self, policy: str, request: ClipRequest) -> "_Clip":
+        if peers.is_peer(policy):
+            full = self._products_of(request)
+            with peers.attached(policy, self.model, request, full) as attached:
+                clip = self._timed(replace(request, cache="none"))
+            return replace(clip, cost=attached.cost)
+        fewer = FEWER_STEPS.fullmatch(policy)
+        steps = int(fewer["steps"]) if fewer else request.num_inference_steps
+        clip = self._timed(replace(request, cache="none" if fewer else policy, num_inference_steps=steps))
+        return replace(clip, cost=clip.cost * steps / request.num_inference_steps)
+
+    def _timed(self, request: ClipRequest) -> "_Clip":
+        prepared = prepare_clip(self.model, request)
+        began = time.process_time()
+        denoised = denoise_prepared(self.model, request, prepared, lambda *_: None)
+        cost = denoised.trace.summary()["cost"] if denoised.trace else 1.0
+        return _Clip(denoised, cost, time.process_time() - began)
+
+    def _products_of(self, request: ClipRequest) -> float:
+        """Products of the blocks' layers in an uncached call of the transformer, by which rivals' costs are counted."""
+        if self._products is None:
+            short = replace(request, cache="none", num_inference_steps=2)
+            self._products = peers.products_per_call(self.model, lambda: self._timed(short))
+        return self._products
+
+
+def interval_of_mean(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of the mean, percentile bootstrap; None for fewer than two values."""
+    from scipy.stats import bootstrap  # takes a second to import
+
+    if len(values) < 2:
+        return None
+    found = bootstrap(
+        (np.asarray(values),), np.mean, n_resamples=NUM_RESAMPLES, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    return round(float(found.low), 2), round(float(found.high), 2)
+
+
+def _median_ratio(pairs: Sequence[tuple[float, float]]) -> float | None:
+    return round(statistics.median(one / other for one, other in pairs), 4) if pairs else None
 
 
 @dataclass(frozen=True, slots=True)
 class _Clip:
-    frames: np.ndarray
+    denoised: DenoisedClip
     cost: float
-    denoise_s: float
+    cpu_s: float
 
 
 def _mean(values: list[float]) -> float:

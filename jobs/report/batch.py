@@ -27,6 +27,14 @@ STATUSES = ("done", "running", "failed", "quarantined", "retrying")
 KINDS = ("rendered", "running", "preempted", "failed", "lost", "down")
 
 
+class _Audit(BaseModel):
+    """What a page shows of the clips that `render --audit` has rendered again."""
+
+    num_clips: int = Field(ge=0)
+    psnr_mean: float | None = Field(allow_inf_nan=False)
+    psnr_worst: float | None = Field(allow_inf_nan=False)
+
+
 class _Run(BaseModel):
     """What a page shows of `run.json`."""
 
@@ -43,6 +51,7 @@ class _Run(BaseModel):
     counts: dict[str, int] = {}
     options: dict[str, Any] = {}
     defaults: dict[str, Any] = {}
+    audit: _Audit | None = None
 
 
 def batch_page(folder: Path, out: Path, progress_bar: ProgressBar) -> Page:
@@ -150,6 +159,9 @@ def _tiles(run: _Run, status: FolderStatus, clips: Sequence[ClipRow], counts: di
     costs = [clip.cost for clip in clips if clip.cost is not None]
     if costs:
         tiles.append(("block evaluations that ran", f"{math.fsum(costs) / len(costs):.0%}"))
+    if run.audit is not None and run.audit.psnr_mean is not None and run.audit.psnr_worst is not None:
+        text = f"{run.audit.psnr_mean:.1f} dB, worst {run.audit.psnr_worst:.1f} dB"
+        tiles.append((f"PSNR of {run.audit.num_clips} audited clips", text))
     if run.counts:
         last = ", ".join(f"{number} {name}" for name, number in sorted(run.counts.items()))
         tiles.append(("became of the last run's clips", printable(last)))

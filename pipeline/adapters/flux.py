@@ -185,6 +185,7 @@ MODEL = Model(
         output="text, hidden",
         shared=("image_rotary_emb", "joint_attention_kwargs"),
         layers=("attn", "ff", "ff_context", "proj_mlp"),
+        unread=("context_embedder", "pos_embed"),
     ),
     branches=("cond",),
     sharded=ShardedArguments(attention="attn", rotary="image_rotary_emb", rotary_dim=0, text_first=True),

@@ -182,6 +182,7 @@ MODEL = Model(
         shared=(4, 6),
         mask=3,
         layers=("attn", "ff", "ff_context", "proj_mlp"),
+        unread=("rope", "context_embedder"),
     ),
     branches=("cond",),
     sharded=ShardedArguments(attention="attn", rotary=4, rotary_dim=0, first_frame=6),

@@ -27,6 +27,7 @@ class BlockLayout:
         shared: arguments, by position (from the hidden states) or keyword, that have no batch dimension.
         layers: the layers that feed a residual add, which a SmoothCache schedule may name: attributes of a block, or
             list.attribute where the lists' layers are of different types.
+        unread: modules whose output the blocks alone read, so that they can be left out where no block runs.
     """
 
     lists: tuple[str, ...]
@@ -36,6 +37,7 @@ class BlockLayout:
     shared: tuple[int | str, ...] = ()
     mask: int | None = None
     layers: tuple[str, ...]
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

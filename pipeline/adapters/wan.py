@@ -316,7 +316,13 @@ class WanImageToVideo:
 MODEL = Model(
     transformer="WanTransformer3DModel",
     family="wan",
-    layout=BlockLayout(lists=("blocks",), counts=("num_layers",), shared=(3,), layers=("attn1", "attn2", "ffn")),
+    layout=BlockLayout(
+        lists=("blocks",),
+        counts=("num_layers",),
+        shared=(3,),
+        layers=("attn1", "attn2", "ffn"),
+        unread=("rope", *(f"condition_embedder.{name}" for name in ("time_proj", "text_embedder", "image_embedder"))),
+    ),
     branches=BRANCHES,
     sharded=ShardedArguments(attention="attn1", rotary=3, rotary_dim=1, per_token=(2, 3)),
     pipelines={"WanPipeline": WanTextToVideo(), "WanImageToVideoPipeline": WanImageToVideo()},

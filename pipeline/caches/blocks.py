@@ -21,6 +21,9 @@ from cineray.caching.token_sums import SignalValues
 from cineray.pipeline.adapters import BlockLayout
 from cineray.pipeline.blocks import BlockArguments, BlockListProxy, ShardedBlockList
 from cineray.pipeline.caches.signals import SignalReader
+from cineray.pipeline.caches.unread import UnreadModules
+
+_Kind = tuple[torch.Size, torch.dtype, torch.device]
 
 
 @dataclass(slots=True)
@@ -49,6 +52,10 @@ class Controller(Protocol):
     def begin_clip(self) -> None: ...
 
     def free(self) -> None: ...
+
+    def is_planned(self, context: StepContext, /) -> bool:
+        """Whether no block will run in this call, as is known before it begins."""
+        ...
 
     def begin_call(self, context: StepContext, blocks_input: torch.Tensor, /) -> list[int]: ...
 
@@ -91,19 +98,25 @@ class BlockRunner:
         self._call: _Call | None = None
         self._transformer = transformer
         self._signal = signal
+        self._unread = UnreadModules(transformer, layout.unread)
+        self._kinds: dict[str, _Kind] = {}  # of the latents of each branch's last call
         self._replaced: list[tuple[dict[str, Any], str, nn.ModuleList]] = []  # (where the list belongs, its name, it)
         self._has_ended = False
 
     def begin_clip(self) -> None:
+        self._forget()
         self._controller.begin_clip()
 
-    def begin_forward(self) -> None:
+    def begin_forward(self, latents: torch.Tensor, /) -> None:
         """Lets the forward that comes now run the blocks through gates."""
         self._put_back()
         self._call, self._has_ended = None, False
         if self._signal is not None:
             self._signal.attach()
-        for name, gates in self._gates().items():
+        runs_none = self._runs_none(latents)
+        if runs_none:
+            self._unread.leave_out(self._where().branch)
+        for name, gates in (self._one_gate() if runs_none else self._gates()).items():
             outer: Any = getattr(self._transformer, name)
             # in a sharded list, so that the gates see shards
             holder: dict[str, Any] = outer.inner if isinstance(outer, ShardedBlockList) else self._transformer._modules
@@ -132,9 +145,47 @@ class BlockRunner:
 
     def free(self) -> None:
         """Drops the tensors; the trace stays."""
+        self._forget()
         self._controller.free()
 
+    def _forget(self) -> None:
+        self._kinds.clear()
+        self._unread.forget()
+
+    def _runs_none(self, latents: torch.Tensor) -> bool:
+        """Whether no block runs in the forward that comes now; notes what kind of latents it gets."""
+        context, kind = self._where(), (latents.shape, latents.dtype, latents.device)
+        is_like_before = self._kinds.get(context.branch) == kind
+        self._kinds[context.branch] = kind
+        knows = self._signal is None and not self._layout.interleaved
+        return knows and is_like_before and self._controller.is_planned(context)
+
+    def _one_gate(self) -> dict[str, list[Callable[..., Any]]]:
+        """For a forward that runs no block: all of them at once."""
+        first, *others = self._layout.lists
+        return {first: [self._pass_over_all], **{name: [] for name in others}}
+
+    def _pass_over_all(self, *args: Any, **kwargs: Any) -> Any:
+        """All blocks, none of which runs."""
+        try:
+            state = BlockArguments(self._layout, args, kwargs)
+            blocks_input = state.hidden_states
+            self._controller.begin_call(self._where(), blocks_input)
+            plan = self._controller.decide(self._where(), blocks_input, blocks_input)
+            if plan.compute_rows:
+                raise ValueError(
+                    f"a cache is enabled, and this {type(self._transformer).__name__} was changed within a clip: its "
+                    "hidden states are of another kind than at the step before; change it between two clips"
+                )
+            self._has_ended = True  # the other lists are still to be asked for, so nothing is put back yet
+            return state.with_hidden_states(self._controller.forecast(plan, blocks_input)).output()
+        except BaseException:
+            self._controller.free()
+            self.cancel_forward()
+            raise
+
     def _put_back(self) -> None:
+        self._unread.put_back()
         if self._signal is not None:
             self._signal.detach()
         for holder, name, blocks in self._replaced:

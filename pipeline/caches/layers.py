@@ -201,7 +201,7 @@ class LayerRunner:
         self._trace.clear()
         self.free()
 
-    def begin_forward(self) -> None:
+    def begin_forward(self, _latents: torch.Tensor, /) -> None:
         """
         Raises:
             ValueError: blocks were compiled, or layers added or taken away, since the cache was enabled.

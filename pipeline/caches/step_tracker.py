@@ -24,8 +24,8 @@ class Listener(Protocol):
 
     def begin_clip(self) -> None: ...
 
-    def begin_forward(self) -> None:
-        """The transformer's own forward is about to run."""
+    def begin_forward(self, latents: torch.Tensor, /) -> None:
+        """The transformer's own forward is about to run, on these latents."""
         ...
 
     def end_forward(self, context: StepContext, /) -> None: ...
@@ -167,7 +167,7 @@ class StepTracker(ModelHook):
             given = self._arguments.bind(module, *args, **kwargs).arguments
             self._here = self._context(given["hidden_states"], given.get("timestep"))
             if self.listener is not None:
-                self.listener.begin_forward()
+                self.listener.begin_forward(given["hidden_states"])
         except BaseException:
             self._end_forward()
             raise

@@ -90,6 +90,9 @@ class StepRecorder:
     def free(self) -> None:
         """What is measured outlives the clip."""
 
+    def is_planned(self, _context: StepContext, /) -> bool:
+        return False
+
     def begin_call(self, _context: StepContext, _blocks_input: torch.Tensor, /) -> list[int]:
         return []
 

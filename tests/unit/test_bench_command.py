@@ -33,13 +33,15 @@ def test_rows_come_in_the_order_asked_and_are_kept(run, tmp_path, monkeypatch):
         ("none", None, "none"),
     ]
     assert first["rows"][2]["row"]["psnr_db"] == 100
-    assert json.loads(out.read_text())["rows"] == first["rows"]
+    kept = json.loads(out.read_text())["rows"]
+    assert [{name: row[name] for name in kept[0]} for row in first["rows"]] == kept
+    assert first["rows"][0]["psnr_mean"] == kept[0]["row"]["psnr_db"]
 
     def no_rendering(*_):
         raise AssertionError("rendered again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("cineray.jobs.measure.quality.render_clip", no_rendering)
+        patch.setattr("cineray.jobs.measure.quality.denoise_prepared", no_rendering)
         _, second, _ = run("bench", "quality", "none", "fewer-steps(?)", "--at", "2", "--out", str(out), "--json")
     assert second is not None
     assert [row["asked"] for row in second["rows"]] == ["none", "fewer-steps(?)"]
@@ -96,7 +98,7 @@ def test_what_is_out_of_reach_is_told(run):
     ],
 )
 def test_bad_input_is_told_before_anything_renders(run, words, said, monkeypatch):
-    monkeypatch.setattr("cineray.jobs.measure.quality.render_clip", None)
+    monkeypatch.setattr("cineray.jobs.measure.quality.denoise_prepared", None)
     code, _, err = run("bench", "quality", *words)
     assert code == 2
     assert said in err

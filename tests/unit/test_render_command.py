@@ -9,8 +9,10 @@ from PIL import Image
 
 from cineray.jobs.cli import clips as clip_arguments
 from cineray.jobs.cli.main import main
+from cineray.jobs.idle_cache import is_idle
 from cineray.pipeline.media.video import read_metadata, read_video
 from cineray.pipeline.render import render_clip
+from cineray.pipeline.request import ClipRequest
 
 pytestmark = pytest.mark.process
 
@@ -153,6 +155,17 @@ def test_a_cache_that_cannot_help_is_off_unless_it_is_insisted_on(render, tmp_pa
     _, stdout, stderr, _ = render(*manifest, "--dry-run", "--json")
     assert json.loads(stdout.splitlines()[-1])["done"] == 3
     assert said in stderr
+
+
+def test_the_preset_stands_back_from_short_clips_and_a_threshold_of_ones_own_does_not():
+    def idle(cache, steps):
+        size = {"width": 64, "height": 64, "num_frames": 17, "guidance_scale": 5.0, "fps": 8}
+        return is_idle(ClipRequest(id="a", prompt="a", cache=cache, num_inference_steps=steps, **size))
+
+    assert [idle("dicache", steps) for steps in (8, 12, 15, 16)] == [True, True, True, False]
+    assert [idle("dicache(threshold=0.1)", steps) for steps in (8, 12)] == [True, False]
+    assert [idle("interval", steps) for steps in (8, 12)] == [True, False]
+    assert not idle("dicache(short=true)", 12)
 
 
 def test_a_manifest_with_hunyuan_video(render, tmp_path):

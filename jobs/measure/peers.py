@@ -1,0 +1,302 @@
+"""The caches of diffusers as rivals in `cineray bench quality`: `diffusers:taylorseer-lite(interval=3,order=1)`.
+
+Each is the installed diffusers' own code (`diffusers.hooks`), attached to the transformer for one clip and taken off.
+MagCache takes its ratios from the profile that cineray's own `magcache` would take.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from cineray.caching.profile import MagCacheProfile, find_profile
+from cineray.pipeline.loading.model import LoadedModel
+from cineray.pipeline.request import ClipRequest, InputError
+from cineray.text import shorten
+
+PREFIX = "diffusers:"
+_PEER = re.compile(r"diffusers:(?P<name>[a-z-]+)(?:\((?P<options>[^()]*)\))?")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaylorSeer:
+    """`before`: steps computed at the start; `after`: from which step on all are computed, 0 for none."""
+
+    interval: int = 5
+    order: int = 1
+    before: int = 3
+    after: int = 0
+
+    def config(self, _here: "Here", **more: Any) -> Any:
+        import torch
+        from diffusers.hooks import TaylorSeerCacheConfig
+
+        return TaylorSeerCacheConfig(
+            cache_interval=self.interval,
+            max_order=self.order,
+            disable_cache_before_step=self.before,
+            disable_cache_after_step=self.after or None,
+            taylor_factors_dtype=torch.float32,  # bfloat16 is its default, of half the memory; this is its best
+            **more,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaylorSeerLite(TaylorSeer):
+    """Forecasts the transformer's output alone; no block runs on a skipped step."""
+
+    def config(self, here: "Here", **more: Any) -> Any:
+        return TaylorSeer.config(self, here, use_lite_mode=True, **more)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FirstBlock:
+    threshold: float = 0.05
+
+    def config(self, _here: "Here") -> Any:
+        from diffusers.hooks import FirstBlockCacheConfig
+
+        return FirstBlockCacheConfig(threshold=self.threshold)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MagCache:
+    threshold: float = 0.06
+    max_skips: int = 3
+    retention: float = 0.2
+
+    def config(self, here: "Here") -> Any:
+        from diffusers.hooks import MagCacheConfig
+
+        checkpoint = here.model.checkpoint
+        known, configs = checkpoint.model, checkpoint.configs
+        ratios = find_profile(MagCacheProfile, "", known.family, configs.transformer).ratios["cond"]
+        return MagCacheConfig(
+            threshold=self.threshold,
+            max_skip_steps=self.max_skips,
+            retention_ratio=self.retention,
+            num_inference_steps=here.request.num_inference_steps,
+            mag_ratios=list(ratios),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SeaCache:
+    """diffusers' form of it: it judges by the filtered latents, where the paper's judges by the first block's input."""
+
+    threshold: float = 0.25
+    order: int = 1
+    retention: int = 1
+    end: int = 1
+    max_skips: int = 2
+
+    def config(self, _here: "Here") -> Any:
+        from diffusers.hooks import SeaCacheConfig
+
+        def latents(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            values = args[0] if args else kwargs["hidden_states"]
+            return list(values.unbind(dim=0))
+
+        return SeaCacheConfig(
+            threshold=self.threshold,
+            residual_order=self.order,
+            retention_steps=self.retention,
+            cache_end_steps=self.end,
+            max_consecutive_cached=self.max_skips,
+            raw_vision_callback=latents,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PyramidAttention:
+    """`spatial` and `cross`: how often attention is computed, between timesteps `low` and `high`; 0: always."""
+
+    spatial: int = 2
+    cross: int = 0
+    low: int = 100
+    high: int = 800
+
+    def config(self, here: "Here") -> Any:
+        from diffusers.hooks import PyramidAttentionBroadcastConfig
+
+        between = (self.low, self.high)
+        return PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=self.spatial or None,
+            cross_attention_block_skip_range=self.cross or None,
+            spatial_attention_timestep_skip_range=between,
+            cross_attention_timestep_skip_range=between,
+            spatial_attention_block_identifiers=_BLOCKS,
+            cross_attention_block_identifiers=_BLOCKS,
+            current_timestep_callback=here.timestep,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FasterCache:
+    """Without its skipping of the unconditional branch, which wants both branches in one batch."""
+
+    spatial: int = 2
+    low: int = -1
+    high: int = 681
+
+    def config(self, here: "Here") -> Any:
+        from diffusers.hooks import FasterCacheConfig
+
+        return FasterCacheConfig(
+            spatial_attention_block_skip_range=self.spatial,
+            spatial_attention_timestep_skip_range=(self.low, self.high),
+            spatial_attention_block_identifiers=_BLOCKS,
+            attention_weight_callback=lambda _module: 0.5,
+            is_guidance_distilled=True,
+            tensor_format="BCFHW",
+            current_timestep_callback=here.timestep,
+        )
+
+
+_BLOCKS = (r"blocks.*attn", r"transformer_blocks.*attn", r"single_transformer_blocks.*attn")
+
+PEERS: dict[str, type[Any]] = {
+    "taylorseer-lite": TaylorSeerLite,
+    "taylorseer": TaylorSeer,
+    "seacache": SeaCache,
+    "fbcache": FirstBlock,
+    "magcache": MagCache,
+    "pab": PyramidAttention,
+    "fastercache": FasterCache,
+}
+
+
+@dataclass(slots=True)
+class Here:
+    """Where a rival runs: the model, the clip, and the timestep of the call in flight."""
+
+    model: LoadedModel
+    request: ClipRequest
+    now: Any = None
+
+    def timestep(self) -> int:
+        return int(self.now.flatten()[0]) if self.now is not None else 1000
+
+    def see(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        self.now = kwargs.get("timestep")
+
+
+def is_peer(text: str) -> bool:
+    return text.startswith(PREFIX)
+
+
+def option_types(text: str) -> dict[str, type]:
+    """The options of the rival that a text names.
+
+    Raises:
+        InputError: it names none.
+    """
+    match = _PEER.fullmatch(text.strip())
+    if match is None or match["name"] not in PEERS:
+        known = ", ".join(f"{PREFIX}{name}" for name in PEERS)
+        raise InputError(f"bench quality: {shorten(text)} is no rival that is known; known: {known}")
+    return {option.name: type(option.default) for option in fields(PEERS[match["name"]])}
+
+
+def parse_peer(text: str) -> Any:
+    """A rival with its options.
+
+    Raises:
+        InputError: an unknown rival or option, or a bad value.
+    """
+    types, match = option_types(text), _PEER.fullmatch(text.strip())
+    assert match is not None  # else it would have been refused
+    values: dict[str, Any] = {}
+    for part in filter(None, (p.strip() for p in (match["options"] or "").split(","))):
+        name, _, value = (p.strip() for p in part.partition("="))
+        if name not in types or name in values:
+            raise InputError(
+                f"bench quality: {shorten(text)}: unknown or repeated option {shorten(name)}; valid: {', '.join(types)}"
+            )
+        try:
+            values[name] = TypeAdapter(types[name]).validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise InputError(f"bench quality: {shorten(text)}: {name}: {reason}, got {shorten(value)}") from None
+    return PEERS[match["name"]](**values)
+
+
+@dataclass(slots=True)
+class Attached:
+    """A rival on the transformer; `cost` of what it has rendered since: products of the blocks' linear layers that
+    ran, as a share of those of the uncached clip."""
+
+    full_per_call: float
+    ran: float = 0.0
+    calls: int = field(default=0)
+
+    @property
+    def cost(self) -> float:
+        return self.ran / (self.full_per_call * self.calls) if self.calls else 1.0
+
+
+@contextmanager
+def attached(text: str, model: LoadedModel, request: ClipRequest, full_per_call: float) -> Iterator[Attached]:
+    """Within it, the model's transformer renders with the rival.
+
+    Args:
+        full_per_call: from `products_per_call`.
+
+    Raises:
+        InputError: the rival refuses this model.
+    """
+    transformer: Any = model.pipe.transformer
+    here = Here(model, request)
+    try:
+        config = parse_peer(text).config(here)
+        seen = transformer.register_forward_pre_hook(here.see, with_kwargs=True)
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"bench quality: {text}: {error}") from None
+    try:
+        with _counting(model) as counted:
+            counted.full_per_call = full_per_call
+            transformer.enable_cache(config)
+            try:
+                yield counted
+            finally:
+                transformer.disable_cache()
+    except (AttributeError, KeyError) as error:
+        raise InputError(f"bench quality: {text} does not work on this model: {error}") from None
+    finally:
+        seen.remove()
+
+
+def products_per_call(model: LoadedModel, run: Callable[[], Any]) -> float:
+    """Products of the blocks' linear layers in one uncached call of the transformer, while `run` renders."""
+    with _counting(model) as counted:
+        run()
+    return counted.ran / counted.calls
+
+
+@contextmanager
+def _counting(model: LoadedModel) -> Iterator[Attached]:
+    transformer, counted = model.pipe.transformer, Attached(full_per_call=1.0)
+
+    def add(module: nn.Linear, args: tuple[Any, ...], _output: Any) -> None:
+        counted.ran += args[0].numel() * module.out_features
+
+    def call(*_: Any) -> None:
+        counted.calls += 1
+
+    lists = model.checkpoint.model.layout.lists
+    linear = [m for name in lists for m in getattr(transformer, name).modules() if isinstance(m, nn.Linear)]
+    handles = [*map(partial(_hook, hook=add), linear), transformer.register_forward_hook(call)]
+    try:
+        yield counted
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(module: nn.Module, hook: Callable[..., None]) -> Any:
+    return module.register_forward_hook(hook)

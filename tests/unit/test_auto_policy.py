@@ -1,0 +1,89 @@
+"""`auto`: the setting that a quality profile promises a floor of."""
+
+import math
+
+import pytest
+
+from cineray.caching.plan import CachePlan
+from cineray.caching.policies.auto import CLIFF_DB, fastest, lower_bound
+from cineray.caching.policies.fitted import FittedPolicy
+from cineray.caching.profile import QualityPoint, QualityProfile
+from cineray.pipeline.adapters.cache_plan import plan_cache
+
+TINY = {"num_layers": 16, "num_attention_heads": 4, "attention_head_dim": 32, "in_channels": 16}
+
+
+def point(speedup, mean, spread=1.0):
+    return QualityPoint(speedup=speedup, psnr_db=(mean - spread, mean, mean + spread))
+
+
+POINTS = (point(1.5, 60), point(2.0, 55), point(2.5, 50), point(3.0, 45))
+
+
+def test_a_bound_is_below_the_worst_of_few_clips_and_nears_a_quantile_of_many():
+    assert lower_bound((50.0, 51.0, 52.0)) == pytest.approx(51 - 2.92 * math.sqrt(4 / 3), abs=0.01)  # t of 2 degrees
+    many = tuple(50 + 2 * math.sin(n) for n in range(5000))  # deviation sqrt(2)
+    assert lower_bound(many) == pytest.approx(50 - 1.645 * math.sqrt(2), abs=0.02)
+    assert lower_bound((50.0,)) == -math.inf
+
+
+def test_the_fastest_setting_that_keeps_the_floor():
+    assert fastest(POINTS, 46) == 2.5  # a clip keeps 50 - 3.4
+    assert fastest(POINTS, 41) == 3.0
+    assert fastest(POINTS, 59) is None
+
+
+def test_a_setting_beyond_one_that_breaks_the_floor_is_not_taken():
+    assert fastest((*POINTS, point(3.5, 58)), 46) == 2.5
+
+
+def test_the_edge_of_a_cliff_is_stayed_off():
+    cliff = (point(1.5, 60), point(2.0, 55), point(2.5, 54), point(3.0, 54 - CLIFF_DB - 1))
+    assert fastest(cliff, 48) == 2.0
+    assert fastest(cliff, 30) == 3.0  # all keep it, and there is nothing beyond
+
+
+def speedup_of(policy):
+    plan = plan_cache(policy, "WanTransformer3DModel", TINY)
+    assert isinstance(plan, CachePlan)
+    assert isinstance(plan.policy, FittedPolicy)
+    return plan.policy.speedup, plan.text
+
+
+def test_a_floor_and_a_speed_become_a_setting_with_a_text_of_its_own(tmp_path):
+    profile = QualityProfile(family="wan", transformer=TINY, source="", points=POINTS)
+    path = tmp_path / "quality.json"
+    path.write_text(profile.model_dump_json())
+    speedup, text = speedup_of(f"auto(psnr>=46,profile={path})")
+    assert speedup == 2.5
+    assert text.startswith("fitted(speedup=2.5,profile=sha256=")
+    assert speedup_of("auto(speedup=3)")[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("auto", "takes a floor or a speed"),
+        ("auto(psnr>=30,speedup=2)", "takes a floor or a speed"),
+        ("auto(vmaf>=95)", "unknown option 'vmaf>=95' of auto; valid: psnr, speedup"),
+        ("auto(psnr>=high)", "option psnr of auto"),
+        ("auto(psnr>=-1)", "psnr must be a number of dB above 0"),
+        ("auto(speedup=20)", "speedup must be 1 to 8"),
+        ("auto(psnr>=30,profile=nowhere.json)", "nor a file"),
+    ],
+)
+def test_what_cannot_be_asked_for(policy, message):
+    with pytest.raises(ValueError, match=message):
+        plan_cache(policy, "WanTransformer3DModel", TINY)
+
+
+def test_a_floor_out_of_reach_says_what_can_be_kept(tmp_path):
+    path = tmp_path / "quality.json"
+    path.write_text(QualityProfile(family="wan", transformer={}, source="", points=POINTS).model_dump_json())
+    with pytest.raises(ValueError, match=r"auto\(psnr>=90\) cannot be kept: .* keeps 56.6 dB"):
+        plan_cache(f"auto(psnr>=90,profile={path})", "WanTransformer3DModel", TINY)
+
+
+def test_a_model_without_a_profile_is_told_how_to_make_one():
+    with pytest.raises(ValueError, match="make one with `cineray calibrate quality"):
+        plan_cache("auto(psnr>=30)", "WanTransformer3DModel", TINY | {"num_layers": 99})
