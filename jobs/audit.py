@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cineray.jobs.output.folder import clip_of
+from cineray.pipeline.media.output import SOUND, Output
 from cineray.pipeline.request import ClipRequest, InputError
 
 if TYPE_CHECKING:
     from cineray.jobs.run import RunPlan
+    from cineray.pipeline.loading.checkpoint import Checkpoint
 
 FOLDER = ".audit"
 
@@ -60,11 +62,13 @@ class Audit:
         )
 
 
-def check_share(share: float) -> float:
+def check_share(share: float, checkpoint: Checkpoint) -> float:
     """
     Raises:
-        InputError: not a share.
+        InputError: not a share; the model's clips have no pixels to be compared.
     """
+    if checkpoint.model.output == SOUND:
+        raise InputError(f"--audit: {checkpoint.name} makes sounds, and clips are compared by their pixels")
     if not 0 < share <= 1:
         raise InputError(f"--audit must be a share of the clips, above 0 and at most 1, as 0.02; got {share:g}")
     return share
@@ -98,20 +102,20 @@ def audit_run(
     ids = [request.id for request in audited(requests(), share)]
     if ids:
         render_run(apart, lambda: (len(ids), audited(requests(), share)), False, about)
-    found = Audit(share=share, **_compared(plan.out, apart.out, ids))
+    found = Audit(share=share, **_compared(plan.checkpoint.model.output, plan.out, apart.out, ids))
     add_to_run(plan, {"audit": found.to_dict()})
     return found
 
 
-def _compared(cached: Path, uncached: Path, ids: list[str]) -> dict[str, Any]:
+def _compared(output: Output, cached: Path, uncached: Path, ids: list[str]) -> dict[str, Any]:
     from cineray.pipeline.media.compare import EQUAL_CLIPS_DB, psnr_db
-    from cineray.pipeline.media.video import VideoError, read_video
+    from cineray.pipeline.media.video import VideoError
 
-    videos = [_videos(cached), _videos(uncached)]
+    files = [_files(cached, output.suffix), _files(uncached, output.suffix)]
     psnr: dict[str, float] = {}
     for clip in ids:
         try:
-            ours, reference = (read_video(folder[clip]) for folder in videos)
+            ours, reference = (output.read(folder[clip]) for folder in files)
         except (KeyError, VideoError):
             continue
         if ours.shape == reference.shape:
@@ -119,10 +123,10 @@ def _compared(cached: Path, uncached: Path, ids: list[str]) -> dict[str, Any]:
     return {"psnr_db": psnr, "missing": tuple(clip for clip in ids if clip not in psnr)}
 
 
-def _videos(folder: Path) -> dict[str, Path]:
-    """The video of each id; of several, as after a changed prompt, the newest."""
+def _files(folder: Path, suffix: str) -> dict[str, Path]:
+    """The clip of each id; of several, as after a changed prompt, the newest."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.mp4"), key=lambda path: path.stat().st_mtime):
+    for path in sorted(folder.glob(f"*{suffix}"), key=lambda path: path.stat().st_mtime):
         named = clip_of(path.name)
         if named is not None:
             found[named[0]] = path

@@ -143,7 +143,7 @@ def add_to_run(plan: RunPlan, more: dict[str, Any]) -> None:
         OutputError: the folder is gone or cannot be written.
         LeasedError: another driver renders into it.
     """
-    with _held_folder(plan.out, plan.options.lease_s) as (folder, _):
+    with _held_folder(plan.out, plan.checkpoint.model.output, plan.options.lease_s) as (folder, _):
         content = read_json(plan.out / "run.json", follow_links=False)
         folder.write_json("run.json", (content if isinstance(content, dict) else {}) | more)
 

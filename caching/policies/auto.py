@@ -65,12 +65,14 @@ def lower_bound(values: Sequence[float]) -> float:
 
     Student's t of n - 1 degrees times the deviation of a new value from the mean, s sqrt(1 + 1/n); -inf for one value.
     """
-    from scipy.stats import t  # takes a second to import
+    # takes a second to import; strict pyright wants stubs that scipy does not have
+    from scipy.stats import t  # pyright: ignore[reportMissingTypeStubs]
 
     if len(values) < 2:
         return -math.inf
+    quantile = t.ppf(CONFIDENCE, len(values) - 1)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     spread = statistics.stdev(values) * math.sqrt(1 + 1 / len(values))
-    return statistics.fmean(values) - float(t.ppf(CONFIDENCE, len(values) - 1)) * spread
+    return statistics.fmean(values) - float(quantile) * spread
 
 
 def fastest(points: Sequence[QualityPoint], floor_db: float) -> float | None:

@@ -1,5 +1,6 @@
 """The command line: what a person types, and what the process answers."""
 
+import functools
 import os
 import sys
 import traceback
@@ -104,8 +105,8 @@ def render(
     from cineray.jobs.run import RunPlan, render_run
     from cineray.pipeline.loading.checkpoint import open_checkpoint
 
-    share = None if audit is None else check_share(audit)
     checkpoint = open_checkpoint(asked.model)
+    share = None if audit is None else check_share(audit, checkpoint)
     defaults = run_defaults(asked, checkpoint, cache, fps)
     options = load_options(asked, checkpoint, run.decode)
     run.check_goes_with(options)
@@ -118,6 +119,7 @@ def render(
     about = {"defaults": asdict(defaults)}
     num_ranks = 1 if run.picks_layout else run.layout.sequence_ranks
 
+    @functools.cache
     def check() -> tuple[int, Iterable["ClipRequest"]]:
         num_clips, requests = read_requests(asked, defaults, checkpoint, num_ranks, plan.outlook)
         tell(*(f"cineray: {warning}" for warning in plan.outlook.warnings))
