@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads; more threads than free cores wait by spinning
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 gets 3 % of a core beside the other worker of pytest-xdist
 
 import pytest
 import torch

@@ -56,6 +56,7 @@ def head_node(num_cpus: int, timeout_s: float = PATIENCE_S) -> Iterator[HeadNode
             "HOME": str(folder / "home"),
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
             "PYTHONSAFEPATH": "1",
+            "RAY_worker_niceness": "0",  # as in conftest.py
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # or it would listen on every interface
             MARK: mark,
         }
