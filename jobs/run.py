@@ -194,6 +194,11 @@ def _check_fits(checkpoint: Checkpoint, layout: Layout) -> None:
             f"model {checkpoint.name}: the tokens of a {checkpoint.model.family} clip cannot be shared by ranks, "
             f"got {layout.sequence_ranks}; leave --sp out and give --gangs"
         )
+    if checkpoint.model.sharded is None and layout.cfg > checkpoint.num_calls:
+        raise InputError(
+            f"model {checkpoint.name}: cfg 2 needs two guidance branches, this clip has 1; leave --cfg-parallel out "
+            "and give --gangs"
+        )
     try:
         check_layout(layout, heads, checkpoint.num_calls)
     except ValueError as error:

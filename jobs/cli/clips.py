@@ -49,6 +49,10 @@ def load_options(asked: ClipArguments, checkpoint: "Checkpoint", decode: str = "
         )
     if decode == "gang":
         tiles = False
+    if tiles and not checkpoint.model.can_tile:
+        raise InputError(f"model {checkpoint.name}: its decoder cannot work in tiles; leave --vae-tiling out")
+    if asked.loading["lora"] and (reason := _takes_no_lora(checkpoint)):
+        raise InputError(f"model {checkpoint.name}: {reason}; leave --lora out")
     chosen = {
         "device": device,
         "vae_tiling": device == "cuda" and checkpoint.adapter.tiles_on_gpus if tiles is None else tiles,
@@ -56,6 +60,12 @@ def load_options(asked: ClipArguments, checkpoint: "Checkpoint", decode: str = "
         "lora": tuple(Lora.parse(text) for text in asked.loading["lora"]),
     }
     return LoadOptions(**{**asked.loading, **chosen})
+
+
+def _takes_no_lora(checkpoint: "Checkpoint") -> str | None:
+    if checkpoint.num_experts > 1:
+        return "it has two experts, and a LoRA is of one of them"
+    return None if checkpoint.model.takes_lora else "diffusers fuses no LoRA into its transformer"
 
 
 def takes_long_to_check(asked: ClipArguments) -> bool:

@@ -124,7 +124,7 @@ def plan(
     from cineray.jobs.planning.sidecars import read_sidecars
     from cineray.jobs.planning.study_file import read_study
     from cineray.pipeline.footprint.forecast import forecast
-    from cineray.pipeline.footprint.published import published_checkpoint
+    from cineray.pipeline.footprint.laws import forecast_checkpoint
     from cineray.pipeline.request import InputError
 
     arguments = PlanArguments(**asked)
@@ -133,7 +133,7 @@ def plan(
     if not simulate:
         losses.refuse_without_simulation()
     fleet = fleet_of(find_gpu(gpu), num_gpus, nodes, price)
-    checkpoint = published_checkpoint(arguments.model)
+    checkpoint = forecast_checkpoint(arguments.model)
     studies = [read_study(path, arguments.model) for path in study]
     past = () if out is None else read_sidecars(out, num_branches_of(arguments.model))
     batch, notes, requests, kind_of = _batch(arguments, checkpoint, past)

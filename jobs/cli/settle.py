@@ -172,12 +172,12 @@ def _seconds(plan: "RunPlan", machines: "Machines", studies: Sequence[Path]) -> 
     from cineray.jobs.planning.sidecars import read_sidecars
     from cineray.jobs.planning.study_file import read_study
     from cineray.pipeline.footprint.forecast import forecast
-    from cineray.pipeline.footprint.published import published_names
+    from cineray.pipeline.footprint.laws import forecast_names
 
     name = plan.checkpoint.name
     known = [read_study(path, name) for path in studies]
     card = gpu_name(machines.card) if plan.load_options.device == "cuda" else "cpu"
-    if card not in known_gpus() or name not in published_names():
+    if card not in known_gpus() or name not in forecast_names():
         return StudySeconds(known, card)
     try:
         past = read_sidecars(plan.out, num_branches_of(name))

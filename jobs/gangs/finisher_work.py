@@ -136,7 +136,7 @@ class FinisherWork:
             try:
                 return with_memory(lambda: decode_clip(model, clip, request)), False
             except Exception as error:
-                can_tile = hasattr(vae, "enable_tiling")
+                can_tile = hasattr(vae, "use_tiling")
                 if fault_of(error) != "memory" or self._spec.options.vae_tiling or not can_tile:
                     raise
             free_memory()

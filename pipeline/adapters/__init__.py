@@ -31,20 +31,25 @@ def pipelines_of(models: Models) -> list[str]:
 
 
 def renderer_of(pipeline: str, configs: ModelConfigs, models: Models) -> tuple[Model, Adapter]:
-    """Who renders a checkpoint: of those that render its pipeline class, the one whose kind it is; else the first.
+    """Who renders a checkpoint here.
 
     Args:
         pipeline: one of `pipelines_of`.
 
     Raises:
-        ValueError: the checkpoint is not supported; says why.
+        ValueError: the checkpoint is not supported, or this machine lacks what it needs; says why.
     """
-    every = [(model, adapter) for model in models.values() if (adapter := model.pipelines.get(pipeline)) is not None]
-    model, adapter = next((pair for pair in every if pair[1].is_of_kind(configs)), every[0])
+    model, adapter = kind_of(pipeline, configs, models)
     reason = adapter.unsupported(configs)
     if reason is not None:
         raise ValueError(reason)
     return model, adapter.for_checkpoint(configs)
+
+
+def kind_of(pipeline: str, configs: ModelConfigs, models: Models) -> tuple[Model, Adapter]:
+    """Of those that render a checkpoint's pipeline class, the one whose kind it is; else the first."""
+    every = [(model, adapter) for model in models.values() if (adapter := model.pipelines.get(pipeline)) is not None]
+    return next((pair for pair in every if pair[1].is_of_kind(configs)), every[0])
 
 
 def checkpoints_of(models: Models) -> dict[str, KnownCheckpoint]:
@@ -80,6 +85,7 @@ __all__ = [
     "Models",
     "by_transformer",
     "checkpoints_of",
+    "kind_of",
     "pipelines_of",
     "renderer_of",
     "transformers_in",

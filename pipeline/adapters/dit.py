@@ -301,6 +301,7 @@ MODEL = Model(
     branches=("cond", "uncond"),
     stacked=True,
     output=PICTURE,
+    takes_lora=False,
     pipelines={"DiTPipeline": DiT()},
     encoder_parts=(),
 )

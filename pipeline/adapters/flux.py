@@ -35,9 +35,10 @@ from cineray.pipeline.request import ClipRequest, SizeRule
 if TYPE_CHECKING:
     import torch
 
-DEV_TOKENS, SCHNELL_TOKENS = 512, 256  # of T5; FluxPipeline.__call__'s default, and flux/util.py of black-forest-labs
-# FluxPipeline.__call__'s defaults; schnell's from its model card
-_DEV = Defaults(width=1024, height=1024, num_inference_steps=28, guidance_scale=3.5)
+DEV_TOKENS, SCHNELL_TOKENS = 512, 256  # of T5; src/flux/cli.py of black-forest-labs/flux
+# Steps from the same file (FluxPipeline.__call__ has 28); guidance from diffusers' page of FLUX.1: 3.5 for dev, and 0,
+# which "it needs to be", for schnell
+_DEV = Defaults(width=1024, height=1024, num_inference_steps=50, guidance_scale=3.5)
 _SCHNELL = Defaults(width=1024, height=1024, num_inference_steps=4, guidance_scale=0.0)
 
 

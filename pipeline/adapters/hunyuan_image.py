@@ -50,7 +50,9 @@ class HunyuanImageToVideo(HunyuanVideo):
     Args:
         condition: the transformer's image_condition_type.
         is_guided: it takes a guidance scale.
-        defaults: 24 frames per second as in Tencent's sample_image2video.py; guidance as in diffusers' example.
+        defaults: Tencent's, in README.md of HunyuanVideo-I2V: 50 steps, embedded guidance 6; 24 frames per second as in
+            its sample_image2video.py. The first latents hold a share of the picture, which is its --i2v-stability, and
+            that goes with the checkpoint's shift of 7. Without it (shift 17, more motion) is not rendered.
     """
 
     condition: str = REPLACE

@@ -110,6 +110,8 @@ class Model:
         signals: what TeaCache may judge by, and where it is read; the second one comes with its `ret_steps`.
         row_convolutions: classes of the decoder's convolutions that pad by themselves, so that ranks can decode a band
             of rows each; none where the first rank must decode alone.
+        takes_lora: diffusers' pipelines of this transformer fuse LoRAs into it.
+        can_tile: its VAE can decode in tiles.
         pixel_fields: of a request that change this model's pixels and no other's, such as "fps".
         encoder_parts: components of the pipeline that `Adapter.encode` alone needs.
         denoiser_parts: components that the denoising loop alone needs.
@@ -129,6 +131,8 @@ class Model:
     presets: Mapping[str, PolicyConfig] = field(default_factory=dict)
     signals: Mapping[Signal, SignalSource] = field(default_factory=dict)
     row_convolutions: tuple[str, ...] = ()
+    takes_lora: bool = True
+    can_tile: bool = True
     pixel_fields: tuple[str, ...] = ()
     encoder_parts: tuple[str, ...] = ("text_encoder",)
     denoiser_parts: tuple[str, ...] = ("transformer",)

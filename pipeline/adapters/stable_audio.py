@@ -53,7 +53,8 @@ class StableAudio:
 
     @property
     def defaults(self) -> Defaults:
-        # StableAudioPipeline.__call__'s defaults, and as long as the model can
+        # StableAudioPipeline.__call__'s defaults (the example of diffusers' page has 200 steps), and as long as the
+        # model can
         return Defaults(
             fps=self.sampling_rate, num_inference_steps=100, guidance_scale=7.0, seconds=round(self.max_seconds, 2)
         )
@@ -63,7 +64,7 @@ class StableAudio:
         for ratio in vae.get("downsampling_ratios", stable_audio_configs.DOWNSAMPLING):
             hop *= ratio
         rate = vae.get("sampling_rate", 44100)
-        return replace(self, sampling_rate=rate, max_seconds=configs.transformer.get("sample_size", 1024) * hop / rate)
+        return replace(self, sampling_rate=rate, max_seconds=_num_latents(configs) * hop / rate)
 
     def is_of_kind(self, _configs: ModelConfigs, /) -> bool:
         return True
@@ -88,7 +89,7 @@ class StableAudio:
         )
 
     def num_tokens(self, configs: ModelConfigs, _request: ClipRequest) -> int:
-        return configs.transformer.get("sample_size", 1024) + 1  # the token in front tells of the time and the seconds
+        return _num_latents(configs) + 1  # the token in front tells of the time and the seconds
 
     def effective(self, request: ClipRequest) -> ClipRequest:
         """Without guidance its scale and the negative prompt do nothing."""
@@ -152,7 +153,7 @@ class StableAudio:
         device, transformer = pipe._execution_device, pipe.transformer
         config, is_guided = transformer.config, request.guidance_scale > 1.0
         scheduler, timesteps = self.schedule(pipe, request)
-        latents = pipe.prepare_latents(1, config.in_channels, config.sample_size, torch.float32, device, generator)
+        latents = pipe.prepare_latents(1, config.in_channels, int(config.sample_size), torch.float32, device, generator)
         rotary = get_1d_rotary_pos_embed(
             pipe.rotary_embed_dim,
             latents.shape[2] + encoded["seconds"].shape[1],
@@ -181,6 +182,10 @@ class StableAudio:
     ) -> torch.Tensor:
         samples = pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
         return samples[:, :, : SOUND.num_frames(request)]
+
+
+def _num_latents(configs: ModelConfigs) -> int:
+    return int(configs.transformer.get("sample_size", 1024))  # as the pipeline does: it may be a fraction
 
 
 def _model_input(
@@ -223,6 +228,8 @@ MODEL = Model(
     branches=("uncond", "cond"),
     stacked=True,
     output=SOUND,
+    takes_lora=False,
+    can_tile=False,
     pipelines={"StableAudioPipeline": StableAudio()},
     encoder_parts=("text_encoder", "projection_model"),
     read_parts=("transformer",),

@@ -28,7 +28,7 @@ DOWNSAMPLING = (2, 4, 4, 8, 8)  # AutoencoderOobleck's default
 class StableAudioTransformerConfig(ComponentConfig):
     """StableAudioDiTModel."""
 
-    sample_size: Annotated[int, Field(ge=1, le=2**20)] = 1024
+    sample_size: Annotated[float, Field(ge=1, le=2**20)] = 1024  # 1024.0 in the published file
     in_channels: Channels = 64
     out_channels: Channels = 64
     num_layers: Layers = 24

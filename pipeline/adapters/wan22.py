@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 # Wan2.2's wan/configs/wan_t2v_A14B.py, wan_i2v_A14B.py and wan_ti2v_5B.py: steps, shift, guidance (the low-noise
-# expert's stands first there, and last here); sizes from its README
+# expert's stands first there, and last here); sizes from SUPPORTED_SIZES in wan/configs/__init__.py
 _A14B = Defaults(width=1280, height=720, num_frames=81, fps=16, num_inference_steps=40, guidance_scale=4.0)
 _TEXT_A14B = replace(_A14B, guidance_scale_2=3.0, flow_shift=12.0)
 _IMAGE_A14B = replace(_A14B, guidance_scale=3.5, guidance_scale_2=3.5, flow_shift=5.0)

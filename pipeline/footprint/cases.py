@@ -20,6 +20,7 @@ Part = Literal["load", "denoise", "decode", "tiled", "encode-image", "encode-tex
 NUM_LAYERS = 2  # of each list; a test compares with more
 # Skips what it may: two computed steps, one that is skipped after a probe, and the last, computed with a full cache.
 ALWAYS_SKIPS = "dicache(threshold=1e30)"
+_NEVER_BELOW = 1000.0  # a shift with which no timestep of so few steps falls below the second expert's boundary
 _NUM_STEPS, _NUM_STEPS_CACHED = 2, 4  # a cached run skips its third; what any cache keeps is there by then
 
 
@@ -51,7 +52,8 @@ class Case:
 
 
 def request_of(case: Case, image: str | None = None) -> ClipRequest:
-    """The case's clip, with guidance."""
+    """The case's clip, with guidance. Of two experts, which are built alike, the first takes all steps."""
+    known = published_checkpoint(case.model)
     return ClipRequest(
         id="fake",
         prompt="fake",
@@ -59,7 +61,8 @@ def request_of(case: Case, image: str | None = None) -> ClipRequest:
         height=case.height,
         num_frames=case.frames,
         num_inference_steps=_NUM_STEPS if case.cache == "none" else _NUM_STEPS_CACHED,
-        guidance_scale=published_checkpoint(case.model).defaults.guidance_scale,
+        guidance_scale=known.defaults.guidance_scale,
+        flow_shift=_NEVER_BELOW if known.num_experts > 1 else None,
         fps=16,
         cache=case.cache,
         image=image,
@@ -68,7 +71,7 @@ def request_of(case: Case, image: str | None = None) -> ClipRequest:
 
 def run(case: Case, num_layers: int | None = NUM_LAYERS) -> dict[str, Any]:
     """Runs a case on a fake GPU; gives a row of the table."""
-    row = asdict(case)
+    row, known = asdict(case), published_checkpoint(case.model)
     with fake_gpu() as gpu, tempfile.TemporaryDirectory() as folder:
         if case.part in ("decode", "tiled"):
             model = load_fake(case.model, ("vae",))
@@ -77,15 +80,15 @@ def run(case: Case, num_layers: int | None = NUM_LAYERS) -> dict[str, Any]:
             taken = decode_on(gpu, model, request_of(case), parse_layout(case.layout).world_size)
             return row | {"weights": taken.weights_bytes, "phases": taken.phase_bytes, "flop": taken.flop}
         if case.part == "load":
-            model = load_fake(case.model, published_checkpoint(case.model).model.denoiser_parts)
+            model = load_fake(case.model, known.model.denoiser_parts)
             weights = gpu.ledger.live_bytes
             del model  # held until here: what nobody holds is not live
             return row | {"weights": weights, "phases": {}}
         if case.part == "encode-text":
-            taken = encode_text_on(gpu, load_fake(case.model, published_checkpoint(case.model).model.encoder_parts))
+            taken = encode_text_on(gpu, load_fake(case.model, known.model.encoder_parts))
             return row | {"weights": taken.weights_bytes, "phases": taken.phase_bytes, "flop": taken.flop}
-        takes_image = published(case.model).has("image_encoder")
-        parts = ("transformer", *(("image_encoder", "image_processor") if takes_image else ()))
+        has_encoder, takes_image = published(case.model).has("image_encoder"), known.size_rule.takes_image
+        parts = (*known.model.denoiser_parts, *(("image_encoder", "image_processor") if has_encoder else ()))
         if case.part == "encode-image":
             parts = (*parts, "vae")
         request = request_of(case, _blank_picture(folder, case) if takes_image else None)
@@ -123,7 +126,7 @@ def _blank_picture(folder: str, case: Case) -> str:
     return str(path)
 
 
-_MODELS = ("wan2.1-t2v-14b", "hunyuan-video", "wan2.1-t2v-1.3b", "wan2.1-i2v-14b-720p")
+_MODELS = ("wan2.1-t2v-14b", "hunyuan-video", "wan2.1-t2v-1.3b", "wan2.1-i2v-14b-720p", "wan2.2-i2v-a14b")
 _SMALL, _LARGE = (832, 480, 81), (1280, 720, 81)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from cineray.distributed.layout import Layout, check_layout
 from cineray.pipeline.footprint.forecast import Parts, parts_of, with_margin
-from cineray.pipeline.footprint.published import published, published_checkpoint, published_names
+from cineray.pipeline.footprint.laws import forecast_checkpoint, forecast_names
+from cineray.pipeline.footprint.published import published
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.errors import LoadingError
 from cineray.pipeline.loading.options import LoadOptions
@@ -81,12 +82,11 @@ ALONE = "the GPU"
 
 
 def published_like(checkpoint: Checkpoint) -> Checkpoint | None:
-    """The published checkpoint that this one is, or is built like (a downloaded folder); None if none is."""
-    if checkpoint.name in published_names():
-        return published_checkpoint(checkpoint.name)
-    return next(
-        (known for name in published_names() if _is_like(checkpoint, known := published_checkpoint(name))), None
-    )
+    """The published checkpoint that this one is, or is built like (a downloaded folder), and that has a forecast; None
+    if none is."""
+    if checkpoint.name in forecast_names():
+        return forecast_checkpoint(checkpoint.name)
+    return next((known for name in forecast_names() if _is_like(checkpoint, known := forecast_checkpoint(name))), None)
 
 
 def _is_like(checkpoint: Checkpoint, known: Checkpoint) -> bool:
@@ -242,16 +242,18 @@ def _in_types(known: Checkpoint, options: LoadOptions, parts: Parts) -> Parts:
 
 
 def _transformer_weights(known: Checkpoint, setup: Setup, weights: int) -> int:
-    """Bytes of the transformer that are on a GPU while it runs."""
-    options = setup.options
+    """Bytes of the transformer, or of the experts, that are on a GPU while it runs."""
+    options, num_experts = setup.options, known.num_experts
     if options.offload in ("group", "sequential"):
         return min(weights, _leaf_bytes(known)["transformer"])
-    linear = block_linear_parameters(known.configs.transformer)
+    if options.offload == "model":  # one expert at a time
+        weights, num_experts = weights // num_experts, 1
+    linear = num_experts * block_linear_parameters(known.configs.transformer)
     if options.quantize != "none":
         return weights - linear * (_ELEMENT_BYTES[options.dtype_name] - 1)
     if setup.shards_weights:
         size = linear * _ELEMENT_BYTES[options.dtype_name]
-        num_blocks = sum(known.configs.transformer[name] for name in known.model.layout.counts)
+        num_blocks = num_experts * sum(known.configs.transformer[name] for name in known.model.layout.counts)
         # its own part, and two blocks that are gathered: one at work and one on its way
         return weights - size + size // setup.layout.sequence_ranks + 2 * size // num_blocks
     return weights

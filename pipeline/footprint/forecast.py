@@ -17,10 +17,9 @@ from cineray.distributed.layout import Layout, check_layout
 from cineray.pipeline.adapters import MODELS
 from cineray.pipeline.caches.memory import forecast_cache_bytes
 from cineray.pipeline.footprint.exchanges import step_exchanges
-from cineray.pipeline.footprint.laws import laws_of
+from cineray.pipeline.footprint.laws import forecast_checkpoint, laws_of
 from cineray.pipeline.footprint.layer_caches import layer_cache_bytes
 from cineray.pipeline.footprint.operations import forward_flop
-from cineray.pipeline.footprint.published import published_checkpoint
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.request import ClipRequest, InputError, problems
 from cineray.text import shorten
@@ -39,7 +38,7 @@ class MemoryByPart:
     """Bytes on the GPU that has most to hold: the one with the gang's first rank and a finisher.
 
     Args:
-        weights: of the transformer, which is all that a rank loads.
+        weights: of the transformer, or of both experts, which is all that a rank loads.
         activations: the largest transient of a step on a rank, beside weights and cache.
         cache: tensors that the cache holds on a rank.
         vae: its weights and its largest transient: of the decode, latents and video included, or of the encoding of a
@@ -118,7 +117,7 @@ def parts_of(checkpoint: Checkpoint, request: ClipRequest, layout: Layout, decod
     """What a clip takes, part by part.
 
     Args:
-        checkpoint: one of `published_checkpoint`.
+        checkpoint: one of `forecast_checkpoint`.
         request: one that the model can render.
         layout: of one gang, which fits the model.
         decode: "finisher", "tiled" or "gang".
@@ -169,19 +168,19 @@ def forecast(
     """What a clip takes, in the types that CUDA loads by default, with guidance where the model has a branch for it.
 
     Args:
-        model: a name that `published_names` lists.
+        model: a name that `forecast_names` lists.
         cfg, ring, ulysses: degrees of the gang's layout.
         cache: a policy as on the command line.
         decode: "finisher": whole, beside rank 0; "tiled": so in tiles; "gang": by rows on every rank; "auto": as
             `cineray render` does on GPUs, "tiled" where the model asks for it, else "finisher".
 
     Raises:
-        InputError: no published configuration, a size that the model cannot render, a layout or a cache that does not
+        InputError: nothing is forecast of the model, a size that it cannot render, a layout or a cache that does not
             fit it, or an unknown way to decode.
     """
     if decode not in get_args(Decode):
         raise InputError(f"decode must be one of {', '.join(get_args(Decode))}, got {shorten(decode)}")
-    checkpoint = published_checkpoint(model)
+    checkpoint = forecast_checkpoint(model)
     request = _request(checkpoint, width, height, frames, cache)
     layout = _layout(checkpoint, cfg, ring, ulysses)
     laws, plan = laws_of(model), _plan(checkpoint, cache)

@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 
 from cineray.distributed.layout import Layout, parse_layout
-from cineray.pipeline.footprint.published import published, published_checkpoint
-from cineray.pipeline.request import ClipRequest
+from cineray.pipeline.footprint.published import published, published_checkpoint, published_names
+from cineray.pipeline.loading.checkpoint import Checkpoint
+from cineray.pipeline.request import ClipRequest, InputError
+from cineray.text import shorten
 
 TABLE = Path(__file__).parent / "table.json"
 Row = dict[str, Any]
@@ -31,7 +33,7 @@ class Laws:
     """The laws of one model, from the table's rows.
 
     Args:
-        rank_weights: bytes of the transformer.
+        rank_weights: bytes of the transformer, or of both experts.
         text_encoder_bytes: weights of the text encoders, and of an image encoder, and the transient of one prompt.
         text_flop: operations of encoding one prompt.
         vae_weights: bytes.
@@ -96,31 +98,71 @@ def read_table() -> tuple[Row, ...]:
     return tuple(json.loads(TABLE.read_text())["rows"])
 
 
+@cache
+def forecast_names() -> tuple[str, ...]:
+    """The named checkpoints that the table has rows for: their own, or those of one that is built alike."""
+    return tuple(name for name in published_names() if _rows_of(name) is not None)
+
+
+def forecast_checkpoint(model: str) -> Checkpoint:
+    """The published checkpoint of a name that `forecast_names` lists.
+
+    Raises:
+        InputError: nothing is forecast of it; lists those of which something is.
+    """
+    if model not in forecast_names():
+        known = ", ".join(forecast_names())
+        raise InputError(f"model {shorten(model, 200)} has no forecast here; these have: {known}")
+    return published_checkpoint(model)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    load: Row
+    text: Row
+    steps: list[Row]
+    decodes: list[Row]
+    images: list[Row]
+
+
+def _rows_of(model: str) -> _Rows | None:
+    """The table's rows that tell of a checkpoint; None where a part of it has none."""
+    rows, found = [row for row in read_table() if not row["is_held_out"]], published(model)
+
+    def alike(name: str, *parts: str) -> list[Row]:
+        config = found.config(name)
+        return [r for r in rows if r["part"] in parts and published(r["model"]).config(name) == config]
+
+    has_encoder, takes_image = found.has("image_encoder"), published_checkpoint(model).size_rule.takes_image
+    texts = alike("text_encoder", "encode-text")
+    made = _Rows(
+        load=next(iter(alike("transformer", "load")), {}),
+        text=next((row for row in texts if published(row["model"]).has("image_encoder") == has_encoder), {}),
+        steps=alike("transformer", "denoise"),
+        decodes=alike("vae", "decode", "tiled"),
+        images=alike("vae", "encode-image") if takes_image else [],
+    )
+    needed = (made.load, made.text, made.steps, made.decodes, made.images or not takes_image)
+    return made if all(needed) else None
+
+
 def laws_of(model: str) -> Laws:
     """The laws of a named checkpoint.
 
     Raises:
-        InputError: it has no published configuration.
+        InputError: nothing is forecast of it.
     """
-    rows = [row for row in read_table() if not row["is_held_out"]]
-
-    def alike(part: str, name: str) -> list[Row]:
-        config = published(model).config(name)
-        return [r for r in rows if r["part"] == part and published(r["model"]).config(name) == config]
-
-    load = alike("load", "transformer")[0]
-    takes_image = published(model).has("image_encoder")
-    texts = alike("encode-text", "text_encoder")
-    text = next(row for row in texts if published(row["model"]).has("image_encoder") == takes_image)
-    decodes = [*alike("decode", "vae"), *alike("tiled", "vae")]
+    checkpoint, rows = forecast_checkpoint(model), _rows_of(model)
+    assert rows is not None
+    load, text, decodes = rows.load, rows.text, rows.decodes
     return Laws(
-        rank_weights=load["weights"],
+        rank_weights=load["weights"] // published_checkpoint(load["model"]).num_experts * checkpoint.num_experts,
         text_encoder_bytes=text["weights"] + max(text["phases"].values()),
         text_flop=text["flop"],
         vae_weights=decodes[0]["weights"],
-        _steps=tuple(_with_tokens(row) for row in alike("denoise", "transformer")),
+        _steps=tuple(_with_tokens(row) for row in rows.steps),
         _decodes=tuple(_with_how(row) for row in decodes),
-        _images=tuple(alike("encode-image", "vae")) if takes_image else (),
+        _images=tuple(rows.images),
     )
 
 

@@ -273,8 +273,10 @@ def _encoded(model: LoadedModel, request: ClipRequest, encodes_image: bool) -> d
         return encoded | wan.encode_picture(pipe, request)
     step, scale = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
     size = ((request.num_frames - 1) // step + 1, request.height // scale, request.width // scale)
-    condition = torch.empty(1, config.in_channels - config.out_channels, *size, device=GPU)
-    return encoded | {"image": pipe.encode_image(first_frame(request), GPU), "condition": condition}
+    encoded["condition"] = torch.empty(1, config.in_channels - config.out_channels, *size, device=GPU)
+    if config.image_dim is not None:
+        encoded["image"] = pipe.encode_image(first_frame(request), GPU)
+    return encoded
 
 
 class _Phases:

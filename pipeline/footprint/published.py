@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cineray.pipeline.adapters import KNOWN_MODELS, MODELS, renderer_of
+from cineray.pipeline.adapters import KNOWN_MODELS, MODELS, kind_of
 from cineray.pipeline.adapters.protocol import ModelConfigs
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.parts import check_configs
@@ -71,7 +71,9 @@ def published_checkpoint(model: str) -> Checkpoint:
     found = published(model)
     index = found.files["model_index.json"]
     configs = ModelConfigs(index=index, transformer=found.config("transformer"), vae=found.config("vae"))
-    family, adapter = renderer_of(index["_class_name"], configs, MODELS)
+    # whether this machine has the packages that it needs is not asked
+    family, kind = kind_of(index["_class_name"], configs, MODELS)
+    adapter = kind.for_checkpoint(configs)
     return Checkpoint(
         name=model,
         source=found.repository,

@@ -30,13 +30,16 @@ def load_fake(model: str, parts: tuple[str, ...], num_layers: int | None = None)
     found, checkpoint = published(model), published_checkpoint(model)
     options = LoadOptions(device="cuda")
     kinds = {name: entry[1] for name, entry in found.files["model_index.json"].items() if isinstance(entry, list)}
+    is_denoiser = {name: name in checkpoint.model.denoiser_parts for name in kinds}
     made: dict[str, Any] = dict.fromkeys(kinds)
-    for name in {*kinds} & {*parts, "scheduler"}:
-        made[name] = _part(found, name, kinds[name], num_layers, options)
+    for name in {name for name, kind in kinds.items() if kind is not None} & {*parts, "scheduler"}:
+        made[name] = _part(found, name, kinds[name], num_layers if is_denoiser[name] else None, options)
     absent = [name for name in ("vae",) if made[name] is None]  # the pipeline asks it for its scale factors
     for name in absent:
         made[name] = empty_part(found, name, kinds[name])
-    pipe = getattr(diffusers, checkpoint.pipeline_class)(**made)
+    index = found.files["model_index.json"].items()
+    settings = {name: value for name, value in index if not isinstance(value, list) and not name.startswith("_")}
+    pipe = getattr(diffusers, checkpoint.pipeline_class)(**made, **settings)
     pipe.register_modules(**dict.fromkeys(absent))
     checkpoint.adapter.loaded(pipe, options.device)
     return LoadedModel(checkpoint=checkpoint, pipe=pipe, options=options, digest="fake", revision=None)
@@ -68,8 +71,9 @@ def _part(found: Published, name: str, kind: str, num_layers: int | None, option
         dtype = DTYPES[vae_dtype_name(published_checkpoint(found.name), options)]
         return on_gpu(empty_part(found, name, kind), dtype, keep_float32=())
     fewer = {n: num_layers for n in ("num_layers", "num_single_layers") if num_layers and n in found.config(name)}
-    module = empty_part(found, name, kind, **(fewer if name == "transformer" else {}))
-    kept = module._keep_in_fp32_modules if name == "transformer" else ()  # transformers keeps them for float16 alone
+    module = empty_part(found, name, kind, **fewer)
+    # transformers keeps its own for float16 alone
+    kept = module._keep_in_fp32_modules if isinstance(module, diffusers.ModelMixin) else ()
     return on_gpu(module, DTYPE, keep_float32=kept or ())
 
 

@@ -1,5 +1,6 @@
 """Loads the weights of a checkpoint into a diffusers pipeline."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ def load_model(
         library.utils.logging.set_verbosity_error()
     try:
         _check_names(checkpoint, folder, skip_components)
-        pipe = _load(checkpoint, folder, options, skip_components, stays_on_host)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of what diffusers builds from
+            pipe = _load(checkpoint, folder, options, skip_components, stays_on_host)
         _check_loaded(checkpoint, pipe)
     except InputError:
         raise
@@ -117,7 +119,7 @@ def _load(
     )
     pipe.register_modules(**dict.fromkeys(skipped))
     pipe.set_progress_bar_config(disable=True)
-    if options.vae_tiling and hasattr(pipe.vae, "enable_tiling"):
+    if options.vae_tiling and hasattr(pipe.vae, "use_tiling"):
         pipe.vae.enable_tiling()
     transformers = expert_transformers(pipe, checkpoint.model.denoiser_parts)
     if transformers:

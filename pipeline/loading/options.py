@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from cineray.pipeline.loading.weight_header import read_header, reason_of
 from cineray.pipeline.request import InputError
 from cineray.text import shorten
 
@@ -71,6 +72,10 @@ class Lora:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         except OSError as error:
             raise InputError(f"--lora {shorten(path, 200)} cannot be read: {error.strerror}") from None
+        try:
+            read_header(Path(path))
+        except (OSError, ValueError) as error:
+            raise InputError(f"--lora {shorten(path, 200)} is no whole .safetensors file: {reason_of(error)}") from None
         return cls(path=str(Path(path).resolve()), scale=number, digest=digest)
 
 

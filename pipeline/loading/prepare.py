@@ -53,8 +53,12 @@ def fuse_loras(pipe: Any, loras: tuple[Lora, ...]) -> None:
     Raises:
         ValueError: a file that is not a LoRA of this transformer.
     """
+    from diffusers.utils import logging
+
     for number, lora in enumerate(loras):
         path, name = Path(lora.path), f"lora-{number}"
+        before = logging.get_verbosity()
+        logging.set_verbosity(logging.CRITICAL)  # diffusers prints what it raises, in lines of its own
         try:
             pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name, use_safetensors=True)
             if name not in pipe.get_list_adapters().get("transformer", ()):
@@ -64,6 +68,8 @@ def fuse_loras(pipe: Any, loras: tuple[Lora, ...]) -> None:
         except Exception as error:  # diffusers, peft and safetensors each raise their own
             said = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"--lora {path} does not fit: {said}") from error
+        finally:
+            logging.set_verbosity(before)
 
 
 def quantize(transformer: nn.Module, options: LoadOptions) -> None:

@@ -37,7 +37,18 @@ def test_parameters_are_as_many_as_the_published_weights_have(model):
 
 @pytest.mark.parametrize(
     ("model", "billions"),
-    [("wan2.1-t2v-1.3b", 1.4190), (WAN, 14.288), ("wan2.1-i2v-14b-720p", 16.395), (HUNYUAN, 12.821)],
+    [
+        ("wan2.1-t2v-1.3b", 1.4190),
+        (WAN, 14.288),
+        ("wan2.1-i2v-14b-720p", 16.395),
+        ("wan2.2-i2v-a14b", 14.289),
+        ("wan2.2-ti2v-5b", 4.9998),
+        (HUNYUAN, 12.821),
+        ("hunyuan-video-i2v-33ch", 12.811),
+        ("flux.1-dev", 11.901),
+        ("flux.1-schnell", 11.891),
+        ("stable-audio-open-1.0", 1.0569),
+    ],
 )
 def test_parameters_of_the_transformers(model, billions):
     assert num_parameters(model, "transformer") == pytest.approx(billions * 1e9, rel=1e-4)

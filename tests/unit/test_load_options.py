@@ -68,6 +68,7 @@ def test_a_lora_that_does_not_fit_is_one_line(tmp_path):
         ("{dir}/a.safetensors:0", "the scale must be a number up to 10, not 0, got 0"),
         ("{dir}/a.safetensors:1e9", "the scale must be a number up to 10"),
         ("{dir}/a.safetensors:1e", "the scale must be a number up to 10"),
+        ("{dir}/a.safetensors", "is no whole .safetensors file: a.safetensors: it is cut"),
     ],
 )
 def test_bad_loras_are_refused_before_loading(tmp_path, text, reason):
@@ -79,7 +80,7 @@ def test_bad_loras_are_refused_before_loading(tmp_path, text, reason):
 
 
 def test_what_changes_pixels_is_in_the_fingerprint_and_what_does_not_is_not(new_request, tmp_path):
-    (tmp_path / "a.safetensors").write_bytes(b"x")
+    save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors")
     checkpoint = open_checkpoint("tiny-wan")
     request, digest = new_request(), identify(checkpoint).digest
 
@@ -182,7 +183,7 @@ def test_bad_options_are_one_line_and_nothing_is_made(tmp_path, capsys, argument
 
 @pytest.mark.parametrize("module", ["torchao", "peft"])
 def test_a_package_that_is_missing_is_named(monkeypatch, tmp_path, module):
-    (tmp_path / "a.safetensors").write_bytes(b"x")
+    save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     lora = (Lora.parse(str(tmp_path / "a.safetensors")),)
     options = LoadOptions(quantize="int8") if module == "torchao" else LoadOptions(lora=lora)

@@ -1,14 +1,17 @@
 """`cineray render` with models whose clips are pictures and sounds, of two experts, or begin with a picture."""
 
+import importlib.util
 import json
 import wave
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from diffusers import EDMDPMSolverMultistepScheduler
 from more_models import CLIPS
 from PIL import Image
+from safetensors.torch import save_file
 
 from cineray.jobs.cli.main import main
 from cineray.jobs.output.folder import OutputFolder
@@ -181,6 +184,28 @@ BAD = [
     ("wan22", ["--image", "x.png"], "image cannot be used"),
     ("wan22_image", [], "image is required"),
     ("ti2v", ["--sp", "2"], "the tokens of a wan2.2-ti2v clip cannot be shared by ranks"),
+    ("ti2v", ["--layout", "ring2"], "the tokens of a wan2.2-ti2v clip cannot be shared by ranks"),
+    ("ti2v_image", [], "image is required"),
+    ("flux", ["--negative-prompt", "x"], "negative_prompt cannot be used: this model's guidance is embedded"),
+    ("flux", ["--flow-shift", "3"], "flow_shift cannot be used"),
+    ("flux", ["--decode", "gang"], "its decoder cannot be shared by ranks; leave --decode gang out"),
+    ("flux", ["--shard-weights"], "--shard-weights needs ranks that share a clip's tokens"),
+    ("flux", ["--offload", "group"], "offload group moves weights between CPU and GPU; it needs --device cuda"),
+    ("flux", ["--sp", "3"], "ulysses must divide the model's 2 attention heads (1, 2), got 3"),
+    ("flux", ["--image-fit", "crop"], "image_fit cannot be used: this model renders from text alone"),
+    ("hunyuan_replace", ["--negative-prompt", "x"], "negative_prompt cannot be used"),
+    ("hunyuan_concat", ["--seconds", "1"], "seconds cannot be used: this model makes no sound"),
+    ("dit", ["--shard-weights", "--sp", "2"], "the tokens of a dit clip cannot be shared by ranks"),
+    ("dit", ["--cfg-parallel"], "leave --cfg-parallel out and give --gangs"),
+    ("dit", ["--cache", "teacache"], "teacache"),
+    ("stable_audio", ["--cache", "dicache-paper"], "dicache-paper"),
+    ("stable_audio", ["--cache", "magcache"], "magcache"),
+    ("stable_audio", ["--cache", "smoothcache"], "smoothcache takes a file, as smoothcache:SCHEDULE.json"),
+    ("stable_audio", ["--vae-tiling"], "its decoder cannot work in tiles; leave --vae-tiling out"),
+    ("stable_audio", ["--image", "x.png"], "image cannot be used"),
+    ("stable_audio", ["--frames", "5"], "frames cannot be used"),
+    ("wan22", ["--guidance-2", "nan"], "guidance"),
+    ("wan22", ["--shard-weights"], "--shard-weights needs ranks that share a clip's tokens"),
 ]
 
 
@@ -189,9 +214,36 @@ BAD = [
 )
 def test_bad_input_is_one_line_and_leaves_nothing(checkpoint_folder, tmp_path, capsys, name, arguments, reason):
     given = [word for word in options_of(name) if name != "dit" or word]
-    prompt = CLIPS[name].get("prompt", "a")
-    assert render(checkpoint_folder(name), tmp_path / "out", prompt, *given, *arguments) == 2
+    folder, prompt = checkpoint_folder(name), CLIPS[name].get("prompt", "a")
+    capsys.readouterr()  # of making it
+    assert render(folder, tmp_path / "out", prompt, *given, *arguments) == 2
     lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert reason in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("dit", "diffusers fuses no LoRA into its transformer; leave --lora out"),
+        ("stable_audio", "diffusers fuses no LoRA into its transformer; leave --lora out"),
+        ("wan22", "it has two experts, and a LoRA is of one of them; leave --lora out"),
+        pytest.param(
+            "flux",
+            "does not fit: Target modules",
+            marks=pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed"),
+        ),
+    ],
+)
+def test_a_lora_that_cannot_be_fused_is_one_line(checkpoint_folder, tmp_path, capfd, name, reason):
+    path, prompt = tmp_path / "a.safetensors", CLIPS[name].get("prompt", "a")
+    row = "transformer.nowhere.to_q.lora_"
+    save_file({f"{row}A.weight": torch.zeros(4, 8), f"{row}B.weight": torch.zeros(8, 4)}, path)
+    folder = checkpoint_folder(name)
+    capfd.readouterr()  # of making it
+    assert render(folder, tmp_path / "out", prompt, *options_of(name), "--lora", str(path)) == 2
+    lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     assert reason in lines[0]
     assert not (tmp_path / "out").exists()
@@ -264,7 +316,7 @@ def test_the_second_experts_guidance_is_in_the_fingerprint_where_it_shows(checkp
         ("ti2v", "wan2.2-ti2v", {"fps": 24, "num_frames": 121, "height": 704}),
         ("hunyuan_concat", "hunyuan-video-i2v", {"num_frames": 125, "guidance_scale": 1.0}),
         ("hunyuan_replace", "hunyuan-video-i2v", {"num_frames": 129, "guidance_scale": 6.0}),
-        ("flux", "flux", {"num_inference_steps": 28, "guidance_scale": 3.5, "num_frames": 1}),
+        ("flux", "flux", {"num_inference_steps": 50, "guidance_scale": 3.5, "num_frames": 1}),
         ("dit", "dit", {"width": 8, "height": 8}),
         ("stable_audio", "stable-audio", {"seconds": 2.0, "fps": 64}),
     ],
@@ -278,8 +330,17 @@ def test_a_checkpoint_gets_its_authors_defaults(checkpoint_folder, name, family,
 def test_two_experts_are_not_taken_for_the_one_of_the_same_size():
     known = published_checkpoint("wan2.1-t2v-14b")
     assert published_like(replace(known, name="mine")) == known
-    two = next(model for model in MODELS.values() if model.family == "wan2.2")
-    assert published_like(replace(known, name="mine", model=two)) is None
+    two = published_checkpoint("wan2.2-t2v-a14b")
+    assert published_like(replace(two, name="mine")) == two
+    assert dict(two.configs.transformer) == dict(known.configs.transformer)
+
+
+def test_latents_of_a_sound_may_be_counted_by_a_fraction():
+    """As in the published file, 1024.0, and in those of its finetunes; the pipeline rounds down."""
+    known = published_checkpoint("stable-audio-open-1.0")
+    configs = replace(known.configs, transformer={**known.configs.transformer, "sample_size": 430.6640625})
+    assert known.adapter.for_checkpoint(configs).defaults.seconds == round(430 * 2048 / 44100, 2)
+    assert known.adapter.num_tokens(configs, None) == 431
 
 
 def test_another_scheduler_predicts_what_the_models_own_does():
