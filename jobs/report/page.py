@@ -88,5 +88,5 @@ def _policy(style: str, script: str) -> str:
     hashed = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
     return (
         f"default-src 'none'; style-src 'sha256-{hashed[0]}'; script-src 'sha256-{hashed[1]}'; "
-        "img-src data:; media-src 'self' file:; base-uri 'none'; form-action 'none'"
+        "img-src 'self' file: data:; media-src 'self' file:; base-uri 'none'; form-action 'none'"
     )

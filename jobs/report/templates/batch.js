@@ -22,7 +22,7 @@ function drawn(name, attributes, ...inner) {
 }
 
 function seconds(value) {
-  if (value < 60) return `${value.toFixed(1)} s`;
+  if (value < 60) return `${value.toFixed(1)}\u00a0s`;
   const minutes = Math.floor(Math.round(value) / 60);
   if (minutes < 60) return `${minutes} min ${Math.round(value) % 60} s`;
   return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
@@ -102,25 +102,28 @@ function decided(clip) {
 }
 
 function picture(clip) {
-  if (!clip.video) return element("div", { class: "none" }, clip.status === "running" ? "being rendered" : "no video");
+  if (!clip.video) return element("div", { class: "none" }, clip.status === "running" ? "being rendered" : "no file");
+  const src = data.base + encodeURIComponent(clip.video);
+  const text = `clip ${clip.id}${clip.prompt ? `: ${clip.prompt.slice(0, 200)}` : ""}`;
   if (clip.video.endsWith(".png")) {
-    return element("img", { src: data.base + encodeURIComponent(clip.video), width: clip.width, height: clip.height,
-      loading: "lazy", alt: `clip ${clip.id}${clip.prompt ? `: ${clip.prompt.slice(0, 200)}` : ""}` });
+    return orSaid(element("img", { src, width: clip.width, height: clip.height, loading: "lazy", alt: text }),
+      "The picture is not beside this page.");
   }
   if (clip.video.endsWith(".wav")) {
-    return element("audio", { src: data.base + encodeURIComponent(clip.video), preload: "none", controls: "",
-      "aria-label": `clip ${clip.id}${clip.prompt ? `: ${clip.prompt.slice(0, 200)}` : ""}` });
+    return orSaid(element("audio", { src, preload: "none", controls: "", "aria-label": text }),
+      "This browser cannot play the sound, or it is not beside this page.");
   }
   const video = element("video", {
-    src: data.base + encodeURIComponent(clip.video), poster: clip.poster, width: clip.width, height: clip.height,
-    preload: clip.poster ? "none" : "metadata", controls: "", loop: "", playsinline: "",
-    "aria-label": `clip ${clip.id}${clip.prompt ? `: ${clip.prompt.slice(0, 200)}` : ""}`,
+    src, poster: clip.poster, width: clip.width, height: clip.height, preload: clip.poster ? "none" : "metadata",
+    controls: "", loop: "", playsinline: "", "aria-label": text,
   });
   video.muted = true;
-  video.addEventListener("error", () => {
-    video.replaceWith(element("div", { class: "none" }, "This browser cannot play the video, or it is not beside this page."));
-  }, { once: true });
-  return video;
+  return orSaid(video, "This browser cannot play the video, or it is not beside this page.");
+}
+
+function orSaid(media, reason) {
+  media.addEventListener("error", () => media.replaceWith(element("div", { class: "none" }, reason)), { once: true });
+  return media;
 }
 
 function sizeOf(clip) {
@@ -192,6 +195,7 @@ byId("order").addEventListener("change", search);
 byId("previous").addEventListener("click", () => show(page - 1));
 byId("next").addEventListener("click", () => show(page + 1));
 byId("page").addEventListener("change", () => show((Number(byId("page").value) || 1) - 1));
+byId("play").hidden = !clips.some((clip) => clip.video && clip.video.endsWith(".mp4"));
 byId("play").addEventListener("click", () => {
   playing = !playing;
   byId("play").setAttribute("aria-pressed", String(playing));
@@ -367,7 +371,7 @@ function drawThroughput() {
     { x: place + 0.08, y: 100 - 100 * count / most, width: 0.84, height: 100 * count / most }));
   const total = counts.reduce((sum, count) => sum + count, 0);
   const told = `${total} clips done in ${seconds(session.span_s)}, ${perHour(total / counts.length)} per hour; `
-    + `a column is ${seconds(bin_s)}, the highest one ${most} clips`;
+    + `a column is ${seconds(bin_s)}, the highest one ${most} ${most === 1 ? "clip" : "clips"}`;
   chart.replaceChildren(element("p", {}, element("span", {}, `${told}.`)),
     drawn("svg", { viewBox: `0 0 ${counts.length} 100`, preserveAspectRatio: "none", role: "img", "aria-label": told },
       ...columns, drawn("line", { x1: 0, x2: counts.length, y1: 100, y2: 100, "vector-effect": "non-scaling-stroke" })),
