@@ -73,7 +73,7 @@ def render_batch(model: Path, out: Path) -> None:
     ]
     manifest = out.parent / "clips.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    size = ["--width", "32", "--height", "32", "--frames", "5", "--steps", "8", "--fps", "8"]
+    size = ["--width", "32", "--height", "32", "--frames", "5", "--steps", "9", "--fps", "8"]
     command = ["render", "--manifest", str(manifest), "--model", str(model), "--cache", "dicache(threshold=0.5)", *size]
     assert main([*command, "--out", str(out)]) == 0
     (video,) = out.glob("blocked.*.mp4")
