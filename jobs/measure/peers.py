@@ -7,7 +7,7 @@ MagCache takes its ratios from the profile that cineray's own `magcache` would t
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -192,7 +192,7 @@ class Here:
         hook = getattr(module, "_diffusers_hook").hooks.get(_SEA_HOOK)  # noqa: B009  # no attribute of a module's type
         context = hook.state_manager._context if hook is not None else None
         if context is not None:
-            context.sigma = self.timestep() / NUM_TRAIN_TIMESTEPS
+            hook.state_manager.set_context(replace(context, sigma=self.timestep() / NUM_TRAIN_TIMESTEPS))
 
 
 def is_peer(text: str) -> bool:
