@@ -18,7 +18,7 @@ CLIFF_DB = 8.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AutoConfig:
-    """What is asked for: a floor or a speed, not both.
+    """What is asked for: a floor or a speed, not both; neither is the speed that `fitted` has by itself.
 
     Args:
         psnr: dB that a clip keeps against the uncached one, with a confidence of 95 %; written `psnr>=30`.
@@ -39,13 +39,13 @@ class AutoConfig:
     def plan(self, name: str, model: ModelFacts) -> CachePlan:
         """
         Raises:
-            ValueError: not one of the two is given, no profile fits, or the floor cannot be kept.
+            ValueError: both are given, no profile fits, or the floor cannot be kept.
         """
-        if (self.psnr is None) == (self.speedup is None):
+        if self.psnr is not None and self.speedup is not None:
             raise ValueError(f"cache: {name} takes a floor or a speed: {name}(psnr>=30) or {name}(speedup=2.5)")
-        if self.speedup is not None:
-            return FittedConfig(speedup=self.speedup).plan("fitted", model)
-        assert self.psnr is not None  # one of the two is there
+        if self.psnr is None:
+            config = FittedConfig() if self.speedup is None else FittedConfig(speedup=self.speedup)
+            return config.plan("fitted", model)
         profile = self._find(model.family, model.transformer)
         speedup = fastest(profile.points, self.psnr)
         if speedup is None:

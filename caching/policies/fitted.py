@@ -24,6 +24,10 @@ from cineray.caching.profile import FittedProfile, find_profile, generic_profile
 MAX_SPEEDUP = 8.0
 MAX_SKIPS = 8  # in a row; the longest that any schedule of the tiny models takes at 4x
 MIN_STEPS = 16  # of clips that are cached at all: below, fewer steps are as good (docs/caching.md)
+# How much more an error costs at both ends, see `step_weights`: of 1 + 3, 10 or 30 exp(-10 t / T), with and without a
+# late one, the best on three clips of tiny-wan at 17 and 20 of 50 steps (51.9 dB, worst 51.0; 59.9, 58.5)
+EARLY_WEIGHT, EARLY_SHARE = 30.0, 0.1
+LATE_WEIGHT, LATE_STEPS = 3.0, 1.0
 NUGGET = 0.003  # of a residual's norm: what differs between a clip and those of the profile, at every step for itself
 _GAMMA = (0.0, MAX_SKIPS + 2.0)  # two neighbours computed, then the longest run of skips: 1 + 8 steps along the line
 
@@ -159,3 +163,21 @@ def forecasts(products: Numbers) -> tuple[Numbers, Numbers]:
             along = gamma - 1
             errors[a, g, n] = np.maximum(square(now, a) - 2 * along * moved + along**2 * span, 0)
     return gammas, errors
+
+
+def step_weights(sizes: Numbers, steps: Numbers) -> Numbers:
+    """What an error of the residual costs at each step [T]: what the output's norm makes of it, times the step, more
+    at both ends.
+
+    An error of an early step moves the layout, which later steps follow instead of correcting it; those of the last
+    steps are not corrected by any. On tiny-wan the final latents of clips in which one step alone was skipped were off
+    by 9 to 40 times (steps 2 to 9 of 50), 5 (13), 0.5 to 0.8 (26 to 46) and 3.3 times (48) what its own error says.
+
+    Args:
+        sizes: norm of the hidden states after the last block.
+        steps: what the scheduler's sigma falls by.
+    """
+    place = np.arange(len(sizes)) / len(sizes)
+    before_last = np.arange(len(sizes))[::-1] - 1.0  # the last step itself is always computed
+    early = 1 + EARLY_WEIGHT * np.exp(-place / EARLY_SHARE)
+    return steps / sizes * early * (1 + LATE_WEIGHT * np.exp(-before_last / LATE_STEPS))

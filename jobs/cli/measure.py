@@ -194,8 +194,7 @@ def dicache_skip_costs(asked: ClipArguments, trials: int, floor: float | None, o
 def fitted(asked: ClipArguments, out: Path, as_json: bool) -> int:
     """Measures how a model's residuals move over the steps, and writes a profile.
 
-    Each clip is denoised once, uncached, and the first two a dozen times with one step skipped; two to six clips are
-    enough. Use the profile with
+    Each clip is denoised once, uncached; two to six are enough. Use the profile with
     --cache "fitted(profile=FILE.json,speedup=2.5)"; it serves every speed-up and other numbers of steps.
 
     \b

@@ -20,7 +20,7 @@ from cineray.jobs.measure.trial_log import TrialLog
 from cineray.jobs.out_file import check_out, ended_by_sigterm, replace_text
 from cineray.pipeline.adapters import MODELS, by_transformer, transformers_in
 from cineray.pipeline.calibrate.dicache import CURVE, MIN_STEPS, SPEEDUPS, CurvePoint, StepCostSearch
-from cineray.pipeline.calibrate.fitted import fit_residuals, num_renders
+from cineray.pipeline.calibrate.fitted import fit_residuals
 from cineray.pipeline.calibrate.smoothcache import measure_layer_errors, smooth_schedule
 from cineray.pipeline.calibrate.teacache_magcache import StepChanges, fit_polynomial, magnitude_ratios, measure_steps
 from cineray.pipeline.loading.checkpoint import Checkpoint
@@ -130,10 +130,9 @@ def calibrate_fitted(
     Raises:
         InputError: clips of different lengths, too few steps, an unsupported model, or `out` not writable.
     """
-    num_steps = _number_of_steps(requests)
-    if num_steps < MIN_STEPS:
+    if _number_of_steps(requests) < MIN_STEPS:
         raise InputError(f"calibrate: fitted needs clips of {MIN_STEPS} or more steps")
-    with _measuring(out), progress_bar("clips", num_renders(len(requests), num_steps)) as on_done:
+    with _measuring(out), progress_bar("clips", len(requests)) as on_done:
         model = load_model(checkpoint, options)
         names = family_of(checkpoint), identity_of(checkpoint), source_of(model, requests, "fitted")
         profile = fit_residuals(model, requests, *names, on_done)

@@ -7,7 +7,7 @@ MagCache takes its ratios from the profile that cineray's own `magcache` would t
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,8 @@ from cineray.pipeline.request import ClipRequest, InputError
 from cineray.text import shorten
 
 PREFIX = "diffusers:"
+NUM_TRAIN_TIMESTEPS = 1000  # of flow matching, whose timestep is 1000 sigma
+_SEA_HOOK = "sea_cache_root"
 _PEER = re.compile(r"diffusers:(?P<name>[a-z-]+)(?:\((?P<options>[^()]*)\))?")
 
 
@@ -36,6 +38,8 @@ class TaylorSeer:
         import torch
         from diffusers.hooks import TaylorSeerCacheConfig
 
+        # its own patterns must match a name to the end, and Wan's attn1, attn2 and ffn do not
+        more = more or {"cache_identifiers": [r".*blocks\.\d+\.(attn\d?|ffn?|ff_context|proj_out)"]}
         return TaylorSeerCacheConfig(
             cache_interval=self.interval,
             max_order=self.order,
@@ -182,8 +186,13 @@ class Here:
     def timestep(self) -> int:
         return int(self.now.flatten()[0]) if self.now is not None else 1000
 
-    def see(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+    def see(self, module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        """Notes the timestep, and tells SeaCache's hook the sigma, which a pipeline says in its cache context."""
         self.now = kwargs.get("timestep")
+        hook = getattr(module, "_diffusers_hook").hooks.get(_SEA_HOOK)  # noqa: B009  # no attribute of a module's type
+        context = hook.state_manager._context if hook is not None else None
+        if context is not None:
+            hook.state_manager.set_context(replace(context, sigma=self.timestep() / NUM_TRAIN_TIMESTEPS))
 
 
 def is_peer(text: str) -> bool:

@@ -58,12 +58,12 @@ def test_a_floor_and_a_speed_become_a_setting_with_a_text_of_its_own(tmp_path):
     assert speedup == 2.5
     assert text.startswith("fitted(speedup=2.5,profile=sha256=")
     assert speedup_of("auto(speedup=3)")[0] == 3
+    assert speedup_of("auto") == speedup_of("fitted")
 
 
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        ("auto", "takes a floor or a speed"),
         ("auto(psnr>=30,speedup=2)", "takes a floor or a speed"),
         ("auto(vmaf>=95)", "unknown option 'vmaf>=95' of auto; valid: psnr, speedup"),
         ("auto(psnr>=high)", "option psnr of auto"),

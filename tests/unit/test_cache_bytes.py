@@ -18,6 +18,7 @@ pytestmark = pytest.mark.slow
         "dicache-paper(threshold=0.05)",
         "dicache(threshold=0.5,alignment=none)",
         "fbcache",
+        "fitted",
         "interval(interval=2)",
         "interval(interval=2,alignment=l1,probe_depth=1)",
         "none",

@@ -8,7 +8,7 @@ from measure_runs import MeasureRuns
 
 from cineray.caching.call import CallPlan, StepContext
 from cineray.caching.profile import FittedProfile, QualityProfile
-from cineray.pipeline.calibrate.fitted import MAX_TOKENS, ResidualRecorder, _places, num_renders
+from cineray.pipeline.calibrate.fitted import MAX_TOKENS, ResidualRecorder
 
 pytestmark = pytest.mark.slow
 
@@ -61,14 +61,15 @@ def test_too_few_clips_or_steps(run, tmp_path):
     assert "needs clips of 10 or more steps" in said
 
 
-def test_few_tokens_of_a_long_clip_are_kept_and_single_skips_have_two_steps_before():
+def test_few_tokens_of_a_long_clip_are_kept_and_branches_are_combined_as_guidance_does():
     import torch
 
     recorder = ResidualRecorder()
-    context = StepContext(branch="cond", step_index=0, num_steps=2, num_branches=1)
     values = torch.zeros(1, 3 * MAX_TOKENS, 2)
-    recorder.remember(CallPlan(context=context, compute_rows=[0], skip_rows=[], gammas=[]), values, values + 1)
-    assert recorder.products(1.0).tolist() == [[2 * MAX_TOKENS]]
-    for num_steps in (10, 16, 50):
-        assert all(2 <= step < num_steps - 1 for step in _places(num_steps))
-    assert num_renders(6, 50) == 6 + 2 * 12
+    for branch, added in (("cond", 3.0), ("uncond", 1.0)):
+        context = StepContext(branch=branch, step_index=0, num_steps=2, num_branches=2)
+        plan = CallPlan(context=context, compute_rows=[0], skip_rows=[], gammas=[])
+        recorder.remember(plan, values, values + added)
+    products, sizes = recorder.clip(4.0)
+    assert products.tolist() == [[2 * MAX_TOKENS * 9.0**2]]  # 1 + 4 (3 - 1)
+    assert sizes[0] == pytest.approx((2 * MAX_TOKENS) ** 0.5 * 9)
