@@ -29,6 +29,12 @@ GROUP_FRAMES, GROUP_LATENTS, FRAMES_PER_LATENT = 17, 5, 4
 CHANNELS = 4  # of the latents
 
 
+def published_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A published configuration by the names that are used here, less what it leaves open."""
+    names = {"shift": "latents_shift", "scale": "latents_scale"}  # of the VAE; diffusers' models have no other `scale`
+    return {names.get(name, name): value for name, value in config.items() if value is not None}
+
+
 def num_latent_frames(num_frames: int) -> int:
     """Latent frames of a clip."""
     rest = num_frames % GROUP_FRAMES

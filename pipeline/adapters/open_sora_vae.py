@@ -10,7 +10,7 @@ Letters: B batch, C channels, F frames, T latent frames, H W height and width.
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from safetensors.torch import load_file
 from torch import nn
+
+from cineray.pipeline.adapters.open_sora_configs import published_settings
 
 PICTURE_SCALE = 0.18215  # between the two VAEs; upstream writes it out, whatever the picture VAE's configuration says
 KERNEL = 3  # frames, rows and columns of the temporal VAE's convolutions
@@ -90,19 +92,13 @@ class OpenSoraVAE(ModelMixin, ConfigMixin):
         weights = sorted(folder.glob("*.safetensors"))
         if not (folder / "config.json").is_file() or not weights:
             raise ValueError(f"OpenSoraVAE: {folder} must hold config.json and *.safetensors, as published")
-        model: Any = cls(**cls.settings_of(json.loads((folder / "config.json").read_text())))
+        config = published_settings(json.loads((folder / "config.json").read_text()))
+        model: Any = cls(**{name: value for name, value in config.items() if name in cls._get_init_keys(cls)})
         try:
             model.load_state_dict({name: tensor for file in weights for name, tensor in load_file(file).items()})
         except RuntimeError as error:
             raise ValueError(f"OpenSoraVAE: the weights in {folder} do not fit its config.json: {error}") from None
         return model.to(dtype).eval()
-
-    @classmethod
-    def settings_of(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """What a published configuration says of those that the constructor takes."""
-        names = {"shift": "latents_shift", "scale": "latents_scale"}
-        config = {names.get(name, name): value for name, value in config.items() if value is not None}
-        return {name: value for name, value in config.items() if name in cls._get_init_keys(cls)}
 
     def enable_tiling(self) -> None:
         """Large frames are coded in tiles, as AutoencoderKL does it."""

@@ -7,13 +7,22 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from cineray.files import read_json
-from cineray.pipeline.adapters.open_sora_configs import LIBRARY, PIPELINE
+from cineray.pipeline.adapters.open_sora_configs import (
+    LIBRARY,
+    PIPELINE,
+    OpenSoraVAEConfig,
+    STDiT3Config,
+    published_settings,
+)
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.parts import MAX_CONFIG_BYTES
 from cineray.pipeline.request import InputError
 from cineray.text import printable
 
+_CONFIGS = {"transformer": STDiT3Config, "vae": OpenSoraVAEConfig}
 _INDEX = {
     "_class_name": PIPELINE,
     "tokenizer": ["transformers", "T5Tokenizer"],
@@ -81,6 +90,15 @@ def _check_weights(name: str, folder: Path) -> None:
         config = None
     if not isinstance(config, dict):
         raise InputError(f"{said} must hold config.json, an object, as published")
+    kind = _CONFIGS.get(name)
+    if kind is None:
+        return  # copied, and judged with the rest
+    try:
+        kind.model_validate(published_settings(config))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, ("config.json", *first["loc"])))
+        raise InputError(f"{said}: {printable(where, 100)}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 def _write(part: Path, transformer: Path, vae: Path, text_encoder: Path, tokenizer: Path) -> None:

@@ -11,7 +11,7 @@ from cineray.pipeline.adapters.open_sora_transformer import STDiT3
 from cineray.pipeline.adapters.open_sora_vae import OpenSoraVAE
 from cineray.pipeline.denoise import denoise
 
-SIZES = {"hidden_size": 48, "depth": 2, "num_heads": 4, "caption_channels": 8, "model_max_length": 5}
+SIZES = {"hidden_size": 48, "depth": 2, "num_heads": 4, "caption_channels": 8, "model_max_length": 40}
 VAE = {
     "block_out_channels": (8, 8),
     "layers_per_block": 1,
@@ -64,7 +64,7 @@ def test_the_latents_are_upstreams(pipe, new_request, guidance, is_given):
     weights = pipe.transformer.state_dict()
     text = torch.cat([encoded["text"], weights["y_embedder.y_embedding"][None]])
     mask, fps = encoded["mask"].repeat(2, 1), torch.tensor([8.0, 8.0])
-    assert encoded["mask"].sum() > 0
+    assert 1 < encoded["mask"].sum() < 40  # some of the text is padding
 
     def velocity(z, t, noisy):
         made = stdit3(
@@ -85,5 +85,4 @@ def test_the_latents_are_upstreams(pipe, new_request, guidance, is_given):
     given = torch.arange(5) == 0 if is_given else None
     theirs = sample(velocity, clip.latents, timesteps(4, 12, 16, 17), guidance, given)
     assert (ours - clip.latents).abs().max() > 0.1  # a loop that did nothing would agree too
-    # float32; sums in another order, four steps
-    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)  # float32, sums in another order, guidance of 7
