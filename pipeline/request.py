@@ -103,6 +103,8 @@ class SizeRule:
     """What a model can render: frames are `frame_step` k + 1, sides are multiples of `side_step` pixels.
 
     Args:
+        frame_offset: of `frame_step` k + offset; with 0 a single frame can be had too.
+        needs_image: where `takes_image`: there is no clip without one.
         frame_step: None where nobody can choose the number of frames, nor their rate.
         frame_rate: in that case, the value of `fps`: samples a second of a sound, else 1.
         side_step: None where there are no pixels.
@@ -115,6 +117,8 @@ class SizeRule:
     side_step: int | None
     takes_image: bool
     takes_negative_prompt: bool
+    frame_offset: int = 1
+    needs_image: bool = True
     takes_flow_shift: bool = False
     takes_second_guidance: bool = False
     fixed_side: int | None = None
@@ -161,12 +165,8 @@ def problems(request: ClipRequest, rule: SizeRule) -> list[str]:
             for name, value, fixed in (("frames", request.num_frames, 1), ("fps", request.fps, rule.frame_rate))
             if value != fixed
         ]
-    elif (
-        within("frames", request.num_frames, 1, MAX_FRAMES)
-        and request.num_frames % rule.frame_step != 1 % rule.frame_step
-    ):
-        near = _nearest(request.num_frames, rule.frame_step, 1)
-        found.append(f"frames must be {rule.frame_step}k+1, got {request.num_frames}; nearest: {near}")
+    elif within("frames", request.num_frames, 1, MAX_FRAMES):
+        found += _frames_problems(request.num_frames, rule.frame_step, rule.frame_offset)
     for name, side in (("width", request.width), ("height", request.height)):
         if rule.side_step is None:
             if side != 1:
@@ -187,7 +187,7 @@ def problems(request: ClipRequest, rule: SizeRule) -> list[str]:
             found.append("guidance_2 cannot be used: this model has one expert")
     if rule.frame_step is not None:
         within("fps", request.fps, 1, 240)
-    if rule.takes_image and request.image is None:
+    if rule.takes_image and rule.needs_image and request.image is None:
         found.append("image is required: this model animates a first frame")
     if not rule.takes_image and request.image is not None:
         found.append("image cannot be used: this model renders from text alone")
@@ -202,6 +202,13 @@ def problems(request: ClipRequest, rule: SizeRule) -> list[str]:
     if not rule.takes_negative_prompt and request.negative_prompt is not None:
         found.append(f"negative_prompt cannot be used: {rule.no_negative}")
     return found
+
+
+def _frames_problems(num_frames: int, step: int, offset: int) -> list[str]:
+    if num_frames == 1 or num_frames % step == offset % step:
+        return []
+    allowed = f"{step}k+{offset}" if offset else f"1 or {step}k"
+    return [f"frames must be {allowed}, got {num_frames}; nearest: {_nearest(num_frames, step, offset)}"]
 
 
 def _seconds_problems(request: ClipRequest, rule: SizeRule) -> list[str]:

@@ -15,6 +15,7 @@ from cineray import __version__
 from cineray.jobs.cli.batch import status, submit
 from cineray.jobs.cli.clips import load_options, read_requests, run_defaults, takes_long_to_check
 from cineray.jobs.cli.compare import compare
+from cineray.jobs.cli.convert import convert
 from cineray.jobs.cli.dry_run import print_survey
 from cineray.jobs.cli.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED_CLIPS, EXIT_INTERRUPTED, EXIT_LEASED
 from cineray.jobs.cli.measure import bench, calibrate, verify
@@ -159,9 +160,10 @@ def render(
     return EXIT_FAILED_CLIPS if counts["failed"] or counts["quarantined"] else EXIT_DONE
 
 
-@cineray.command()
+@cineray.group(invoke_without_command=True)
 @json_option
-def models(as_json: bool) -> int:
+@click.pass_context
+def models(context: click.Context, as_json: bool) -> int:
     """Lists what can be rendered by name, and what can be cached.
 
     \b
@@ -169,6 +171,8 @@ def models(as_json: bool) -> int:
       cineray models
       cineray models --json
     """
+    if context.invoked_subcommand is not None:
+        return EXIT_DONE
     from rich.table import Table
 
     from cineray.pipeline.adapters import KNOWN_MODELS, MODELS, PIPELINES
@@ -209,6 +213,7 @@ def models(as_json: bool) -> int:
     return EXIT_DONE
 
 
+models.add_command(convert)
 for command in (status, report, compare, submit, calibrate, bench, verify, study, plan, simulate):
     cineray.add_command(command)
 

@@ -6,6 +6,7 @@ defaults; keys that are not named here do not change what is rendered, or are ch
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -40,7 +41,8 @@ class Component:
 
     Args:
         name: in model_index.json, and of its folder.
-        library: that its class is taken from; nothing else is imported for a checkpoint.
+        library: that its class is taken from, or whose kind its class is; nothing else is imported for a checkpoint.
+        module: of cineray, that has the class where the library has not.
         index_library: what model_index.json calls the library, where that is another name.
         classes: class name -> what its configuration must be like; None where no file is looked at.
         is_optional: it may be null.
@@ -54,6 +56,7 @@ class Component:
     library: Literal["diffusers", "transformers"]
     classes: dict[str, type[ComponentConfig] | None]
     index_library: str | None = None
+    module: str | None = None
     is_optional: bool = False
     file: str = "config.json"
     weights: str | None = None
@@ -64,6 +67,10 @@ class Component:
     def named_library(self) -> str:
         """The library by its name in model_index.json."""
         return self.index_library or self.library
+
+    def class_named(self, kind: str) -> Any:
+        """One of `classes`; imports what has it."""
+        return getattr(importlib.import_module(self.module or self.library), kind)
 
 
 def diffusers_model(

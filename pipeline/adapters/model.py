@@ -106,6 +106,7 @@ class Model:
         sharded: how its tokens are sharded over a gang's ranks; None where they cannot be.
         output: what its clips are.
         pipelines: diffusers pipeline class -> rendering adapter, or None where cineray caches but does not render.
+        pipelines_from: module that has the pipeline classes.
         presets: by the name of a cache policy, the options that its authors give it for this model.
         signals: what TeaCache may judge by, and where it is read; the second one comes with its `ret_steps`.
         row_convolutions: classes of the decoder's convolutions that pad by themselves, so that ranks can decode a band
@@ -128,6 +129,7 @@ class Model:
     sharded: ShardedArguments | None = None
     output: Output = VIDEO
     pipelines: Mapping[str, Adapter | None]
+    pipelines_from: str = "diffusers"
     presets: Mapping[str, PolicyConfig] = field(default_factory=dict)
     signals: Mapping[Signal, SignalSource] = field(default_factory=dict)
     row_convolutions: tuple[str, ...] = ()

@@ -2,10 +2,10 @@
 
 diffusers has no class for it. The state dict has the keys and shapes of the published checkpoint
 (hpcai-tech/OpenSora-STDiT-v3); the mathematics is that of github.com/hpcaitech/Open-Sora at v1.2.0,
-opensora/models/stdit/stdit3.py and opensora/models/layers/blocks.py, without its masks for frames that are given
-(`x_mask`) and its training. The VAE and the text encoder of Open-Sora are not here.
+opensora/models/stdit/stdit3.py and opensora/models/layers/blocks.py, without its training.
 
-Letters: B batch, T latent frames, S patches of a frame, C hidden size, H heads, D channels of a head, L text tokens.
+Letters: B batch, T latent frames, S patches of a frame, C hidden size, H heads, D channels of a head, L text tokens,
+M times of the frames: 1 where all have the same, else T.
 """
 
 import json
@@ -113,6 +113,7 @@ class STDiT3(ModelMixin, ConfigMixin, CacheMixin):
         fps: torch.Tensor,
         height: int,
         width: int,
+        noisy_frames: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predicts one velocity.
@@ -124,6 +125,8 @@ class STDiT3(ModelMixin, ConfigMixin, CacheMixin):
             encoder_attention_mask: [B, L], nonzero where there is text, at least once in each row.
             fps: frames per second [B] or [1].
             height, width: of the clip, in pixels.
+            noisy_frames: bool [B, frames] or [1, frames], upstream's `x_mask`: the others are given, and have timestep
+                0. None where all are noisy. Needs a patch of one frame.
 
         Returns:
             [B, out_channels, frames, rows, columns] float32.
@@ -133,23 +136,27 @@ class STDiT3(ModelMixin, ConfigMixin, CacheMixin):
         places = _places(grid[1:], (height * width) ** 0.5 / self.config["input_sq_size"], tokens)  # [S, C]
         tokens = (tokens.unflatten(1, (grid[0], -1)) + places).flatten(1, 2)
         # upstream rounds the timestep to the weights' type first, and was trained so
-        temb = self.t_embedder(timestep.to(dtype)) + self.fps_embedder(fps)  # [B, C]
-        modulation = self.t_block(temb).unflatten(1, (6, -1))  # [B, 6, C]
+        speed = self.fps_embedder(fps)
+        temb = (self.t_embedder(timestep.to(dtype)) + speed)[:, None]  # [B, M, C]
+        if noisy_frames is not None:
+            clean = (self.t_embedder(torch.zeros_like(timestep, dtype=dtype)) + speed)[:, None]
+            temb = torch.where(noisy_frames[..., None], temb, clean)
+        modulation = self.t_block(temb).unflatten(2, (6, -1))  # [B, M, 6, C]
         text = self.y_embedder.y_proj(encoder_hidden_states.to(dtype))  # [B, L, C]
         mask = None if encoder_attention_mask is None else encoder_attention_mask[:, None, None] != 0  # [B, 1, 1, L]
         rotary = self.rope(grid[0])
         for spatial_block, temporal_block in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
             tokens = spatial_block(tokens, text, modulation, mask, rotary)
             tokens = temporal_block(tokens, text, modulation, mask, rotary)
-        sample = self._unpatched(self.final_layer(tokens, temb), grid)
+        sample = self._unpatched(self.final_layer(tokens.unflatten(1, (grid[0], -1)), temb), grid)
         frames, rows, columns = hidden_states.shape[2:]
         sample = sample[:, :, :frames, :rows, :columns].float()
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _unpatched(self, tokens: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
-        """[B, T * S, patch volume * C'] -> [B, C', frames, rows, columns]."""
+        """[B, T, S, patch volume * C'] -> [B, C', frames, rows, columns]."""
         patch = self.config["patch_size"]
-        x = tokens.unflatten(2, (*patch, self.out_channels)).unflatten(1, grid)  # [B, T, h, w, pt, ph, pw, C']
+        x = tokens.unflatten(3, (*patch, self.out_channels)).unflatten(2, grid[1:])  # [B, T, h, w, pt, ph, pw, C']
         x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [B, C', T, pt, h, ph, w, pw]
         return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
@@ -179,22 +186,23 @@ class STDiT3Block(nn.Module):
         Args:
             hidden_states: [B, T * S, C].
             encoder_hidden_states: [B, L, C].
-            modulation: [B, 6, C].
+            modulation: [B, M, 6, C].
             encoder_attention_mask: bool [B, 1, 1, L].
             rotary: says how many frames there are; turns the temporal blocks' queries and keys.
         """
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (self.scale_shift_table + modulation).chunk(6, dim=1)
-        num_frames = len(rotary[0])
-        x = (self.norm1(hidden_states) * (1 + scale) + shift).unflatten(1, (num_frames, -1))  # [B, T, S, C]
+        # each [B, M, 1, C]
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (self.scale_shift_table + modulation).split(1, dim=2)
+        frames = (len(rotary[0]), -1)
+        x = self.norm1(hidden_states).unflatten(1, frames) * (1 + scale) + shift  # [B, T, S, C]
         if self.temporal:
             x = self.attn(x.transpose(1, 2).flatten(0, 1), rotary)  # [B * S, T, C]
             x = x.unflatten(0, (len(hidden_states), -1)).transpose(1, 2)
         else:
             x = self.attn(x.flatten(0, 1), None).unflatten(0, (len(hidden_states), -1))  # from [B * T, S, C]
-        hidden_states = hidden_states + gate * x.flatten(1, 2)
+        hidden_states = hidden_states + (gate * x).flatten(1, 2)
         hidden_states = hidden_states + self.cross_attn(hidden_states, encoder_hidden_states, encoder_attention_mask)
-        x = self.norm2(hidden_states) * (1 + mlp_scale) + mlp_shift
-        return hidden_states + mlp_gate * self.mlp(x)
+        x = self.norm2(hidden_states).unflatten(1, frames) * (1 + mlp_scale) + mlp_shift
+        return hidden_states + (mlp_gate * self.mlp(x)).flatten(1, 2)
 
 
 class _SelfAttention(nn.Module):
@@ -295,7 +303,8 @@ class _FinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(2, hidden_size) / hidden_size**0.5)
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        shift, scale = (self.scale_shift_table + temb[:, None]).chunk(2, dim=1)
+        """[B, T, S, C] and [B, M, C] -> [B, T, S, out_size]."""
+        shift, scale = (self.scale_shift_table + temb[:, :, None]).split(1, dim=2)  # [B, M, 1, C]
         return self.linear(self.norm_final(hidden_states) * (1 + scale) + shift)
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import importlib
 import os
 import stat
 from collections.abc import Mapping
@@ -51,6 +52,11 @@ class Checkpoint:
     configs: ModelConfigs
     parts: Mapping[str, Any] = field(repr=False)
     defaults: Defaults
+
+    @property
+    def pipeline_type(self) -> Any:
+        """The class of its pipeline; imports what has it."""
+        return getattr(importlib.import_module(self.model.pipelines_from), self.pipeline_class)
 
     @property
     def size_rule(self) -> SizeRule:

@@ -40,9 +40,7 @@ def check_names(component: Component, kind: str, folder: Path) -> None:
 
 
 def _check_diffusers(component: Component, kind: str, folder: Path) -> None:
-    import diffusers
-
-    model_class = getattr(diffusers, kind)
+    model_class = component.class_named(kind)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of sizes that the comparison is about to refuse
         model = model_class.from_config(model_class.load_config(folder, local_files_only=True))

@@ -103,13 +103,11 @@ def _check_names(checkpoint: Checkpoint, folder: Path, skip_components: Sequence
 def _load(
     checkpoint: Checkpoint, folder: Path, options: LoadOptions, skip_components: Sequence[str], stays_on_host: bool
 ) -> Any:
-    import diffusers
-
     dtype = DTYPES[options.dtype_name]
     skipped = [name for name in skip_components if name in checkpoint.parts]
     # tensor by tensor onto the GPU, else a copy of all weights stands in host memory first, for each rank
     is_straight = options.device == "cuda" and options.offload == "none" and not options.lora and not stays_on_host
-    pipe = getattr(diffusers, checkpoint.pipeline_class).from_pretrained(
+    pipe = checkpoint.pipeline_type.from_pretrained(
         folder,
         device_map=options.device if is_straight else None,
         dtype={"default": dtype, "vae": DTYPES[vae_dtype_name(checkpoint, options)]},
@@ -162,12 +160,10 @@ def _offload(pipe: Any, options: LoadOptions) -> None:
 
 def _without_weights(checkpoint: Checkpoint, folder: Path, name: str) -> Any:
     """What stands for a part while the pipeline is built: scale factors and the like come from its configuration."""
-    import diffusers
-
     component = next(c for c in checkpoint.adapter.components if c.name == name)
     if name not in checkpoint.model.read_parts or component.library != "diffusers":
         return None
-    kind = getattr(diffusers, checkpoint.configs.index[name][1])
+    kind = component.class_named(checkpoint.configs.index[name][1])
     with torch.device("meta"):
         return kind.from_config(kind.load_config(folder / name, local_files_only=True))
 

@@ -50,12 +50,14 @@ def local_folder(checkpoint: Checkpoint) -> Path:
         if not Path(checkpoint.source).is_dir():
             raise InputError(f"model {printable(checkpoint.name, 200)}: the folder has gone since it was looked at")
         return Path(checkpoint.source)
-    import diffusers
-
+    if checkpoint.model.pipelines_from != "diffusers":
+        raise InputError(
+            f"model {printable(checkpoint.name, 200)}: a {checkpoint.pipeline_class} is loaded from a folder on this "
+            "machine; download it with `hf download` and give its path"
+        )
     commit = hub_commit(checkpoint)  # of the files that were judged, though the repository may have moved on
     try:
-        pipeline_class = getattr(diffusers, checkpoint.pipeline_class)
-        folder = Path(pipeline_class.download(checkpoint.source, revision=commit, use_safetensors=True))
+        folder = Path(checkpoint.pipeline_type.download(checkpoint.source, revision=commit, use_safetensors=True))
     except Exception as error:  # network, disk, hub: all end here
         reason = printable(" ".join(str(error).split()), 400)
         kind = LoadingError if is_passing(error) else InputError

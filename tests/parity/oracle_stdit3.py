@@ -50,7 +50,7 @@ def published_shapes(
     return shapes
 
 
-def stdit3(w: State, x, timestep, y, mask, fps, height: int, width: int, heads: int, input_sq_size: int):
+def stdit3(w: State, x, timestep, y, mask, fps, height: int, width: int, heads: int, input_sq_size: int, x_mask=None):
     """[B, channels, T, H, W] -> [B, 2 * channels, T, H, W]; arguments as upstream's forward takes them."""
     hidden = w["t_block.1.weight"].shape[1]
     batch, _, frames, rows, columns = x.shape
@@ -67,8 +67,13 @@ def stdit3(w: State, x, timestep, y, mask, fps, height: int, width: int, heads: 
             place[i, j] = torch.cat(at)
     z = patches.permute(0, 2, 3, 4, 1) + place  # [B, T, h, w, C]
 
-    t = _mlp(w, "t_embedder", _cos_sin(timestep)) + _mlp(w, "fps_embedder", _cos_sin(fps))
-    t_mlp = _linear(w, "t_block.1", torch.nn.functional.silu(t)).view(batch, 6, hidden)
+    both = []  # the conditioning of the frames that are noisy, and of those that are given
+    for time in (timestep, torch.zeros_like(timestep)):
+        t = _mlp(w, "t_embedder", _cos_sin(time)) + _mlp(w, "fps_embedder", _cos_sin(fps))
+        both.append((t, _linear(w, "t_block.1", torch.nn.functional.silu(t)).view(batch, 6, hidden)))
+    if x_mask is None:
+        x_mask = torch.ones(batch, frames, dtype=torch.bool)
+    (t, t_mlp), (t0, t0_mlp) = both
     text = _linear(w, "y_embedder.y_proj.fc1", y)
     text = _linear(w, "y_embedder.y_proj.fc2", torch.nn.functional.gelu(text, approximate="tanh"))
     texts = [row[keep.bool()] for row, keep in zip(text, mask, strict=True)]  # each without its padding
@@ -76,10 +81,13 @@ def stdit3(w: State, x, timestep, y, mask, fps, height: int, width: int, heads: 
     depth = sum(name.startswith("spatial_blocks.") and name.endswith("scale_shift_table") for name in w)
     for n in range(depth):
         for name, temporal in ((f"spatial_blocks.{n}", False), (f"temporal_blocks.{n}", True)):
-            z = _block(w, name, z, texts, t_mlp, heads, temporal)
+            z = _block(w, name, z, texts, (t_mlp, t0_mlp), heads, temporal, x_mask)
 
-    shift, scale_by = (w["final_layer.scale_shift_table"][None] + t[:, None]).unbind(1)
-    z = _normed(z) * (1 + scale_by.view(batch, 1, 1, 1, -1)) + shift.view(batch, 1, 1, 1, -1)
+    made = []
+    for conditioning in (t, t0):
+        shift, scale_by = (w["final_layer.scale_shift_table"][None] + conditioning[:, None]).unbind(1)
+        made.append(_normed(z) * (1 + scale_by.view(batch, 1, 1, 1, -1)) + shift.view(batch, 1, 1, 1, -1))
+    z = _select(x_mask, *made)
     z = _linear(w, "final_layer.linear", z)
     out = torch.empty(batch, z.shape[-1] // 4, frames, 2 * h, 2 * wd)
     for corner, values in enumerate(z.unflatten(-1, (4, -1)).unbind(-2)):
@@ -87,11 +95,19 @@ def stdit3(w: State, x, timestep, y, mask, fps, height: int, width: int, heads: 
     return out[..., :rows, :columns]
 
 
-def _block(w: State, name: str, z, texts, t_mlp, heads: int, temporal: bool):
+def _select(x_mask, noisy, given):
+    """[B, T, h, w, C]: the first where the frame is noisy, the second where it is given."""
+    return torch.where(x_mask[:, :, None, None, None], noisy, given)
+
+
+def _block(w: State, name: str, z, texts, t_mlps, heads: int, temporal: bool, x_mask):
     batch = len(z)
-    mods = (w[f"{name}.scale_shift_table"][None] + t_mlp)[:, :, None, None, None].unbind(1)
-    shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = mods
-    m = _normed(z) * (1 + scale_msa) + shift_msa
+    mods, mods0 = ((w[f"{name}.scale_shift_table"][None] + m)[:, :, None, None, None].unbind(1) for m in t_mlps)
+
+    def modulated(x, shift: int):
+        return _select(x_mask, *(_normed(x) * (1 + at[shift + 1]) + at[shift] for at in (mods, mods0)))
+
+    m = modulated(z, 0)
     attended = torch.empty_like(m)
     for b in range(batch):
         if temporal:
@@ -102,11 +118,12 @@ def _block(w: State, name: str, z, texts, t_mlp, heads: int, temporal: bool):
             for f in range(m.shape[1]):
                 frame = m[b, f].flatten(0, 1)
                 attended[b, f] = _self_attention(w, f"{name}.attn", frame, heads, turned=False).view_as(m[b, f])
-    z = z + gate_msa * attended
+    z = z + _select(x_mask, mods[2] * attended, mods0[2] * attended)
     crossed = [_cross_attention(w, f"{name}.cross_attn", z[b].flatten(0, 2), texts[b], heads) for b in range(batch)]
     z = z + torch.stack(crossed).view_as(z)
-    m = _linear(w, f"{name}.mlp.fc1", _normed(z) * (1 + scale_mlp) + shift_mlp)
-    return z + gate_mlp * _linear(w, f"{name}.mlp.fc2", torch.nn.functional.gelu(m, approximate="tanh"))
+    m = _linear(w, f"{name}.mlp.fc1", modulated(z, 3))
+    m = _linear(w, f"{name}.mlp.fc2", torch.nn.functional.gelu(m, approximate="tanh"))
+    return z + _select(x_mask, mods[5] * m, mods0[5] * m)
 
 
 def _self_attention(w: State, name: str, x, heads: int, turned: bool):

@@ -45,6 +45,25 @@ def test_forward_is_upstreams(rows, columns):
 
 
 @torch.no_grad()
+def test_frames_that_are_given_have_timestep_zero():
+    model = tiny()
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, 4, 3, 4, 6, generator=generator)
+    text = torch.randn(2, 7, 32, generator=generator)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0]] * 2)
+    timestep, fps = torch.tensor([900.0, 31.25]), torch.tensor([24.0, 8.0])
+    noisy = torch.tensor([[False, True, True], [True, False, True]])
+    sizes = {"fps": fps, "height": 144, "width": 80}
+    ours = model(latents, timestep, text, mask, **sizes, noisy_frames=noisy).sample
+    theirs = stdit3(model.state_dict(), latents, timestep, text, mask, fps, 144, 80, 4, 64, x_mask=noisy)
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)  # float32, sums in another order
+    plain = model(latents, timestep, text, mask, **sizes).sample
+    assert (ours - plain).abs().amax((1, 3, 4)).min() > 1e-3  # attention carries it to every frame
+    every = model(latents, timestep, text, mask, **sizes, noisy_frames=torch.ones(2, 3, dtype=torch.bool)).sample
+    assert torch.equal(every, plain)
+
+
+@torch.no_grad()
 def test_masked_text_counts_for_nothing_and_no_mask_means_all_of_it():
     model = tiny()
     latents, text = torch.randn(1, 4, 2, 4, 4), torch.randn(1, 7, 32)

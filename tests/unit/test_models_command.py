@@ -25,14 +25,21 @@ def test_it_lists_every_model_with_the_policies_that_it_can_be_cached_with(capsy
     assert cached["DiTTransformer2DModel"]["pipelines"] == ["DiTPipeline"]
     for kind in ("DiTTransformer2DModel", "StableAudioDiTModel", "STDiT3"):
         assert set(names) - set(cached[kind]["policies"]) >= {"dicache-paper"}
-    assert cached["STDiT3"]["renders"] == []
+    assert cached["STDiT3"]["renders"] == ["OpenSoraPipeline"]
     assert [cached[kind]["output"] for kind in ("StableAudioDiTModel", "DiTTransformer2DModel")] == ["sound", "picture"]
 
 
 def test_the_table_names_them_too(capsys):
     assert main(["models"]) == 0
     out = capsys.readouterr().out
-    for name in ("tiny-wan", "HunyuanVideoPipeline", "FluxPipeline", "DiTPipeline", "StableAudioPipeline", "STDiT3"):
+    for name in (
+        "tiny-wan",
+        "HunyuanVideoPipeline",
+        "FluxPipeline",
+        "DiTPipeline",
+        "StableAudioPipeline",
+        "OpenSoraPipeline",
+    ):
         assert name in out
 
 

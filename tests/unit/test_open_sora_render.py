@@ -1,0 +1,196 @@
+"""Open-Sora 1.2 from its published files to a video: converted, judged, encoded, denoised, decoded."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from cineray.jobs.cli.main import main
+from cineray.jobs.output.record import fingerprint_of, render_options
+from cineray.pipeline.adapters.open_sora import prompt_text, time_shift
+from cineray.pipeline.adapters.open_sora_configs import num_latent_frames
+from cineray.pipeline.adapters.open_sora_pipeline import OpenSoraPipeline, clean_prompt
+from cineray.pipeline.adapters.open_sora_transformer import STDiT3
+from cineray.pipeline.adapters.open_sora_vae import OpenSoraVAE
+from cineray.pipeline.loading.checkpoint import open_checkpoint
+from cineray.pipeline.loading.model import LoadOptions, load_model
+from cineray.pipeline.media.picture import Pictures
+from cineray.pipeline.render import denoise_clip
+from cineray.pipeline.request import InputError, problems
+
+pytestmark = pytest.mark.slow
+
+CLIP = {"width": 16, "height": 16, "num_frames": 17, "num_inference_steps": 4, "guidance_scale": 7.0, "fps": 24}
+FLAGS = ["--width", "16", "--height", "16", "--frames", "17"]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Folders as they are published, at toy size with random weights."""
+    from tiny.text import TEXT_DIM, new_umt5
+    from transformers import T5Config, T5EncoderModel
+
+    folder = tmp_path_factory.mktemp("published")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "depth": 3, "num_heads": 4, "caption_channels": TEXT_DIM, "model_max_length": 12}
+    vae_sizes = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4, "filters": 8}
+    vae_sizes |= {"num_res_blocks": 1, "channel_multipliers": (1, 1, 1), "temporal_downsample": (True, True)}
+    vae_sizes |= {"temporal_norm_num_groups": 4}
+    for name, model, config in (
+        ("transformer", STDiT3(**sizes, input_sq_size=64), {**sizes, "input_sq_size": 64, "model_type": "STDiT3"}),
+        ("vae", OpenSoraVAE(**vae_sizes), {**vae_sizes, "model_type": "VideoAutoencoderPipeline"}),
+    ):
+        (folder / name).mkdir()
+        save_file(model.state_dict(), folder / name / "model.safetensors")
+        (folder / name / "config.json").write_text(json.dumps(config))
+    tokenizer, _ = new_umt5()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    t5 = T5Config(vocab_size=len(tokenizer), d_model=TEXT_DIM, d_kv=16, d_ff=64, num_layers=1, num_heads=4)
+    T5EncoderModel(t5).eval().save_pretrained(folder / "text_encoder")
+    return folder
+
+
+def convert(published, out, **changes):
+    folders = {name: published / name for name in ("transformer", "vae", "text_encoder", "tokenizer")} | changes
+    named = [word for name, at in folders.items() for word in (f"--{name.replace('_', '-')}", str(at))]
+    return main(["models", "convert", "open-sora", *named, "--out", str(out)])
+
+
+@pytest.fixture(scope="module")
+def folder(published, tmp_path_factory):
+    out = tmp_path_factory.mktemp("converted") / "open-sora"
+    assert convert(published, out) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load_model(open_checkpoint(str(folder)), LoadOptions())
+
+
+@pytest.fixture
+def clip(new_request):
+    return lambda **changes: new_request(**{**CLIP, **changes})
+
+
+def test_a_converted_folder_has_the_published_weights(published, model):
+    assert isinstance(model.pipe, OpenSoraPipeline)
+    for name, kind in (("transformer", STDiT3), ("vae", OpenSoraVAE)):
+        held = getattr(model.pipe, name).state_dict()
+        for key, tensor in kind.from_open_sora(published / name).state_dict().items():
+            assert torch.equal(held[key], tensor), key
+
+
+def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(published, folder, tmp_path, capsys):
+    pickled, other, odd = tmp_path / "pt", tmp_path / "other", tmp_path / "odd"
+    for place in (pickled, other, odd):
+        place.mkdir()
+        (place / "config.json").write_text((published / "vae" / "config.json").read_text())
+    (pickled / "pytorch_model.bin").write_bytes(b"")
+    for place in (other, odd):
+        save_file({"odd": torch.zeros(1)}, place / "model.safetensors")
+    (odd / "config.json").write_text('{"filters": "many"}')
+    capsys.readouterr()
+    for changes, line in (
+        ({"vae": pickled}, "must hold *.safetensors: weights are read from nothing else, got pytorch_model.bin"),
+        ({"vae": other}, "do not fit its config.json"),
+        ({"text_encoder": tmp_path / "none"}, "is not a folder"),
+        ({"tokenizer": pickled}, "must hold spiece.model or tokenizer.json"),
+        ({"text_encoder": other}, "text_encoder"),
+        ({"vae": odd}, "config.json.filters: "),
+    ):
+        assert convert(published, tmp_path / "out", **changes) == 2
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1
+        assert line in said
+    assert convert(published, folder) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["odd", "other", "pt"]
+
+
+def test_a_clip_renders_is_cached_and_is_known_again(folder, tmp_path, capsys):
+    arguments = ["render", "A red circle!", "--model", str(folder), *FLAGS, "--steps", "10", "--json"]
+    arguments += ["--cache", "interval(interval=2)", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    (made,) = json.loads(capsys.readouterr().out.splitlines()[-1])["clips"]
+    assert made["skipped_steps"] > 0
+    assert main(arguments) == 0
+    (again,) = json.loads(capsys.readouterr().out.splitlines()[-1])["clips"]
+    assert again["status"] == "existing"
+
+
+def test_its_tokens_are_not_shared_by_ranks(folder, tmp_path, capsys):
+    arguments = ["render", "a", "--model", str(folder), *FLAGS, "--sp", "2", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert "the tokens of a open-sora clip cannot be shared by ranks, got 2" in capsys.readouterr().err
+
+
+def test_frames_come_in_groups(model, clip):
+    rule = model.checkpoint.size_rule
+    for num_frames, num_latents in ((1, 1), (17, 5), (51, 15), (102, 30)):
+        assert problems(clip(num_frames=num_frames), rule) == []
+        assert num_latent_frames(num_frames) == num_latents
+    assert problems(clip(num_frames=18), rule) == ["frames must be 1 or 17k, got 18; nearest: 17 or 34"]
+    assert problems(clip(negative_prompt="x"), rule)[0].startswith("negative_prompt cannot be used")
+
+
+def test_what_changes_pixels_has_a_fingerprint_of_its_own(model, clip):
+    chosen = render_options(LoadOptions(), lossless=False)
+
+    def mark(**changes):
+        return fingerprint_of(clip(**changes), model.checkpoint, "0" * 16, chosen)
+
+    assert mark(fps=8) != mark(fps=24)
+    assert mark(fps=8, num_frames=1) == mark(fps=24, num_frames=1)  # pictures have a rate of their own
+    assert mark(guidance_scale=0.5) == mark(guidance_scale=1.0) != mark()
+
+
+def test_prompts_are_cleaned_as_upstream_does():
+    """What upstream's text_preprocessing at v1.2.0 made of these."""
+    for text, wanted in (
+        ("A Cat, walking.  aesthetic score: 6.5.", "a cat, walking. aesthetic score: 6.5."),
+        ("See http://example.com/a?b=1 &amp; <b>bold</b> text", "see ?b=1 bold text"),
+        ("“Wow”—it's  a 10x20 photo_of_a_big_dog.png", '"wow"-it\'s a'),
+        ("the café isn't (really) open… 'yes'", "the café isn't really open… 'yes'"),
+    ):
+        assert clean_prompt(text) == wanted
+    assert prompt_text("A cat.") == "a cat. aesthetic score: 6.5."
+    assert prompt_text("A cat. Aesthetic score: 5 aesthetic score: 4.0.").count("score") == 2
+
+
+def test_a_folder_that_does_not_fit_is_refused_before_it_loads(folder, tmp_path):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    path = broken / "transformer" / "config.json"
+    whole = json.loads(path.read_text())
+    for name, value, line in (
+        ("depth", 2, "depth"),
+        ("caption_channels", 999, "caption_channels must be"),
+        ("patch_size", [2, 2, 2], "patch_size must be of one frame"),
+    ):
+        path.write_text(json.dumps({**whole, name: value}))
+        with pytest.raises(InputError, match=line):
+            open_checkpoint(str(broken))
+
+
+def test_a_first_frame_stays_what_it_is_and_changes_the_rest(model, clip, tmp_path):
+    Image.new("RGB", (16, 16), "green").save(tmp_path / "a.png")
+    request = Pictures().pinned(clip(image=str(tmp_path / "a.png")))
+    pixels = model.pipe.video_processor.preprocess(Image.open(tmp_path / "a.png"), 16, 16)
+    with torch.no_grad():
+        given = model.pipe.vae.encode(pixels.unsqueeze(2))
+    made = denoise_clip(model, request, lambda done, total: None).latents
+    assert torch.equal(made[:, :, :1], given)
+    free = denoise_clip(model, replace(request, image=None, picture=None), lambda done, total: None).latents
+    assert not torch.allclose(made[:, :, 1:], free[:, :, 1:])
+
+
+def test_steps_are_moved_by_size_and_length(clip):
+    assert time_shift(clip(width=512, height=512, num_frames=1)) == 1.0
+    assert time_shift(clip(width=1024, height=1024, num_frames=1)) == 2.0
+    assert time_shift(clip(width=512, height=512, num_frames=51)) == pytest.approx(15**0.5)
