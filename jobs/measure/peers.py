@@ -190,8 +190,8 @@ class Here:
         """Notes the timestep, and tells SeaCache's hook the sigma, which a pipeline says in its cache context."""
         self.now = kwargs.get("timestep")
         hook = getattr(module, "_diffusers_hook").hooks.get(_SEA_HOOK)  # noqa: B009  # no attribute of a module's type
-        context = hook.state_manager._context if hook is not None else None
-        if context is not None:
+        context = None if hook is None else hook.state_manager._context
+        if hook is not None and context is not None:
             hook.state_manager.set_context(replace(context, sigma=self.timestep() / NUM_TRAIN_TIMESTEPS))
 
 

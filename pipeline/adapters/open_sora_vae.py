@@ -236,7 +236,7 @@ class _Encoder(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv_in(x)
         for blocks, shrink in itertools.zip_longest(self.block_res_blocks, self.conv_blocks):
-            for block in blocks:
+            for block in blocks.children():
                 x = block(x)
             x = x if shrink is None else shrink(x)  # there is none after the last level
         for block in self.res_blocks:
