@@ -19,6 +19,7 @@ import torch.nn.functional as F  # noqa: N812  # its usual name
 from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from diffusers.utils.torch_utils import randn_tensor
 from safetensors.torch import load_file
 from torch import nn
 
@@ -289,8 +290,6 @@ def _frame_by_frame(code: Any, x: torch.Tensor, micro_batch: int) -> torch.Tenso
 
 def _drawn(moments: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
     """A draw from a diagonal Gaussian [B, 2 C, ...] of means and log variances, or its mean."""
-    from diffusers.utils.torch_utils import randn_tensor
-
     mean, logvar = moments.chunk(2, dim=1)
     if generator is None:
         return mean
