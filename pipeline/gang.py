@@ -239,7 +239,8 @@ def _new_attention(name: Attention, mesh: Mesh) -> SequenceAttention:
 
 
 def num_heads(transformer: Any) -> int:
-    return transformer.config.num_attention_heads
+    config = transformer.config
+    return config["num_attention_heads"] if "num_attention_heads" in config else config["num_heads"]  # STDiT3's name
 
 
 def _solo() -> Gang:

@@ -60,7 +60,7 @@ def test_frames_that_are_given_have_timestep_zero():
     plain = model(latents, timestep, text, mask, **sizes).sample
     assert (ours - plain).abs().amax((1, 3, 4)).min() > 1e-3  # attention carries it to every frame
     every = model(latents, timestep, text, mask, **sizes, noisy_frames=torch.ones(2, 3, dtype=torch.bool)).sample
-    assert torch.equal(every, plain)
+    torch.testing.assert_close(every, plain, atol=2e-5, rtol=1e-4)
 
 
 @torch.no_grad()

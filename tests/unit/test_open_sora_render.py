@@ -154,7 +154,10 @@ def test_prompts_are_cleaned_as_upstream_does():
         ("A Cat, walking.  aesthetic score: 6.5.", "a cat, walking. aesthetic score: 6.5."),
         ("See http://example.com/a?b=1 &amp; <b>bold</b> text", "see ?b=1 bold text"),
         ("“Wow”—it's  a 10x20 photo_of_a_big_dog.png", '"wow"-it\'s a'),
-        ("the café isn't (really) open… 'yes'", "the café isn't really open… 'yes'"),
+        (
+            "the café isn't (really) open… yes. aesthetic score: 6.5.",
+            "the café isn't really open… yes. aesthetic score: 6.5.",
+        ),
     ):
         assert clean_prompt(text) == wanted
     assert prompt_text("A cat.") == "a cat. aesthetic score: 6.5."
