@@ -31,5 +31,6 @@ def forecast_cache_bytes(
     config = checkpoint.configs.transformer
     num_branches = len(checkpoint.model.branches) if request.guidance_scale > 1 else 1
     num_tokens = math.ceil(checkpoint.adapter.num_tokens(checkpoint.configs, request) / num_ranks)
-    num_channels = config["num_attention_heads"] * config["attention_head_dim"]
+    # STDiT3 says its channels; the others their heads
+    num_channels = config.get("hidden_size") or config["num_attention_heads"] * config["attention_head_dim"]
     return round(held_tensors(plan) * num_tokens * num_channels * element_bytes * num_branches)
