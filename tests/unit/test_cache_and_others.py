@@ -361,7 +361,7 @@ def test_training_with_checkpoints_is_refused_and_without_a_gradient_is_not():
 def test_a_transformer_or_prompt_that_changes_midway_computes(policy):
     """Type, text length and batch size; the next step finds nothing that fits."""
     pipe = build("flux")
-    pipe.scheduler.set_timesteps(8)
+    pipe.scheduler.set_timesteps(8, mu=1.0)
     places = {"img_ids": torch.zeros(4, 3), "guidance": torch.ones(1)}
     changes = {3: "text", 5: "batch", 7: "type"}
     length, rows, dtype = 8, 1, torch.float32

@@ -52,7 +52,7 @@ def test_the_dashboard_draws_every_metric_and_no_other():
     dashboard = json.loads((EXAMPLES / "grafana.json").read_text())
     drawn = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
     names = set(re.findall(r'"(cineray_\w+)"', Path(metrics.__file__).read_text()))
-    assert len(names) == 9
+    assert len(names) == 10
     found = {re.sub(r"_(total|bucket)$", "", name) for name in re.findall(r"ray_(cineray_\w+)", drawn)}
     assert found == names
 

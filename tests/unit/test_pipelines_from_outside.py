@@ -271,7 +271,7 @@ def test_experts_that_cannot_share_a_trace_or_have_a_cache_are_refused_and_left_
 def test_calls_that_cannot_be_told_apart_are_refused():
     """Parts of a batch, one after the other, and three calls of a step."""
     pipe = build("flux")
-    pipe.scheduler.set_timesteps(4)
+    pipe.scheduler.set_timesteps(4, mu=1.0)
     text = {"encoder_hidden_states": torch.randn(1, 8, 64), "pooled_projections": torch.randn(1, 64)}
     places = {"txt_ids": torch.zeros(8, 3), "img_ids": torch.zeros(4, 3), "guidance": torch.ones(1)}
 
