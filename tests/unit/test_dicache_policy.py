@@ -121,7 +121,7 @@ def test_a_policy_is_named_with_its_options():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("dicash", "unknown policy 'dicash'; valid: none, dicache, dicache-paper, fitted, auto, fbcache, interval, teacache,"),
+        ("dicash", "unknown policy 'dicash'; valid: none, dicache, dicache-paper, fitted, auto, fbcache, interval,"),
         ("dicache(treshold=1)", "unknown option 'treshold=1' of dicache; valid: threshold, probe_depth,"),
         ("dicache(threshold)", "unknown option 'threshold' of dicache"),
         ("dicache(threshold=x)", "option threshold of dicache: Input should be a valid number"),
