@@ -188,7 +188,7 @@ def _in_thread(call: Callable[[], T]) -> "Future[T]":
 
 
 def _check_fits(checkpoint: Checkpoint, layout: Layout) -> None:
-    heads = checkpoint.configs.transformer.get("num_attention_heads", 1)
+    heads = checkpoint.num_heads
     if checkpoint.model.sharded is None and layout.sequence_ranks > 1:
         raise InputError(
             f"model {checkpoint.name}: the tokens of a {checkpoint.model.family} clip cannot be shared by ranks, "

@@ -17,6 +17,7 @@ from cineray.distributed.exchange import gather_numbers, gather_tensors, gather_
 from cineray.distributed.layout import Layout, check_layout
 from cineray.distributed.mesh import Mesh, mesh_alone, new_mesh
 from cineray.pipeline.adapters import Branch, Denoising, by_transformer
+from cineray.pipeline.adapters.model import num_heads
 from cineray.pipeline.blocks import calling_without_mask
 from cineray.pipeline.caches.enable import attach_cache
 from cineray.pipeline.denoise import StepDone, denoise, run_here
@@ -149,7 +150,7 @@ class Gang:
         """
         num_branches, models = len(clip.branches), by_transformer(model.checkpoint.model)
         for transformer in clip.transformers:
-            check_layout(self.mesh.layout, num_heads(transformer), num_branches)
+            check_layout(self.mesh.layout, num_heads(transformer.config), num_branches)
         plan = model.checkpoint.plan_cache(request.cache)
         is_sharded = self.mesh.sequence.size > 1
         consensus = self.consensus
@@ -236,11 +237,6 @@ def _new_attention(name: Attention, mesh: Mesh) -> SequenceAttention:
     from cineray.distributed.xfuser_attention import new_xfuser_attention  # heavy, and refuses to load without a GPU
 
     return new_xfuser_attention(mesh)
-
-
-def num_heads(transformer: Any) -> int:
-    config = transformer.config
-    return config["num_attention_heads"] if "num_attention_heads" in config else config["num_heads"]  # STDiT3's name
 
 
 def _solo() -> Gang:

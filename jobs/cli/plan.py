@@ -281,7 +281,7 @@ def _layouts(asked: PlanArguments, fleet: Fleet, batch: Batch, checkpoint: Check
     from cineray.jobs.planning.layouts import layouts_of
     from cineray.pipeline.request import InputError
 
-    num_heads = checkpoint.configs.transformer["num_attention_heads"]
+    num_heads = checkpoint.num_heads
     num_branches = min(kind.num_branches for kind, _ in batch.kinds)
     if asked.layout is None:
         return list(layouts_of(fleet, num_heads, num_branches))

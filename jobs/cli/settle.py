@@ -197,7 +197,7 @@ def _layouts(
     from cineray.jobs.planning.choice import StudySeconds, all_layouts
     from cineray.jobs.planning.evidence import Evidence
 
-    num_heads = plan.checkpoint.configs.transformer.get("num_attention_heads", 1)
+    num_heads = plan.checkpoint.num_heads
     num_branches = min(kind.num_branches for kind in kinds)
     if isinstance(seconds, StudySeconds):
         try:

@@ -120,7 +120,7 @@ def check_plan(plan: StudyPlan) -> None:
         if twice := sorted({value for value in values if values.count(value) > 1}):
             raise InputError(f"{COMMAND}: {what} {twice[0]} is given twice; give it once")
     for sample in plan.samples:
-        heads = sample.checkpoint.configs.transformer["num_attention_heads"]
+        heads = sample.checkpoint.num_heads
         for layout in plan.layouts:
             try:
                 check_layout(replace(layout, gangs=1), heads, sample.num_branches)

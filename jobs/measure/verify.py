@@ -106,7 +106,7 @@ def choose_layouts(checkpoint: Checkpoint, requests: list[ClipRequest], texts: l
     Raises:
         InputError: a layout that does not fit the model or the clips.
     """
-    heads = checkpoint.configs.transformer["num_attention_heads"]
+    heads = checkpoint.num_heads
     branches = checkpoint.num_calls if all(r.guidance_scale > 1 for r in requests) else 1
     if checkpoint.model.sharded is None:
         raise InputError(

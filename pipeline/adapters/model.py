@@ -14,6 +14,11 @@ SHIPPED = Path(__file__).resolve().parents[1] / "checkpoints"
 TINY_CLIP = {"width": 64, "height": 64, "num_frames": 17, "fps": 8}  # what the tiny checkpoints were trained on
 
 
+def num_heads(config: Mapping[str, Any]) -> int:
+    """Attention heads of a transformer, by its configuration; 1 where it says none. STDiT3 has its own name for them."""
+    return config.get("num_attention_heads", config.get("num_heads", 1))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockLayout:
     """How a transformer class passes hidden states through its blocks.

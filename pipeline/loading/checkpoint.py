@@ -24,6 +24,7 @@ from cineray.pipeline.adapters import (
     renderer_of,
 )
 from cineray.pipeline.adapters.cache_plan import plan_cache
+from cineray.pipeline.adapters.model import num_heads
 from cineray.pipeline.adapters.protocol import Defaults, ModelConfigs
 from cineray.pipeline.loading.errors import LoadingError, is_passing
 from cineray.pipeline.loading.parts import MAX_CONFIG_BYTES, check_configs, check_folder
@@ -83,6 +84,11 @@ class Checkpoint:
     def num_calls(self) -> int:
         """The most calls of the transformer in a step: one for each branch, unless they stand in one call's batch."""
         return 1 if self.model.stacked else len(self.model.branches)
+
+    @property
+    def num_heads(self) -> int:
+        """Of the transformer's attention."""
+        return num_heads(self.configs.transformer)
 
     @property
     def num_experts(self) -> int:

@@ -126,6 +126,8 @@ def test_its_tokens_are_not_shared_by_ranks(folder, tmp_path, capsys):
     arguments = ["render", "a", "--model", str(folder), *FLAGS, "--sp", "2", "--out", str(tmp_path / "out")]
     assert main(arguments) == 2
     assert "the tokens of a open-sora clip cannot be shared by ranks, got 2" in capsys.readouterr().err
+    assert main(["verify", "a", "--model", str(folder), *FLAGS]) == 2
+    assert "so there is nothing to verify" in capsys.readouterr().err
 
 
 def test_frames_come_in_groups(model, clip):
