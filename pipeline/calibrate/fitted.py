@@ -14,6 +14,7 @@ from cineray.caching.token_sums import SignalValues
 from cineray.pipeline.adapters import Denoising
 from cineray.pipeline.caches.blocks import BlockRunner
 from cineray.pipeline.caches.enable import step_tracker_of
+from cineray.pipeline.calibrate.recorder import Recorder
 from cineray.pipeline.loading.model import LoadedModel
 from cineray.pipeline.render import denoise_prepared, prepare_clip
 from cineray.pipeline.request import ClipRequest
@@ -22,33 +23,14 @@ from cineray.pipeline.request import ClipRequest
 MAX_TOKENS = 512
 
 
-class ResidualRecorder:
-    """Stands in a controller's place: computes every step and keeps what the blocks added to some tokens."""
+class ResidualRecorder(Recorder):
+    """Keeps what the blocks added to some tokens."""
 
     def __init__(self) -> None:
         self._kept: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # branch -> (residual, output) by step
 
     def begin_clip(self) -> None:
         self._kept.clear()
-
-    def free(self) -> None:
-        """What is measured outlives the clip."""
-
-    def is_planned(self, _context: StepContext, /) -> bool:
-        return False
-
-    def begin_call(self, _context: StepContext, _blocks_input: torch.Tensor, /) -> list[int]:
-        return []
-
-    def decide(
-        self,
-        context: StepContext,
-        blocks_input: torch.Tensor,
-        _probe: torch.Tensor,
-        _signal_values: SignalValues | None = None,
-        /,
-    ) -> CallPlan:
-        return CallPlan(context=context, compute_rows=list(range(blocks_input.shape[0])), skip_rows=[], gammas=[])
 
     def remember(self, plan: CallPlan, blocks_input: torch.Tensor, blocks_output: torch.Tensor) -> None:
         every = math.ceil(blocks_input.shape[1] / MAX_TOKENS)
@@ -57,8 +39,6 @@ class ResidualRecorder:
             branch, _ = plan.context.origin(row)
             self._kept.setdefault(branch, []).append((after[row] - before[row], after[row].clone()))
 
-    def forecast(self, _plan: CallPlan, _blocks_input: torch.Tensor, /) -> torch.Tensor:
-        raise AssertionError("the recorder skips nothing")
 
     def clip(self, guidance_scale: float) -> tuple[Numbers, Numbers]:
         """(inner products of the last clip's residuals [T, T], norms of the blocks' output [T]), of the branches as

@@ -23,6 +23,7 @@ from cineray.pipeline.adapters import Model
 from cineray.pipeline.caches.blocks import BlockRunner
 from cineray.pipeline.caches.enable import step_tracker_of
 from cineray.pipeline.caches.signals import SignalReader, signal_reader
+from cineray.pipeline.calibrate.recorder import Recorder
 from cineray.pipeline.loading.model import LoadedModel
 from cineray.pipeline.render import render_clip
 from cineray.pipeline.request import ClipRequest
@@ -76,8 +77,8 @@ class AllSignals:
             reader.detach()
 
 
-class StepRecorder:
-    """Stands in a controller's place: computes every step and writes down how it differs from the one before."""
+class StepRecorder(Recorder):
+    """Writes down how it differs from the one before."""
 
     def __init__(self, changes: StepChanges, signals: AllSignals) -> None:
         self._changes = changes
@@ -86,25 +87,6 @@ class StepRecorder:
 
     def begin_clip(self) -> None:
         self._past.clear()
-
-    def free(self) -> None:
-        """What is measured outlives the clip."""
-
-    def is_planned(self, _context: StepContext, /) -> bool:
-        return False
-
-    def begin_call(self, _context: StepContext, _blocks_input: torch.Tensor, /) -> list[int]:
-        return []
-
-    def decide(
-        self,
-        context: StepContext,
-        blocks_input: torch.Tensor,
-        _probe: torch.Tensor,
-        _signal_values: SignalValues | None = None,
-        /,
-    ) -> CallPlan:
-        return CallPlan(context=context, compute_rows=list(range(blocks_input.shape[0])), skip_rows=[], gammas=[])
 
     def remember(self, plan: CallPlan, blocks_input: torch.Tensor, blocks_output: torch.Tensor) -> None:
         branch, residual, changes = plan.context.branch, (blocks_output - blocks_input).float(), self._changes
@@ -121,8 +103,6 @@ class StepRecorder:
                 changes.signals[signal][branch][-1].append(_relative(values, signals_before[signal]))
         self._past[branch] = (residual, signals)
 
-    def forecast(self, _plan: CallPlan, _blocks_input: torch.Tensor, /) -> torch.Tensor:
-        raise AssertionError("the recorder skips nothing")
 
 
 def _relative(now: torch.Tensor, before: torch.Tensor) -> float:
