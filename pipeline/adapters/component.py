@@ -139,6 +139,11 @@ def t5_encoder(name: str, kind: str = "T5EncoderModel", config: type[ComponentCo
     )
 
 
+def scheduler(**classes: type[ComponentConfig] | None) -> Component:
+    """The scheduler: class name -> what its configuration must be like."""
+    return Component(name="scheduler", library="diffusers", classes={**classes}, file="scheduler_config.json")
+
+
 class CLIPTextConfig(ComponentConfig):
     model_type: Literal["clip_text_model", "clip"] = "clip_text_model"
     hidden_size: Dim = 512
@@ -184,6 +189,12 @@ def divides(whole_name: str, whole: int, part_name: str, part: int) -> None:
     """Raises ValueError unless `part` divides `whole`."""
     if whole % part:
         raise ValueError(f"{whole_name} must be a multiple of {part_name} {part}, got {whole}")
+
+
+def sums_up(axes_name: str, axes: list[int], whole_name: str, whole: int) -> None:
+    """Raises ValueError unless the axes sum up to the whole."""
+    if sum(axes) != whole:
+        raise ValueError(f"{axes_name} must sum up to {whole_name} {whole}, got {axes}")
 
 
 class AutoencoderKLConfig(ComponentConfig):

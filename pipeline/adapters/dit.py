@@ -26,6 +26,7 @@ from cineray.pipeline.adapters.component import (
     Rate,
     Small,
     diffusers_model,
+    scheduler,
 )
 from cineray.pipeline.adapters.model import BlockLayout, Model
 from cineray.pipeline.adapters.protocol import (
@@ -91,12 +92,7 @@ COMPONENTS = (
         DiTTransformerConfig,
         (("num_layers", r"transformer_blocks\.(\d{1,9})\."),),
     ),
-    Component(
-        name="scheduler",
-        library="diffusers",
-        classes={"DDIMScheduler": DDIMConfig},
-        file="scheduler_config.json",
-    ),
+    scheduler(DDIMScheduler=DDIMConfig),
 )
 
 

@@ -20,6 +20,8 @@ from cineray.pipeline.adapters.component import (
     diffusers_model,
     t5_encoder,
     tokenizer,
+    scheduler,
+    sums_up,
 )
 
 Even = Annotated[int, Field(ge=2, le=4096, multiple_of=2)]
@@ -42,10 +44,7 @@ class FluxTransformerConfig(ComponentConfig):
 
     @model_validator(mode="after")
     def _rotary(self) -> FluxTransformerConfig:
-        if sum(self.axes_dims_rope) != self.attention_head_dim:
-            raise ValueError(
-                f"axes_dims_rope must sum up to attention_head_dim {self.attention_head_dim}, got {self.axes_dims_rope}"
-            )
+        sums_up("axes_dims_rope", self.axes_dims_rope, "attention_head_dim", self.attention_head_dim)
         return self
 
 
@@ -78,12 +77,7 @@ COMPONENTS = (
             ("num_single_layers", r"single_transformer_blocks\.(\d{1,9})\."),
         ),
     ),
-    Component(
-        name="scheduler",
-        library="diffusers",
-        classes={"FlowMatchEulerDiscreteScheduler": FluxSchedulerConfig},
-        file="scheduler_config.json",
-    ),
+    scheduler(FlowMatchEulerDiscreteScheduler=FluxSchedulerConfig),
 )
 
 

@@ -26,6 +26,8 @@ from cineray.pipeline.adapters.component import (
     diffusers_model,
     divides,
     tokenizer,
+    scheduler,
+    sums_up,
 )
 
 IMAGE_PATCHES = 24  # along a side; image_emb_len 576 in pipeline_hunyuan_video_image2video.py
@@ -54,10 +56,7 @@ class HunyuanTransformerFields(ComponentConfig):
 
     @model_validator(mode="after")
     def _rotary(self) -> HunyuanTransformerFields:
-        if sum(self.rope_axes_dim) != self.attention_head_dim:
-            raise ValueError(
-                f"rope_axes_dim must sum up to attention_head_dim {self.attention_head_dim}, got {self.rope_axes_dim}"
-            )
+        sums_up("rope_axes_dim", self.rope_axes_dim, "attention_head_dim", self.attention_head_dim)
         return self
 
 
@@ -186,12 +185,7 @@ def _components(text_encoder: Component, transformer: type[ComponentConfig], *mo
                 ("num_refiner_layers", r"context_embedder\.token_refiner\.refiner_blocks\.(\d{1,9})\."),
             ),
         ),
-        Component(
-            name="scheduler",
-            library="diffusers",
-            classes={"FlowMatchEulerDiscreteScheduler": FlowMatchEulerConfig},
-            file="scheduler_config.json",
-        ),
+        scheduler(FlowMatchEulerDiscreteScheduler=FlowMatchEulerConfig),
         *more,
     )
 

@@ -20,6 +20,7 @@ from cineray.pipeline.adapters.component import (
     divides,
     t5_encoder,
     tokenizer,
+    scheduler,
 )
 
 PIPELINE, LIBRARY = "OpenSoraPipeline", "cineray"  # of model_index.json; no class of them is in diffusers
@@ -112,12 +113,7 @@ COMPONENTS = (
         weights="diffusion_pytorch_model",
         layers=(("depth", r"spatial_blocks\.(\d{1,9})\."), ("depth", r"temporal_blocks\.(\d{1,9})\.")),
     ),
-    Component(
-        name="scheduler",
-        library="diffusers",
-        classes={"FlowMatchEulerDiscreteScheduler": FlowMatchEulerConfig},
-        file="scheduler_config.json",
-    ),
+    scheduler(FlowMatchEulerDiscreteScheduler=FlowMatchEulerConfig),
 )
 
 

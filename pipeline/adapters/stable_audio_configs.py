@@ -20,6 +20,7 @@ from cineray.pipeline.adapters.component import (
     divides,
     t5_encoder,
     tokenizer,
+    scheduler,
 )
 
 DOWNSAMPLING = (2, 4, 4, 8, 8)  # AutoencoderOobleck's default
@@ -78,54 +79,49 @@ class ProjectionConfig(ComponentConfig):
     max_value: Positive
 
 
-class EDMConfig(ComponentConfig):
+class EDMFields(ComponentConfig):
+    """What both of its schedulers have: sigmas between two bounds."""
+
+    sigma_min: Positive
+    sigma_max: Positive
+    num_train_timesteps: Annotated[int, Field(ge=1, le=100_000)] = 1000
+    rho: Positive = 7.0
+    solver_type: Literal["midpoint", "heun"] = "midpoint"
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
+
+    @model_validator(mode="after")
+    def _sigmas(self) -> EDMFields:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min must be below sigma_max {self.sigma_max:g}, got {self.sigma_min:g}")
+        return self
+
+
+class EDMConfig(EDMFields):
     """EDMDPMSolverMultistepScheduler."""
 
     sigma_min: Positive = 0.002
     sigma_max: Positive = 80.0
     sigma_data: Positive = 0.5
     sigma_schedule: Literal["karras", "exponential"] = "karras"
-    num_train_timesteps: Annotated[int, Field(ge=1, le=100_000)] = 1000
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
-    rho: Positive = 7.0
     solver_order: Annotated[int, Field(ge=1, le=3)] = 2
     thresholding: bool = False
     dynamic_thresholding_ratio: Annotated[float, Field(gt=0, le=1)] = 0.995
     sample_max_value: Positive = 1.0
     algorithm_type: Literal["dpmsolver++"] = "dpmsolver++"  # the other kind draws noise that no resumed clip could
-    solver_type: Literal["midpoint", "heun"] = "midpoint"
-    lower_order_final: bool = True
-    euler_at_final: bool = False
-    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
-
-    @model_validator(mode="after")
-    def _sigmas(self) -> EDMConfig:
-        if self.sigma_min >= self.sigma_max:
-            raise ValueError(f"sigma_min must be below sigma_max {self.sigma_max:g}, got {self.sigma_min:g}")
-        return self
 
 
-class CosineConfig(ComponentConfig):
+class CosineConfig(EDMFields):
     """CosineDPMSolverMultistepScheduler: its noise follows from the seed and two sigmas, whatever came before."""
 
     sigma_min: Positive = 0.3
     sigma_max: Positive = 500.0
     sigma_data: Positive = 1.0
     sigma_schedule: Literal["karras", "exponential"] = "exponential"
-    num_train_timesteps: Annotated[int, Field(ge=1, le=100_000)] = 1000
     prediction_type: Literal["epsilon", "v_prediction"] = "v_prediction"
-    rho: Positive = 7.0
     solver_order: Annotated[int, Field(ge=1, le=2)] = 2
-    solver_type: Literal["midpoint", "heun"] = "midpoint"
-    lower_order_final: bool = True
-    euler_at_final: bool = False
-    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
-
-    @model_validator(mode="after")
-    def _sigmas(self) -> CosineConfig:
-        if self.sigma_min >= self.sigma_max:
-            raise ValueError(f"sigma_min must be below sigma_max {self.sigma_max:g}, got {self.sigma_min:g}")
-        return self
 
 
 COMPONENTS = (
@@ -145,11 +141,9 @@ COMPONENTS = (
         StableAudioTransformerConfig,
         (("num_layers", r"transformer_blocks\.(\d{1,9})\."),),
     ),
-    Component(
-        name="scheduler",
-        library="diffusers",
-        classes={"EDMDPMSolverMultistepScheduler": EDMConfig, "CosineDPMSolverMultistepScheduler": CosineConfig},
-        file="scheduler_config.json",
+    scheduler(
+        EDMDPMSolverMultistepScheduler=EDMConfig,
+        CosineDPMSolverMultistepScheduler=CosineConfig,
     ),
 )
 

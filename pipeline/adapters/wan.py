@@ -237,8 +237,6 @@ class WanTextToVideo:
     effective = staticmethod(effective)
     unused = staticmethod(_unused)
     cut_prompts = staticmethod(_cut_prompts)
-    encode_inputs = staticmethod(_prompt_inputs)
-    encode = staticmethod(_encode_prompts)
     loaded = staticmethod(_loaded)
     schedule = staticmethod(_schedule)
     decode = staticmethod(_decode)
@@ -252,6 +250,12 @@ class WanTextToVideo:
     def size_rule(self, configs: ModelConfigs) -> SizeRule:
         return _size_rule(configs, takes_image=False)
 
+    def encode_inputs(self, request: ClipRequest) -> dict[str, Any]:
+        return _prompt_inputs(request)
+
+    def encode(self, pipe: Any, request: ClipRequest) -> dict[str, torch.Tensor]:
+        return _encode_prompts(pipe, request)
+
     @without_gradients
     def start(
         self, pipe: Any, request: ClipRequest, encoded: Mapping[str, torch.Tensor], generator: torch.Generator
@@ -260,29 +264,9 @@ class WanTextToVideo:
         return _denoising(pipe, request, encoded, latents, {})
 
 
-class WanImageToVideo:
-    defaults = Defaults(width=832, height=480, num_frames=81, fps=16, guidance_scale=5.0)
-    vae_dtype = "float32"  # diffusers 0.42, pipeline_wan.py, the example
-    tiles_on_gpus = False
+class WanImageToVideo(WanTextToVideo):
     components = wan_configs.IMAGE_TO_VIDEO
-    index_tables = ()
-
     misfit = staticmethod(partial(wan_configs.misfit, takes_image=True))
-    is_of_kind = staticmethod(_is_of_kind)
-    unsupported = staticmethod(_unsupported)
-    num_tokens = staticmethod(_num_tokens)
-    effective = staticmethod(effective)
-    unused = staticmethod(_unused)
-    cut_prompts = staticmethod(_cut_prompts)
-    loaded = staticmethod(_loaded)
-    schedule = staticmethod(_schedule)
-    decode = staticmethod(_decode)
-
-    def for_checkpoint(self, _configs: ModelConfigs, /) -> Adapter:
-        return self
-
-    def prompt_problem(self, _prompt: str, /) -> str | None:
-        return None
 
     def size_rule(self, configs: ModelConfigs) -> SizeRule:
         return _size_rule(configs, takes_image=True)

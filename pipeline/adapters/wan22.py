@@ -118,26 +118,14 @@ class TextToVideoExperts(wan.WanTextToVideo):
         return _with_experts(pipe, request, clip)
 
 
-class ImageToVideoExperts(wan.WanImageToVideo):
-    """WanImageToVideoPipeline with two experts."""
+class ImageToVideoExperts(TextToVideoExperts, wan.WanImageToVideo):
+    """WanImageToVideoPipeline with two experts: what they add comes first, the picture's part is Wan 2.1's."""
 
     defaults = _IMAGE_A14B
     components = (*wan_configs.IMAGE_TO_VIDEO, wan_configs.SECOND_EXPERT)
     misfit = staticmethod(partial(wan_configs.experts_misfit, takes_image=True))
-    is_of_kind = staticmethod(_has_experts)
-    unsupported = staticmethod(_experts_unsupported)
     effective = staticmethod(partial(_effective, _IMAGE_A14B))
     schedule = staticmethod(partial(_schedule, _IMAGE_A14B))
-
-    def size_rule(self, configs: ModelConfigs) -> SizeRule:
-        return replace(super().size_rule(configs), takes_second_guidance=True)
-
-    @without_gradients
-    def start(
-        self, pipe: Any, request: ClipRequest, encoded: Mapping[str, torch.Tensor], generator: torch.Generator
-    ) -> Denoising:
-        clip = super().start(pipe, _settled(self.defaults, request), encoded, generator)
-        return _with_experts(pipe, request, clip)
 
 
 class TextToVideoPerToken(wan.WanTextToVideo):

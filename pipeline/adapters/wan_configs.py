@@ -25,6 +25,7 @@ from cineray.pipeline.adapters.component import (
     diffusers_model,
     t5_encoder,
     tokenizer,
+    scheduler,
 )
 
 
@@ -114,15 +115,10 @@ def _components(*more: Component) -> tuple[Component, ...]:
         diffusers_model(
             "transformer", "WanTransformer3DModel", WanTransformerConfig, (("num_layers", r"blocks\.(\d{1,9})\."),)
         ),
-        Component(
-            name="scheduler",
-            library="diffusers",
-            classes={
-                "UniPCMultistepScheduler": MultistepFlowConfig,
-                "FlowMatchEulerDiscreteScheduler": FlowMatchEulerConfig,
-                "DPMSolverMultistepScheduler": MultistepFlowConfig,
-            },
-            file="scheduler_config.json",
+        scheduler(
+            UniPCMultistepScheduler=MultistepFlowConfig,
+            FlowMatchEulerDiscreteScheduler=FlowMatchEulerConfig,
+            DPMSolverMultistepScheduler=MultistepFlowConfig,
         ),
         *more,
     )
