@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cineray.jobs.output.folder import clip_of
-from cineray.pipeline.media.output import SOUND, Output
+from cineray.jobs.pixels import refuse_sounds
+from cineray.pipeline.media.output import Output
 from cineray.pipeline.request import ClipRequest, InputError
 
 if TYPE_CHECKING:
@@ -67,8 +68,7 @@ def check_share(share: float, checkpoint: Checkpoint) -> float:
     Raises:
         InputError: not a share; the model's clips have no pixels to be compared.
     """
-    if checkpoint.model.output == SOUND:
-        raise InputError(f"--audit: {checkpoint.name} makes sounds, and clips are compared by their pixels")
+    refuse_sounds(checkpoint, "--audit")
     if not 0 < share <= 1:
         raise InputError(f"--audit must be a share of the clips, above 0 and at most 1, as 0.02; got {share:g}")
     return share

@@ -1,8 +1,9 @@
 """Commands that measure: calibrations, quality against cost, the same clip on several ranks."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +19,13 @@ if TYPE_CHECKING:  # torch and diffusers take seconds to import; `--help` should
     from cineray.pipeline.request import ClipRequest
 
 
+def _out_option(what: str) -> Callable[..., Any]:
+    return click.option("--out", type=click.Path(path_type=Path), metavar="FILE.json", required=True, help=what)
+
+
+_profile_out = _out_option("Profile file to write (overwritten).")
+
+
 @click.group()
 def calibrate() -> None:
     """Fits a cache policy to a model, once, on a few clips."""
@@ -27,13 +35,7 @@ def calibrate() -> None:
 @clip_options
 @click.option("--alpha", type=float, required=True, metavar="A", help="Largest relative L1 error that is accepted.")
 @click.option("--max-lag", type=int, default=3, show_default=True, metavar="N", help="Longest run of skipped steps.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="FILE.json",
-    required=True,
-    help="Schedule file to write (overwritten).",
-)
+@_out_option("Schedule file to write (overwritten).")
 @json_option
 def smoothcache(asked: ClipArguments, alpha: float, max_lag: int, out: Path, as_json: bool) -> int:
     """Measures how far each layer type's output moves, and writes a schedule.
@@ -46,7 +48,7 @@ def smoothcache(asked: ClipArguments, alpha: float, max_lag: int, out: Path, as_
     """
     from cineray.jobs.measure.calibration import calibrate_smoothcache
 
-    checkpoint, requests = _clips_to_calibrate(asked)
+    checkpoint, requests = _uncached_clips(asked)
     schedule = calibrate_smoothcache(checkpoint, load_options(asked, checkpoint), requests, alpha, max_lag, out)
     computed = {layer: sum(row) for layer, row in schedule.rows.items()}
     said = ", ".join(f"{layer} {number} of {schedule.num_steps}" for layer, number in computed.items())
@@ -66,13 +68,7 @@ def smoothcache(asked: ClipArguments, alpha: float, max_lag: int, out: Path, as_
     metavar="T",
     help="Default threshold to store in the profile.",
 )
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="FILE.json",
-    required=True,
-    help="Profile file to write (overwritten).",
-)
+@_profile_out
 @json_option
 def teacache(asked: ClipArguments, threshold: float, out: Path, as_json: bool) -> int:
     """Fits TeaCache's polynomials to a model and writes a profile.
@@ -86,7 +82,7 @@ def teacache(asked: ClipArguments, threshold: float, out: Path, as_json: bool) -
     """
     from cineray.jobs.measure.calibration import calibrate_teacache
 
-    checkpoint, requests = _clips_to_calibrate(asked)
+    checkpoint, requests = _uncached_clips(asked)
     profile, explained = calibrate_teacache(checkpoint, load_options(asked, checkpoint), requests, threshold, out)
     said = ", ".join(f"{signal}: {share:.0%} of the variance explained" for signal, share in explained.items())
     tell(f"{out}: {said}")
@@ -114,13 +110,7 @@ def teacache(asked: ClipArguments, threshold: float, out: Path, as_json: bool) -
     metavar="N",
     help="Default limit of skips to store in the profile.",
 )
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="FILE.json",
-    required=True,
-    help="Profile file to write (overwritten).",
-)
+@_profile_out
 @json_option
 def magcache(asked: ClipArguments, threshold: float, max_skips: int, out: Path, as_json: bool) -> int:
     """Measures a model's ratios of residual magnitudes and writes a profile.
@@ -133,7 +123,7 @@ def magcache(asked: ClipArguments, threshold: float, max_skips: int, out: Path, 
     """
     from cineray.jobs.measure.calibration import calibrate_magcache
 
-    checkpoint, requests = _clips_to_calibrate(asked)
+    checkpoint, requests = _uncached_clips(asked)
     profile = calibrate_magcache(checkpoint, load_options(asked, checkpoint), requests, threshold, max_skips, out)
     low, high = (bound(r for ratios in profile.ratios.values() for r in ratios) for bound in (min, max))
     tell(f"{out}: ratios {low:.3f} to {high:.3f}")
@@ -146,13 +136,7 @@ def magcache(asked: ClipArguments, threshold: float, max_skips: int, out: Path, 
 @clip_options
 @click.option("--trials", type=int, default=60, show_default=True, metavar="N", help="Weights to try.")
 @click.option("--floor", type=float, metavar="DB", help="Propose the fastest threshold that keeps every clip above it.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="FILE.json",
-    required=True,
-    help="Profile file to write (overwritten).",
-)
+@_profile_out
 @json_option
 def dicache_skip_costs(asked: ClipArguments, trials: int, floor: float | None, out: Path, as_json: bool) -> int:
     """Searches where over the steps the computed ones do most for the frames, and writes a profile.
@@ -167,7 +151,7 @@ def dicache_skip_costs(asked: ClipArguments, trials: int, floor: float | None, o
     """
     from cineray.jobs.measure.calibration import calibrate_dicache
 
-    checkpoint, requests = _clips_to_calibrate(asked)
+    checkpoint, requests = _uncached_clips(asked)
     profile, points = calibrate_dicache(checkpoint, load_options(asked, checkpoint), requests, trials, floor, out)
     for point in points:
         tell(
@@ -183,13 +167,7 @@ def dicache_skip_costs(asked: ClipArguments, trials: int, floor: float | None, o
 
 @calibrate.command()
 @clip_options
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="FILE.json",
-    required=True,
-    help="Profile file to write (overwritten).",
-)
+@_profile_out
 @json_option
 def fitted(asked: ClipArguments, out: Path, as_json: bool) -> int:
     """Measures how a model's residuals move over the steps, and writes a profile.
@@ -203,7 +181,7 @@ def fitted(asked: ClipArguments, out: Path, as_json: bool) -> int:
     """
     from cineray.jobs.measure.calibration import calibrate_fitted
 
-    checkpoint, requests = _clips_to_calibrate(asked)
+    checkpoint, requests = _uncached_clips(asked)
     profile = calibrate_fitted(checkpoint, load_options(asked, checkpoint), requests, out)
     tell(f"{out}: {len(profile.weights)} steps, {len(requests)} clips")
     if as_json:
@@ -214,13 +192,7 @@ def fitted(asked: ClipArguments, out: Path, as_json: bool) -> int:
 @calibrate.command("quality")
 @clip_options
 @click.option("--profile", default="auto", show_default=True, metavar="NAME|FILE", help="Profile of `fitted`.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="FILE.json",
-    required=True,
-    help="Profile file to write (overwritten).",
-)
+@_profile_out
 @json_option
 def quality_floors(asked: ClipArguments, profile: str, out: Path, as_json: bool) -> int:
     """Measures what each speed-up of `fitted` keeps, for --cache "auto(psnr>=30,profile=FILE.json)".
@@ -235,7 +207,7 @@ def quality_floors(asked: ClipArguments, profile: str, out: Path, as_json: bool)
     from cineray.caching.policies.auto import lower_bound
     from cineray.jobs.measure.quality_profile import calibrate_quality
 
-    checkpoint, requests = _clips_to_calibrate(asked)
+    checkpoint, requests = _uncached_clips(asked)
     found = calibrate_quality(checkpoint, load_options(asked, checkpoint), requests, profile, out)
     bounds = {point.speedup: round(lower_bound(point.psnr_db), 1) for point in found.points}
     tell(*(f"speed-up {speedup:g}: a clip keeps {bound} dB (95 %)" for speedup, bound in bounds.items()))
@@ -296,8 +268,6 @@ def quality(
     """
     from cineray.jobs.measure.bench import bench_quality, in_short, write_tables
     from cineray.jobs.out_file import check_out
-    from cineray.jobs.run import use_threads
-    from cineray.pipeline.loading.checkpoint import open_checkpoint
     from cineray.pipeline.loading.model import load_model
     from cineray.pipeline.request import InputError
 
@@ -305,12 +275,9 @@ def quality(
         raise InputError("bench quality: give the clips with --manifest FILE.jsonl")
     if out is not None:
         check_out(out, "bench quality")
-    checkpoint = open_checkpoint(asked.model)
-    _, requests = read_requests(asked, run_defaults(asked, checkpoint, "none", None), checkpoint)
-    use_threads(checkpoint, load_options(asked, checkpoint))
+    checkpoint, requests = _uncached_clips(asked)
     model = load_model(checkpoint, load_options(asked, checkpoint))
-    requests = list(requests)
-    rows = bench_quality(model, list(requests), list(policies), list(targets), out)
+    rows = bench_quality(model, requests, list(policies), list(targets), out)
     _print_quality(rows)
     if tables is not None:
         write_tables(tables, rows, f"{checkpoint.name}, {requests[0].num_inference_steps} steps")
@@ -339,7 +306,8 @@ def _print_quality(rows: "list[BenchRow]") -> None:
     print_table(table)
 
 
-def _clips_to_calibrate(asked: ClipArguments) -> tuple["Checkpoint", list["ClipRequest"]]:
+def _uncached_clips(asked: ClipArguments) -> tuple["Checkpoint", list["ClipRequest"]]:
+    """The model and all clips, checked, for a process that renders them itself."""
     from cineray.jobs.run import use_threads
     from cineray.pipeline.loading.checkpoint import open_checkpoint
 

@@ -15,8 +15,8 @@ from cineray.caching.profile import DiCacheProfile, FittedProfile, MagCacheProfi
 from cineray.jobs.console.measure import progress_bar
 from cineray.jobs.console.terminal import tell
 from cineray.jobs.measure.bench import measured_on
-from cineray.jobs.measure.quality import refuse_sounds
 from cineray.jobs.measure.trial_log import TrialLog
+from cineray.jobs.pixels import refuse_sounds
 from cineray.jobs.out_file import check_out, ended_by_sigterm, replace_text
 from cineray.pipeline.adapters import MODELS, by_transformer, transformers_in
 from cineray.pipeline.calibrate.dicache import CURVE, MIN_STEPS, SPEEDUPS, CurvePoint, StepCostSearch

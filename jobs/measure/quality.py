@@ -10,10 +10,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from cineray.jobs.measure import peers
-from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.model import LoadedModel
 from cineray.pipeline.media.compare import EQUAL_CLIPS_DB, psnr_db, ssim
-from cineray.pipeline.media.output import SOUND
 from cineray.pipeline.render import DenoisedClip, decode_clip, denoise_prepared, prepare_clip
 from cineray.pipeline.request import ClipRequest, InputError
 
@@ -54,15 +52,6 @@ class QualityRow:
     wall_ratio: float | None = None
     cpu_ratio: float | None = None
     num_timed: int = 0
-
-
-def refuse_sounds(checkpoint: Checkpoint, command: str) -> None:
-    """
-    Raises:
-        InputError: the model's clips have no pixels to be compared.
-    """
-    if checkpoint.model.output == SOUND:
-        raise InputError(f"{command}: {checkpoint.name} makes sounds, and quality is measured in pixels")
 
 
 def policy_text(policy: str, model: LoadedModel) -> str:
