@@ -16,9 +16,8 @@ from cineray.jobs.output.hardware import begin_peak, hardware
 from cineray.jobs.output.record import clip_record, policy_text, render_options
 from cineray.jobs.output.step_keeper import MAX_NOTES_BYTES
 from cineray.jobs.threads import loading_threads, rank_threads
-from cineray.pipeline.footprint.fit import FINISHER, SHARED, check_room
+from cineray.pipeline.footprint.fit import FINISHER, SHARED, check_own_gpu
 from cineray.pipeline.loading.checkpoint import open_checkpoint
-from cineray.pipeline.loading.device import check_device, gpu_memory_bytes
 from cineray.pipeline.loading.model import LoadedModel, load_model
 from cineray.pipeline.render import DenoisedClip, RenderedClip, decode_clip
 from cineray.pipeline.request import ClipRequest, explain
@@ -46,9 +45,7 @@ class FinisherWork:
     def load(self) -> None:
         checkpoint = open_checkpoint(self._spec.model)
         checkpoint.model.output.check()
-        if self._spec.options.device == "cuda":
-            check_device(self._spec.options.device)
-            check_room(self._spec.demands, (FINISHER, SHARED), gpu_memory_bytes()[0])
+        check_own_gpu(self._spec.options.device, self._spec.demands, (FINISHER, SHARED))
         torch.set_num_threads(loading_threads(self._spec.options.device))
         without = checkpoint.model.denoiser_parts
         if self._spec.decodes_on_gang and not checkpoint.size_rule.takes_image:  # pictures are encoded by the VAE
@@ -93,12 +90,10 @@ class FinisherWork:
             return None
         clip, resumed_at = found
         try:
-            decoded = (
-                (_read_decoded(clip, task, folder), False)
-                if self._spec.decodes_on_gang
-                else self._decode(clip, request)
-            )
-            rendered, is_tiled = decoded
+            if self._spec.decodes_on_gang:
+                rendered, is_tiled = _read_decoded(clip, task, folder), False
+            else:
+                rendered, is_tiled = self._decode(clip, request)
             if rendered is None:
                 return None
             misfit = folder.output.misfit(rendered.frames, request)

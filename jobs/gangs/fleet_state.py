@@ -13,7 +13,7 @@ PER_FINISHER = 3  # latents on disk: one that is decoded, two that wait; then ga
 
 
 class FleetState:
-    """The state of a run on gangs, and the rules that move it on.
+    """The clips, gangs and finishers of a run, with what is asked of them.
 
     Args:
         hang_s: a gang whose step takes longer is killed.

@@ -20,10 +20,9 @@ from cineray.jobs.output.hardware import begin_peak, hardware
 from cineray.jobs.output.step_keeper import ClipPreempted, StepKeeper
 from cineray.jobs.threads import loading_threads, rank_threads
 from cineray.pipeline.denoise import StepDone
-from cineray.pipeline.footprint.fit import RANK, SHARED, check_room
+from cineray.pipeline.footprint.fit import RANK, SHARED, check_own_gpu
 from cineray.pipeline.gang import Gang
 from cineray.pipeline.loading.checkpoint import open_checkpoint
-from cineray.pipeline.loading.device import check_device, gpu_memory_bytes
 from cineray.pipeline.loading.model import LoadedModel, load_model
 from cineray.pipeline.loading.options import LoadOptions
 from cineray.pipeline.render import (
@@ -77,9 +76,7 @@ class RankWork:
         """Loads the weights and meets the other ranks."""
         checkpoint = open_checkpoint(self._spec.model)
         options = rank_options(self._spec.options, checkpoint.num_experts)
-        if options.device == "cuda":
-            check_device(options.device)
-            check_room(self._spec.demands, (RANK, SHARED), gpu_memory_bytes()[0])
+        check_own_gpu(options.device, self._spec.demands, (RANK, SHARED))
         torch.set_num_threads(loading_threads(options.device))
         if host == LOCALHOST:
             os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"

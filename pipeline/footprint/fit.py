@@ -16,6 +16,7 @@ from cineray.pipeline.footprint.forecast import Parts, parts_of, with_margin
 from cineray.pipeline.footprint.laws import forecast_checkpoint, forecast_names
 from cineray.pipeline.footprint.published import published
 from cineray.pipeline.loading.checkpoint import Checkpoint
+from cineray.pipeline.loading.device import check_device, gpu_memory_bytes
 from cineray.pipeline.loading.errors import LoadingError
 from cineray.pipeline.loading.options import LoadOptions
 from cineray.pipeline.request import ClipRequest, InputError
@@ -159,6 +160,17 @@ def check_room(wanted: Iterable[Demand], places: tuple[str, ...], memory_bytes: 
     for demand in wanted:
         if demand.place in places and (said := shortage(demand, memory_bytes)):
             raise LoadingError(f"the batch does not fit, by forecast: {said} GB; see `cineray render --dry-run`")
+
+
+def check_own_gpu(device: str, wanted: Iterable[Demand], places: tuple[str, ...]) -> None:
+    """Checks before weights are read that an actor's GPU works and has the room; nothing on a CPU.
+
+    Raises:
+        LoadingError, an InputError: it does not, or has not.
+    """
+    if device == "cuda":
+        check_device(device)
+        check_room(wanted, places, gpu_memory_bytes()[0])
 
 
 def nearest_fit(

@@ -21,14 +21,13 @@ def layer_cache_bytes(
         here: image tokens of the rank.
         num_branches: whose histories the rank keeps.
     """
-    is_series = isinstance(plan, SeriesPlan)
-    copies = plan.config.order + 1 if isinstance(plan, SeriesPlan) else 1
-    elements = sum(
-        size
-        for block, name, size in _outputs(config, here, is_series)
-        if isinstance(plan, SeriesPlan) or {name, f"{name}-{block}"} & plan.schedule.rows.keys()
-    )
-    return num_branches * copies * elements * element_bytes
+    if isinstance(plan, SeriesPlan):
+        copies, sizes = plan.config.order + 1, [size for _, _, size in _outputs(config, here, is_series=True)]
+    else:
+        named = plan.schedule.rows.keys()
+        outputs = _outputs(config, here, is_series=False)
+        copies, sizes = 1, [size for block, name, size in outputs if {name, f"{name}-{block}"} & named]
+    return num_branches * copies * sum(sizes) * element_bytes
 
 
 def _outputs(config: Mapping[str, Any], here: int, is_series: bool) -> list[tuple[int, str, int]]:
