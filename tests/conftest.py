@@ -18,8 +18,43 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "scripts"))  # the trainer's text encoders and tokenizers serve the tests too
 
 
+def wan_vae(**changes: Any) -> Any:
+    """AutoencoderKLWan with 4 latent channels."""
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.5, 1.0, 2.0],
+        **changes,
+    ).eval()
+
+
+def hunyuan_transformer(**changes: Any) -> Any:
+    """HunyuanVideoTransformer3DModel with 2 dual-stream and 2 single-stream blocks."""
+    from diffusers import HunyuanVideoTransformer3DModel
+    from tiny.text import TEXT_DIM
+
+    return HunyuanVideoTransformer3DModel(
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        text_embed_dim=TEXT_DIM,
+        pooled_projection_dim=TEXT_DIM,
+        rope_axes_dim=(4, 6, 6),
+        **{"in_channels": 4, **changes},
+    ).eval()
+
+
 def _wan_parts(seed: int, **transformer: Any) -> dict[str, Any]:
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+    from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
     from tiny.text import TEXT_DIM, new_umt5
 
     torch.manual_seed(seed)
@@ -27,15 +62,7 @@ def _wan_parts(seed: int, **transformer: Any) -> dict[str, Any]:
     return {
         "tokenizer": tokenizer,
         "text_encoder": text_encoder.eval(),
-        "vae": AutoencoderKLWan(
-            base_dim=4,
-            z_dim=4,
-            dim_mult=[1, 1, 1, 1],
-            num_res_blocks=1,
-            temperal_downsample=[False, True, True],
-            latents_mean=[0.1, -0.2, 0.3, 0.0],
-            latents_std=[1.5, 0.5, 1.0, 2.0],
-        ).eval(),
+        "vae": wan_vae(),
         "transformer": WanTransformer3DModel(
             attention_head_dim=12,
             text_dim=TEXT_DIM,
@@ -85,9 +112,8 @@ def build_hunyuan(seed: int = 0):
         AutoencoderKLHunyuanVideo,
         FlowMatchEulerDiscreteScheduler,
         HunyuanVideoPipeline,
-        HunyuanVideoTransformer3DModel,
     )
-    from tiny.text import TEXT_DIM, new_clip, new_llama
+    from tiny.text import new_clip, new_llama
 
     torch.manual_seed(seed)
     tokenizer, text_encoder = new_llama()
@@ -97,18 +123,7 @@ def build_hunyuan(seed: int = 0):
         tokenizer=tokenizer,
         text_encoder_2=text_encoder_2.eval(),
         tokenizer_2=tokenizer_2,
-        transformer=HunyuanVideoTransformer3DModel(
-            in_channels=4,
-            out_channels=4,
-            num_attention_heads=2,
-            attention_head_dim=16,
-            num_layers=2,
-            num_single_layers=2,
-            num_refiner_layers=1,
-            text_embed_dim=TEXT_DIM,
-            pooled_projection_dim=TEXT_DIM,
-            rope_axes_dim=(4, 6, 6),
-        ).eval(),
+        transformer=hunyuan_transformer(),
         vae=AutoencoderKLHunyuanVideo(
             block_out_channels=(8, 8, 8, 8),  # type: ignore[arg-type]  # diffusers annotates tuple[int]
             layers_per_block=1,

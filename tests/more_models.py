@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from conftest import _wan_parts, build_flux, build_hunyuan
+from conftest import _wan_parts, build_flux, build_hunyuan, hunyuan_transformer, wan_vae
 from every_model import build_dit, build_stable_audio
 from PIL import Image
 
@@ -17,7 +17,7 @@ def _with_labels() -> Any:
 
 def build_hunyuan_image(condition: str) -> Any:
     """HunyuanVideoImageToVideoPipeline: the language model sees 576 patches of the picture, as the pipeline has it."""
-    from diffusers import HunyuanVideoImageToVideoPipeline, HunyuanVideoTransformer3DModel
+    from diffusers import HunyuanVideoImageToVideoPipeline
     from tiny.text import TEXT_DIM, new_llama
     from transformers import (
         CLIPImageProcessor,
@@ -58,20 +58,11 @@ def build_hunyuan_image(condition: str) -> Any:
         tokenizer=tokenizer,
         text_encoder_2=text.text_encoder_2,
         tokenizer_2=text.tokenizer_2,
-        transformer=HunyuanVideoTransformer3DModel(
+        transformer=hunyuan_transformer(
             in_channels=channels if condition == "token_replace" else 2 * channels + 1,
-            out_channels=channels,
-            num_attention_heads=2,
-            attention_head_dim=16,
-            num_layers=2,
-            num_single_layers=2,
-            num_refiner_layers=1,
-            text_embed_dim=TEXT_DIM,
-            pooled_projection_dim=TEXT_DIM,
-            rope_axes_dim=(4, 6, 6),
             guidance_embeds=condition == "token_replace",
             image_condition_type=condition,
-        ).eval(),
+        ),
         vae=text.vae,
         scheduler=text.scheduler,
         image_processor=CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}),
@@ -95,24 +86,11 @@ def build_wan22_image() -> Any:
 
 def build_ti2v(takes_image: bool) -> Any:
     """A timestep for each token, and a VAE whose pixels are put into 2 x 2 patches, as TI2V-5B."""
-    from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
+    from diffusers import WanImageToVideoPipeline, WanPipeline
 
     parts = _wan_parts(0)
     torch.manual_seed(5)
-    parts["vae"] = AutoencoderKLWan(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.1, -0.2, 0.3, 0.0],
-        latents_std=[1.5, 0.5, 1.0, 2.0],
-        is_residual=True,
-        in_channels=12,
-        out_channels=12,
-        patch_size=2,
-        scale_factor_spatial=16,
-    ).eval()
+    parts["vae"] = wan_vae(is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16)
     return (WanImageToVideoPipeline if takes_image else WanPipeline)(**parts, expand_timesteps=True)
 
 
