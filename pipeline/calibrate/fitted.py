@@ -39,7 +39,6 @@ class ResidualRecorder(Recorder):
             branch, _ = plan.context.origin(row)
             self._kept.setdefault(branch, []).append((after[row] - before[row], after[row].clone()))
 
-
     def clip(self, guidance_scale: float) -> tuple[Numbers, Numbers]:
         """(inner products of the last clip's residuals [T, T], norms of the blocks' output [T]), of the branches as
         guidance combines them: forecasts of both take the same gammas, so that is what an error is made of."""

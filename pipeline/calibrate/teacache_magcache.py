@@ -104,7 +104,6 @@ class StepRecorder(Recorder):
         self._past[branch] = (residual, signals)
 
 
-
 def _relative(now: torch.Tensor, before: torch.Tensor) -> float:
     moved, size = change_sums(now, before).sum(dim=1).tolist()
     return moved / size if size > 0 else math.inf
