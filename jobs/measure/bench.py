@@ -15,8 +15,8 @@ from cineray.jobs.measure.equal_cost import Sweep, find_value, parse_sweep
 from cineray.jobs.measure.quality import NUM_TIMED_CLIPS, QualityMeter, QualityRow, policy_text
 from cineray.jobs.measure.quality_tables import files_of
 from cineray.jobs.out_file import check_out, ended_by_sigterm, locked, replace_text
-from cineray.jobs.pixels import refuse_sounds
 from cineray.jobs.output.record import render_options, software_versions
+from cineray.jobs.pixels import refuse_sounds
 from cineray.pipeline.loading.model import LoadedModel
 from cineray.pipeline.media.picture import Pictures
 from cineray.pipeline.request import ClipRequest, InputError, fingerprint

@@ -16,8 +16,8 @@ from cineray.jobs.console.measure import progress_bar
 from cineray.jobs.console.terminal import tell
 from cineray.jobs.measure.bench import measured_on
 from cineray.jobs.measure.trial_log import TrialLog
-from cineray.jobs.pixels import refuse_sounds
 from cineray.jobs.out_file import check_out, ended_by_sigterm, replace_text
+from cineray.jobs.pixels import refuse_sounds
 from cineray.pipeline.adapters import MODELS, by_transformer, transformers_in
 from cineray.pipeline.calibrate.dicache import CURVE, MIN_STEPS, SPEEDUPS, CurvePoint, StepCostSearch
 from cineray.pipeline.calibrate.fitted import fit_residuals

@@ -17,7 +17,6 @@ from pydantic import Field
 from cineray.pipeline.adapters.component import (
     AutoencoderKLConfig,
     Channels,
-    Component,
     ComponentConfig,
     Epsilon,
     Heads,

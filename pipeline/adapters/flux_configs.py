@@ -18,10 +18,10 @@ from cineray.pipeline.adapters.component import (
     Heads,
     Layers,
     diffusers_model,
-    t5_encoder,
-    tokenizer,
     scheduler,
     sums_up,
+    t5_encoder,
+    tokenizer,
 )
 
 Even = Annotated[int, Field(ge=2, le=4096, multiple_of=2)]

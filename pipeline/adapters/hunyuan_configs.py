@@ -25,9 +25,9 @@ from cineray.pipeline.adapters.component import (
     Vocabulary,
     diffusers_model,
     divides,
-    tokenizer,
     scheduler,
     sums_up,
+    tokenizer,
 )
 
 IMAGE_PATCHES = 24  # along a side; image_emb_len 576 in pipeline_hunyuan_video_image2video.py

@@ -15,7 +15,7 @@ TINY_CLIP = {"width": 64, "height": 64, "num_frames": 17, "fps": 8}  # what the 
 
 
 def num_heads(config: Mapping[str, Any]) -> int:
-    """Attention heads of a transformer, by its configuration; 1 where it says none. STDiT3 has its own name for them."""
+    """Attention heads of a transformer by its configuration, STDiT3's own name for them too; 1 where it says none."""
     return config.get("num_attention_heads", config.get("num_heads", 1))
 
 

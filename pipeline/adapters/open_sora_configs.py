@@ -18,9 +18,9 @@ from cineray.pipeline.adapters.component import (
     Positive,
     Small,
     divides,
+    scheduler,
     t5_encoder,
     tokenizer,
-    scheduler,
 )
 
 PIPELINE, LIBRARY = "OpenSoraPipeline", "cineray"  # of model_index.json; no class of them is in diffusers

@@ -18,9 +18,9 @@ from cineray.pipeline.adapters.component import (
     Small,
     diffusers_model,
     divides,
+    scheduler,
     t5_encoder,
     tokenizer,
-    scheduler,
 )
 
 DOWNSAMPLING = (2, 4, 4, 8, 8)  # AutoencoderOobleck's default

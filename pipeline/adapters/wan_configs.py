@@ -23,9 +23,9 @@ from cineray.pipeline.adapters.component import (
     Small,
     T5Fields,
     diffusers_model,
+    scheduler,
     t5_encoder,
     tokenizer,
-    scheduler,
 )
 
 

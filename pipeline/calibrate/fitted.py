@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from cineray.caching.call import CallPlan, StepContext
+from cineray.caching.call import CallPlan
 from cineray.caching.observation import BRANCH_ORDER
 from cineray.caching.policies.fitted import Numbers, step_weights
 from cineray.caching.profile import FittedProfile
-from cineray.caching.token_sums import SignalValues
 from cineray.pipeline.adapters import Denoising
 from cineray.pipeline.caches.blocks import BlockRunner
 from cineray.pipeline.caches.enable import step_tracker_of

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cineray.caching.call import CallPlan, StepContext
+from cineray.caching.call import CallPlan
 from cineray.caching.observation import BRANCH_ORDER
 from cineray.caching.policy import Signal
 from cineray.caching.token_sums import SignalValues, change_sums
