@@ -1,6 +1,6 @@
 """The denoising loop: latents of noise in, latents of a clip out. It knows no model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -59,6 +59,7 @@ def denoise(
             timestep=model_timestep,
             index=index,
             num_steps=num_steps,
+            more={} if clip.step_arguments is None else clip.step_arguments(index),
         )
         output = clip.combine(run_branches(clip.branches, run), expert.guidance_scale)
         latents = clip.advance(scheduler, output, timestep, latents)
@@ -83,7 +84,13 @@ def _state(step: int, num_steps: int, latents: torch.Tensor, scheduler: Any, fre
 
 
 def _output(
-    branch: Branch, transformer: Any, hidden_states: torch.Tensor, timestep: torch.Tensor, index: int, num_steps: int
+    branch: Branch,
+    transformer: Any,
+    hidden_states: torch.Tensor,
+    timestep: torch.Tensor,
+    index: int,
+    num_steps: int,
+    more: Mapping[str, Any],
 ) -> torch.Tensor:
     """One branch's output for step `index`; the cache context tells hooks where they are."""
     # of the mixin: some of diffusers' transformers (DiT, Stable Audio) have hooks and lack the method
@@ -93,4 +100,5 @@ def _output(
             timestep=timestep,
             return_dict=False,
             **branch.transformer_kwargs,
+            **more,
         )[0]

@@ -22,6 +22,15 @@ def build_dit(seed: int = 0):
     )
 
 
+def build_short_hunyuan15(seed: int = 6) -> Any:
+    """HunyuanVideo15Pipeline as `more_models` has it, with fewer tokens of text and of the picture that it has not."""
+    from more_models import build_hunyuan15
+
+    pipe = build_hunyuan15(seed=seed)
+    pipe.tokenizer_max_length, pipe.tokenizer_2_max_length, pipe.vision_num_semantic_tokens = 16, 8, 4
+    return pipe
+
+
 def build_stable_audio(seed: int = 0):
     """StableAudioPipeline with 3 blocks.
 
@@ -133,6 +142,7 @@ def build_open_sora(seed: int = 0) -> OpenSoraLoop:
 
 EVERY_MODEL = {
     **BUILDERS,
+    "hunyuan15": build_short_hunyuan15,
     "flux": build_flux,
     "dit": build_dit,
     "stable_audio": build_stable_audio,
@@ -169,7 +179,13 @@ def call(pipe: Any, steps: int = 12, seed: int = 3, **changes: Any) -> torch.Ten
         arguments |= {"class_labels": [7], "output_type": "pt", "return_dict": False}
     elif kind != "OpenSoraLoop":
         arguments["prompt"] = "a red circle"
-    if kind in ("WanPipeline", "WanImageToVideoPipeline", "HunyuanVideoPipeline", "FluxPipeline"):
+    if kind in (
+        "WanPipeline",
+        "WanImageToVideoPipeline",
+        "HunyuanVideoPipeline",
+        "HunyuanVideo15Pipeline",
+        "FluxPipeline",
+    ):
         arguments |= {"width": 32, "height": 32}
         arguments |= {} if kind == "FluxPipeline" else {"num_frames": 5}
     if kind == "WanImageToVideoPipeline":

@@ -69,6 +69,89 @@ def build_hunyuan_image(condition: str) -> Any:
     )
 
 
+# the pipeline cuts off 108 tokens in front, which is its instruction with Qwen's tokenizer and ten more than with ours
+CHAT = (
+    "{{ '<|more|>' * 10 }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def build_hunyuan15(takes_image: bool = False, guidance_scale: float = 6.0, seed: int = 6, **transformer: Any) -> Any:
+    """HunyuanVideo15Pipeline with 3 blocks, or the one that takes a picture; a pixel of a latent is 8 x 8."""
+    from diffusers import (
+        AutoencoderKLHunyuanVideo15,
+        ClassifierFreeGuidance,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideo15ImageToVideoPipeline,
+        HunyuanVideo15Pipeline,
+        HunyuanVideo15Transformer3DModel,
+    )
+    from tiny.text import TEXT_DIM, new_llama
+    from transformers import (
+        ByT5Tokenizer,
+        Qwen2_5_VLTextConfig,
+        Qwen2_5_VLTextModel,
+        SiglipImageProcessorPil,
+        SiglipVisionConfig,
+        SiglipVisionModel,
+        T5Config,
+        T5EncoderModel,
+    )
+
+    torch.manual_seed(seed)
+    tokenizer, _ = new_llama()
+    tokenizer.chat_template = CHAT
+    qwen = Qwen2_5_VLTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_DIM,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+        pad_token_id=0,
+    )
+    byt5 = T5Config(vocab_size=384, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    parts: dict[str, Any] = {
+        "text_encoder": Qwen2_5_VLTextModel(qwen).eval(),
+        "tokenizer": tokenizer,
+        "text_encoder_2": T5EncoderModel(byt5).eval(),
+        "tokenizer_2": ByT5Tokenizer(),
+        "vae": AutoencoderKLHunyuanVideo15(
+            latent_channels=4,
+            block_out_channels=(8, 8, 8, 8),  # type: ignore[arg-type]  # diffusers annotates tuple[int]
+            layers_per_block=1,
+            spatial_compression_ratio=8,
+        ).eval(),
+        "transformer": HunyuanVideo15Transformer3DModel(
+            in_channels=9,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=3,
+            num_refiner_layers=1,
+            text_embed_dim=TEXT_DIM,
+            text_embed_2_dim=24,
+            image_embed_dim=16,
+            rope_axes_dim=(4, 6, 6),
+            target_size=32,
+            **transformer,
+        ).eval(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=5.0),
+        "guider": ClassifierFreeGuidance(guidance_scale=guidance_scale),
+    }
+    if not takes_image:
+        return HunyuanVideo15Pipeline(**parts)
+    siglip = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    return HunyuanVideo15ImageToVideoPipeline(
+        **parts,
+        image_encoder=SiglipVisionModel(siglip).eval(),
+        feature_extractor=SiglipImageProcessorPil(size={"height": 32, "width": 32}),
+    )
+
+
 def build_wan22() -> Any:
     """WanPipeline with two experts, as A14B."""
     from diffusers import WanPipeline
@@ -100,6 +183,8 @@ MORE_MODELS = {
     "stable_audio": build_stable_audio,
     "hunyuan_concat": lambda: build_hunyuan_image("latent_concat"),
     "hunyuan_replace": lambda: build_hunyuan_image("token_replace"),
+    "hunyuan15": build_hunyuan15,
+    "hunyuan15_image": lambda: build_hunyuan15(takes_image=True),
     "wan22": build_wan22,
     "wan22_image": build_wan22_image,
     "ti2v": lambda: build_ti2v(takes_image=False),
@@ -113,6 +198,8 @@ CLIPS: dict[str, dict[str, Any]] = {
     "stable_audio": {**_STILL, "fps": 64, "width": 1, "height": 1, "seconds": 1.5},
     "hunyuan_concat": {"image": ""},
     "hunyuan_replace": {"image": ""},
+    "hunyuan15": {"prompt": 'a red circle that says "go" and "stop" moving left', "height": 48},
+    "hunyuan15_image": {"image": "same"},
     "wan22": {"flow_shift": 3.0, "guidance_scale_2": 2.0},
     "wan22_image": {"flow_shift": 3.0, "image": ""},
     "ti2v": {"flow_shift": 3.0, "width": 64},
@@ -121,10 +208,11 @@ CLIPS: dict[str, dict[str, Any]] = {
 
 
 def clip_of(name: str, new_request: Any, folder: Any, **changes: Any) -> Any:
-    """A small request for a model of `MORE_MODELS`; its picture is written to a folder."""
+    """A small request for a model of `MORE_MODELS`; its picture is written to a folder, in the clip's shape or not."""
     values = {**CLIPS[name], **changes}
     if "image" in values:
+        size = (32, 32) if values["image"] == "same" else (40, 56)
         values["image"] = str(folder / "first.png")
-        noise = torch.randint(0, 256, (40, 56, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        noise = torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         Image.fromarray(noise.numpy()).save(values["image"])
     return new_request(**values)

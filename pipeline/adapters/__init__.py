@@ -2,7 +2,17 @@
 
 from collections.abc import Iterable, Mapping
 
-from cineray.pipeline.adapters import dit, flux, hunyuan_image, hunyuan_video, open_sora, stable_audio, wan, wan22
+from cineray.pipeline.adapters import (
+    dit,
+    flux,
+    hunyuan15,
+    hunyuan_image,
+    hunyuan_video,
+    open_sora,
+    stable_audio,
+    wan,
+    wan22,
+)
 from cineray.pipeline.adapters.model import BlockLayout, KnownCheckpoint, Model
 from cineray.pipeline.adapters.protocol import Adapter, Branch, Denoising, Expert, ModelConfigs
 
@@ -63,6 +73,7 @@ MODELS: Models = by_transformer(
     wan22.PER_TOKEN,
     hunyuan_video.MODEL,
     hunyuan_image.MODEL,
+    hunyuan15.MODEL,
     flux.MODEL,
     dit.MODEL,
     stable_audio.MODEL,

@@ -85,6 +85,7 @@ def diffusers_model(
 _TOKENIZERS = (
     *("PreTrainedTokenizerFast", "TokenizersBackend", "SentencePieceBackend"),
     *("T5TokenizerFast", "T5Tokenizer", "LlamaTokenizerFast", "LlamaTokenizer", "CLIPTokenizer", "CLIPTokenizerFast"),
+    *("Qwen2Tokenizer", "Qwen2TokenizerFast", "ByT5Tokenizer"),
 )
 
 
@@ -163,12 +164,12 @@ class CLIPTextConfig(ComponentConfig):
         return self
 
 
-class CLIPVisionConfig(ComponentConfig):
-    model_type: Literal["clip_vision_model", "clip"] = "clip_vision_model"
+class VisionFields(ComponentConfig):
+    """What CLIP's vision model and SigLIP's say alike."""
+
     hidden_size: Dim = 768
     intermediate_size: Dim = 3072
-    # the pipelines take the last layer but one
-    num_hidden_layers: Annotated[int, Field(ge=2, le=MAX_LAYERS)] = 12
+    num_hidden_layers: Layers = 12
     num_attention_heads: Heads = 12
     num_channels: Literal[3] = 3
     image_size: Annotated[int, Field(ge=1, le=4096)] = 224
@@ -178,11 +179,17 @@ class CLIPVisionConfig(ComponentConfig):
     hidden_act: str = "quick_gelu"
 
     @model_validator(mode="after")
-    def _heads_share_it(self) -> CLIPVisionConfig:
+    def _heads_share_it(self) -> VisionFields:
         divides("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
         if self.patch_size > self.image_size:
             raise ValueError(f"patch_size must be at most image_size {self.image_size}, got {self.patch_size}")
         return self
+
+
+class CLIPVisionConfig(VisionFields):
+    model_type: Literal["clip_vision_model", "clip"] = "clip_vision_model"
+    # the pipelines take the last layer but one
+    num_hidden_layers: Annotated[int, Field(ge=2, le=MAX_LAYERS)] = 12
 
 
 def divides(whole_name: str, whole: int, part_name: str, part: int) -> None:

@@ -105,10 +105,9 @@ class HunyuanVAEConfig(ComponentConfig):
         return self
 
 
-class LlamaConfig(ComponentConfig):
-    """Configuration of a LlamaModel."""
+class LlamaFields(ComponentConfig):
+    """What a Llama model and those that are built alike say."""
 
-    model_type: Literal["llama"] = "llama"
     hidden_size: Dim = 4096
     intermediate_size: Dim = 11008
     # the pipeline takes the last layer but two
@@ -126,12 +125,18 @@ class LlamaConfig(ComponentConfig):
     mlp_bias: bool = False
 
     @model_validator(mode="after")
-    def _heads(self) -> LlamaConfig:
+    def _heads(self) -> LlamaFields:
         heads = self.num_attention_heads
         if self.head_dim is None:
             divides("hidden_size", self.hidden_size, "num_attention_heads", heads)
         divides("num_attention_heads", heads, "num_key_value_heads", self.num_key_value_heads or heads)
         return self
+
+
+class LlamaConfig(LlamaFields):
+    """Configuration of a LlamaModel."""
+
+    model_type: Literal["llama"] = "llama"
 
 
 class LlavaVisionConfig(CLIPVisionConfig):

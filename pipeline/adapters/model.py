@@ -54,6 +54,7 @@ class ShardedArguments:
         rotary: place of the rotary embedding, a pair of tensors; its tokens are on dimension `rotary_dim`.
         text_first: text stands before the image in joint attention and in the rotary embedding.
         first_frame: place of the number of tokens of the first frame, which get their own modulation; or None.
+        masks_tokens_here: the attention makes its mask of the tokens that it is given, which are a rank's own.
         per_token: place of an argument that must have no dimension of tokens, and the dimensions it must have.
     """
 
@@ -62,6 +63,7 @@ class ShardedArguments:
     rotary_dim: int
     text_first: bool = False
     first_frame: int | None = None
+    masks_tokens_here: bool = False
     per_token: tuple[int, int] | None = None
 
 

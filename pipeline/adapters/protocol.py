@@ -48,6 +48,8 @@ class Expert:
 
 # (latents, the step's timestep [], the clip's own scheduler) -> (hidden states and timestep that a transformer takes)
 ModelInput = Callable[["torch.Tensor", "torch.Tensor", Any], tuple["torch.Tensor", "torch.Tensor"]]
+# (step) -> further arguments of the transformer at that step, the same for all branches
+StepArguments = Callable[[int], Mapping[str, Any]]
 # (the scheduler, the step's model output, its timestep [], latents) -> the next latents
 Advance = Callable[[Any, "torch.Tensor", "torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 # (each branch's output, as the latents, in the order of the branches, guidance scale) -> the step's model output
@@ -78,6 +80,7 @@ class Denoising:
         experts: by first step, the first one from step 0; of two with the same first step the later one denoises.
         channel_condition: [B, C', F, H, W] concatenated to the latents along channels at each step, or None.
         model_input: what the transformer takes; None: latents and `channel_condition`, and a timestep for each row.
+        step_arguments: what the transformer is told at a step beside that and the branch's own; None: nothing.
         combine: makes one output of those of the branches.
         advance: the scheduler's step.
         finish: what becomes of the latents of the last step.
@@ -91,6 +94,7 @@ class Denoising:
     experts: tuple[Expert, ...]
     channel_condition: torch.Tensor | None = None
     model_input: ModelInput | None = None
+    step_arguments: StepArguments | None = None
     combine: Combine = classifier_free
     advance: Advance = scheduler_step
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -132,11 +136,28 @@ class Defaults:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfigs:
-    """The configuration files of a checkpoint, read without its weights."""
+    """The configuration files of a checkpoint, read without its weights; `guider` is empty where there is none."""
 
     index: Mapping[str, Any] = field(repr=False)
     transformer: Mapping[str, Any] = field(repr=False)
     vae: Mapping[str, Any] = field(repr=False)
+    guider: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, index: Mapping[str, Any], read: Callable[[str], Mapping[str, Any]]) -> ModelConfigs:
+        """Of a folder or repository.
+
+        Args:
+            index: what model_index.json holds.
+            read: gives what another JSON file holds, by its path.
+        """
+        has_guider = index.get("guider") not in (None, [None, None])
+        return cls(
+            index=index,
+            transformer=read("transformer/config.json"),
+            vae=read("vae/config.json"),
+            guider=read("guider/guider_config.json") if has_guider else {},
+        )
 
 
 class Adapter(Protocol):

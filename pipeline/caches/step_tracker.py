@@ -17,6 +17,7 @@ from cineray.pipeline.caches.clip_progress import Call, ClipProgress
 from cineray.pipeline.caches.other_caches import other_cache, switched_on
 
 _HOOK = "cineray_whereabouts"
+_GUIDERS_NAMES = {"pred_cond": "cond", "pred_uncond": "uncond"}  # of branches, in diffusers/guiders
 
 
 class Listener(Protocol):
@@ -216,7 +217,7 @@ class StepTracker(ModelHook):
             Call(
                 step_index=step_index,
                 num_steps=num_steps,
-                name=said.name if said is not None else None,
+                name=_GUIDERS_NAMES.get(said.name, said.name) if said is not None else None,
                 hidden_states=hidden_states,
                 stacks=bool(stacked),
                 timesteps=getattr(scheduler, "timesteps", None),

@@ -70,7 +70,7 @@ def published_checkpoint(model: str) -> Checkpoint:
     """
     found = published(model)
     index = found.files["model_index.json"]
-    configs = ModelConfigs(index=index, transformer=found.config("transformer"), vae=found.config("vae"))
+    configs = ModelConfigs.of(index, lambda file: found.files[file])
     # whether this machine has the packages that it needs is not asked
     family, kind = kind_of(index["_class_name"], configs, MODELS)
     adapter = kind.for_checkpoint(configs)

@@ -145,7 +145,7 @@ def open_checkpoint(model: str, models: Models = MODELS) -> Checkpoint:
         if pipeline_class not in pipelines:
             named = shorten(pipeline_class) if isinstance(pipeline_class, str) else "of no name"
             raise ValueError(f"pipeline {named} is not supported; supported: {', '.join(pipelines)}")
-        configs = ModelConfigs(index=index, transformer=read("transformer/config.json"), vae=read("vae/config.json"))
+        configs = ModelConfigs.of(index, read)
         family, adapter = renderer_of(str(pipeline_class), configs, models)
         parts = check_configs(adapter, index, read)
     except InputError:

@@ -17,7 +17,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 
-from cineray.distributed.attention import JointSequence, SequenceAttention
+from cineray.distributed.attention import JointSequence, SequenceAttention, join_joint, split_joint
 from cineray.distributed.mesh import Mesh
 from cineray.distributed.tokens import gather_tokens, split_tokens
 from cineray.pipeline.adapters import MODELS, Models, transformers_in
@@ -131,14 +131,28 @@ class ShardedTransformer:
         assert not is_causal
         assert parallel_config is None
 
+        mask = attn_mask
+        if mask is not None and self._sharded.masks_tokens_here:
+            mask = _mask_of_all(mask, self._sequence)
+
         def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
             return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend)
 
-        return self._attention(query, key, value, attn_mask, self._sequence, kernel)
+        return self._attention(query, key, value, mask, self._sequence, kernel)
 
     def _gather_output(self, _module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
         assert self._sequence is not None
         return gather_tokens(output, self._sequence.shards, self._mesh.sequence.group, dim=1)
+
+
+def _mask_of_all(mask: torch.Tensor, sequence: JointSequence) -> torch.Tensor:
+    """The mask of the whole sequence [B, 1, 1, N], of that of a rank's own tokens and the text [B, 1, queries, S + T].
+
+    What padded text would attend to is left out of it: nothing looks at padded text.
+    """
+    _, text = split_joint(mask[:, :, :1], sequence, dim=3)  # the first query is an image token's
+    image = text.new_ones((*text.shape[:3], sum(sequence.shards.sizes)))
+    return join_joint(image, text, sequence, dim=3)
 
 
 def _calling(processor: Any, attend: Any) -> Any:

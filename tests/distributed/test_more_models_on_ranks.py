@@ -17,7 +17,10 @@ def requests_of(name, new_request, tmp_path):
     return [request, clip_of(name, new_request, tmp_path, num_inference_steps=8, cache=CACHE, seed=5)]
 
 
-@pytest.mark.parametrize("name", ["flux", "hunyuan_concat", "hunyuan_replace", "wan22", "wan22_image"])
+NAMES = ("flux", "hunyuan_concat", "hunyuan_replace", "hunyuan15", "hunyuan15_image", "wan22", "wan22_image")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_make_the_bits_of_one(ranks, checkpoint_folder, new_request, tmp_path, name):
     folder, requests = checkpoint_folder(name), requests_of(name, new_request, tmp_path)
     assert open_checkpoint(str(folder)).model.sharded is not None
@@ -29,6 +32,6 @@ def test_two_ranks_make_the_bits_of_one(ranks, checkpoint_folder, new_request, t
         assert (theirs.frames == ours.frames).all()
     (ring,) = render_on(ranks, "ring2", folder, requests[:1])
     assert (ring.latents - alone[0].latents).abs().max() < RING_BOUND * alone[0].latents.abs().max()
-    if "wan" in name:
+    if "wan" in name or "hunyuan15" in name:
         (half,) = render_on(ranks, "cfg2", folder, requests[:1])
         assert torch.equal(half.latents, alone[0].latents)

@@ -46,10 +46,14 @@ def theirs(name, model, request, output_type):
         "flux": ["num_frames", "negative_prompt"],
         "dit": ["num_frames", "negative_prompt", "width", "height", "prompt"],
         "stable_audio": ["num_frames", "width", "height"],
+        "hunyuan15": ["guidance_scale"],
+        "hunyuan15_image": ["guidance_scale", "width", "height"],  # the size is the picture's
     }.get(name, []):
         del arguments[argument]
     if name == "dit":
         arguments["class_labels"] = model.pipe.get_label_ids([request.prompt])
+    if name.startswith("hunyuan15"):
+        model.pipe.guider = model.pipe.guider.new(guidance_scale=request.guidance_scale)
     if name == "stable_audio":
         arguments["audio_end_in_s"] = request.seconds
     return model.pipe(**arguments, return_dict=False)[0]
@@ -94,6 +98,9 @@ def test_the_same_bits(loaded, new_request, tmp_path, name):
         ("stable_audio", {"negative_prompt": "noise"}),
         ("wan22", {"guidance_scale_2": None, "negative_prompt": "gray"}),
         ("wan22", {"guidance_scale": 1.0}),
+        ("hunyuan15", {"prompt": "a red circle", "guidance_scale": 1.0, "num_frames": 1}),
+        ("hunyuan15", {"negative_prompt": 'white "no"', "width": 48}),
+        ("hunyuan15_image", {"guidance_scale": 2.0, "negative_prompt": "white"}),
     ],
 )
 def test_the_same_bits_with_other_settings(loaded, new_request, tmp_path, name, changes):

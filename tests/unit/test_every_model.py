@@ -45,7 +45,7 @@ def test_deep_blocks_run_only_when_computed(name):
         block.register_forward_hook(lambda block, *_: counts.__setitem__(block, counts[block] + 1))
     with cineray.enable_cache(pipe, "interval(interval=3,probe_depth=1,last_step_full=false)") as handle:
         call(pipe)
-    num_calls = 24 if name in ("wan", "wan_i2v") else 12
+    num_calls = 24 if name in ("wan", "wan_i2v", "hunyuan15") else 12
     per_list = len(getattr(pipe.transformer, layout.lists[0]))
     for number, block in enumerate(blocks):
         is_probe = number % per_list == 0 if layout.interleaved else number == 0
@@ -88,7 +88,7 @@ def test_nan_in_a_probe_computes(name):
     """In both branches' rows if the batch has both."""
     pipe = build(name)
     calls = []
-    calls_per_step = 2 if name in ("wan", "wan_i2v") else 1
+    calls_per_step = 2 if name in ("wan", "wan_i2v", "hunyuan15") else 1
 
     def spoil(_module, _arguments, output):
         calls.append(1)

@@ -181,6 +181,14 @@ BAD = [
     ("stable_audio", ["--sp", "2"], "the tokens of a stable-audio clip cannot be shared by ranks"),
     ("hunyuan_concat", [], "image is required: this model animates a first frame"),
     ("hunyuan_replace", ["--guidance-2", "3"], "guidance_2 cannot be used: this model has one expert"),
+    ("hunyuan15", ["--image", "x.png"], "image cannot be used: this model renders from text alone"),
+    ("hunyuan15_image", [], "image is required: this model animates a first frame"),
+    ("hunyuan15", ["--height", "44"], "height must be a multiple of 8, got 44; nearest: 40 or 48"),
+    ("hunyuan15", ["--frames", "6"], "frames must be 4k+1, got 6; nearest: 5 or 9"),
+    ("hunyuan15", ["--guidance-2", "3"], "guidance_2 cannot be used: this model has one expert"),
+    ("hunyuan15", ["--decode", "gang"], "its decoder cannot be shared by ranks; leave --decode gang out"),
+    ("hunyuan15", ["--sp", "3"], "ulysses must divide the model's 2 attention heads (1, 2), got 3"),
+    ("hunyuan15", ["--cache", "dicache-paper"], "dicache-paper has no preset for hunyuan-video-1.5"),
     ("wan22", ["--image", "x.png"], "image cannot be used"),
     ("wan22_image", [], "image is required"),
     ("ti2v", ["--sp", "2"], "the tokens of a wan2.2-ti2v clip cannot be shared by ranks"),
@@ -228,6 +236,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(checkpoint_folder, tmp_path, c
     [
         ("dit", "diffusers fuses no LoRA into its transformer; leave --lora out"),
         ("stable_audio", "diffusers fuses no LoRA into its transformer; leave --lora out"),
+        ("hunyuan15", "diffusers fuses no LoRA into its transformer; leave --lora out"),
         ("wan22", "it has two experts, and a LoRA is of one of them; leave --lora out"),
         pytest.param(
             "flux",
@@ -271,6 +280,14 @@ def changed(folder, to, **entries):
         ("wan22", {"boundary_ratio": "x"}, "boundary_ratio must be above 0 and below 1, got 'x'"),
         ("wan22", {"expand_timesteps": True}, "boundary_ratio and expand_timesteps cannot both be set"),
         ("wan22", {"boundary_ratio": None}, "'transformer_2' is not a component of this pipeline"),
+        ("hunyuan15", {"guider": None}, 'guider must be ["diffusers", "ClassifierFreeGuidance"], got None'),
+        ("hunyuan15", {"guider": ["diffusers", "AutoGuidance"]}, "guider must be ["),
+        ("hunyuan15", {"text_encoder_2": [None, None]}, "text_encoder_2 must be ["),
+        (
+            "hunyuan15_image",
+            {"image_encoder": [None, None]},
+            'image_encoder must be ["transformers", "SiglipVisionModel',
+        ),
         ("dit", {"id2label": {"1000": "x"}}, "id2label must hold names by the numbers of classes, 0 to 999"),
         ("dit", {"id2label": ["x"]}, "id2label must hold names"),
     ],
@@ -283,6 +300,40 @@ def test_a_checkpoint_that_is_not_whole_is_refused_in_one_line(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     assert reason in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "entries", "reason"),
+    [
+        ("guider/guider_config.json", {"guidance_rescale": 0.7}, "guider/guider_config.json: guidance_rescale: "),
+        ("guider/guider_config.json", {"guidance_scale": "x"}, "guider/guider_config.json: guidance_scale: "),
+        ("guider/guider_config.json", {"start": 0.2}, "guider/guider_config.json: start: "),
+        ("guider/guider_config.json", None, "guider/guider_config.json is missing"),
+        (
+            "transformer/config.json",
+            {"in_channels": 8},
+            "in_channels must be 9, twice the VAE's latent_channels and one",
+        ),
+        ("transformer/config.json", {"image_embed_dim": 8}, "image_embed_dim must be 16, as the image encoder's"),
+        ("transformer/config.json", {"num_layers": 4}, "num_layers is 4, but the weights are of 3 such layers"),
+        ("vae/config.json", {"spatial_compression_ratio": 16}, "block_out_channels must have more than 4 entries"),
+        ("vae/config.json", {"block_out_channels": [8, 8, 8, 12]}, "block_out_channels must be a multiple of twice"),
+    ],
+)
+def test_parts_of_hunyuan_video_15_that_do_not_fit_are_refused_in_one_line(
+    checkpoint_folder, tmp_path, capsys, file, entries, reason
+):
+    folder = changed(checkpoint_folder("hunyuan15_image"), tmp_path / "changed")
+    if entries is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | entries))
+    capsys.readouterr()
+    assert render(folder, tmp_path / "out", "a") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert reason in lines[0]
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_without_its_second_expert_or_with_another_one_is_refused(checkpoint_folder, tmp_path, capsys):
@@ -316,6 +367,7 @@ def test_the_second_experts_guidance_is_in_the_fingerprint_where_it_shows(checkp
         ("ti2v", "wan2.2-ti2v", {"fps": 24, "num_frames": 121, "height": 704}),
         ("hunyuan_concat", "hunyuan-video-i2v", {"num_frames": 125, "guidance_scale": 1.0}),
         ("hunyuan_replace", "hunyuan-video-i2v", {"num_frames": 129, "guidance_scale": 6.0}),
+        ("hunyuan15", "hunyuan-video-1.5", {"num_frames": 121, "fps": 24, "guidance_scale": 6.0}),
         ("flux", "flux", {"num_inference_steps": 50, "guidance_scale": 3.5, "num_frames": 1}),
         ("dit", "dit", {"width": 8, "height": 8}),
         ("stable_audio", "stable-audio", {"seconds": 2.0, "fps": 64}),
@@ -325,6 +377,17 @@ def test_a_checkpoint_gets_its_authors_defaults(checkpoint_folder, name, family,
     checkpoint = open_checkpoint(str(checkpoint_folder(name)))
     assert checkpoint.model.family == family
     assert {field: getattr(checkpoint.defaults, field) for field in sizes} == sizes
+
+
+def test_hunyuan_video_15_takes_size_and_guidance_from_its_parts(checkpoint_folder, tmp_path):
+    folder = changed(checkpoint_folder("hunyuan15"), tmp_path / "changed")
+    for file, entries in (
+        ("guider/guider_config.json", {"guidance_scale": 1.0}),
+        ("transformer/config.json", {"target_size": 960}),
+    ):
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | entries))
+    defaults = open_checkpoint(str(folder)).defaults
+    assert (defaults.width, defaults.height, defaults.guidance_scale) == (1280, 720, 1.0)
 
 
 def test_two_experts_are_not_taken_for_the_one_of_the_same_size():
