@@ -16,7 +16,7 @@ from cineray.jobs.output.results import ClipResult, ResultLog, Status
 from cineray.jobs.output.step_keeper import ClipPreempted, StepKeeper
 from cineray.pipeline.gang import SOLO
 from cineray.pipeline.loading.model import LoadedModel
-from cineray.pipeline.media.picture import Pictures
+from cineray.pipeline.media.inputs import Pictures
 from cineray.pipeline.render import render_clip
 from cineray.pipeline.request import ClipRequest, explain
 

@@ -16,7 +16,7 @@ from cineray.jobs.planning.schedule import makespan_s
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.options import LoadOptions
 from cineray.pipeline.loading.weights import identify
-from cineray.pipeline.media.picture import Pictures
+from cineray.pipeline.media.inputs import Pictures
 from cineray.pipeline.request import ClipRequest, InputError, explain
 
 MAX_SIDECARS = 1000  # of clips that are done, whose seconds are looked at

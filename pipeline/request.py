@@ -15,6 +15,7 @@ MAX_FRAMES = 4097
 MAX_STEPS = 1000  # the schedulers' num_train_timesteps
 MAX_SEED = 2**32 - 1  # PyTorch's generator on the CPU, which draws the noise, takes the low 32 bits of a seed alone
 MIN_SECONDS = 0.1  # of sound; the shortest click that a person would ask for
+MAX_REFERENCES = 16  # pictures; each is a latent frame more, and nobody's examples have more than four
 IMAGE_FITS = ("stretch", "crop", "pad")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")  # less tab and line ends; lone surrogates
 CLIP_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -76,7 +77,9 @@ class ClipRequest:
     it has another shape than the clip. `flow_shift` moves the steps towards the noise; None is the model's own for
     the size. `guidance_scale_2` is that of a second expert; None is the first one's. `seconds` is how long a sound is.
     A model that knows no frames, sides or frame rate has 1 there. `picture` is set once the clip is taken in hand
-    (`Pictures.pinned`).
+    (`Pictures.pinned`), and so are `control_digests`: SHA-256 of the files that VACE takes, `control_files`, in hex.
+    `reference_images` are paths of pictures, `control_video` of a video that the clip follows; `control_mask` of a
+    video or picture: black is kept of the control video, white is made anew.
     """
 
     id: str
@@ -95,7 +98,16 @@ class ClipRequest:
     flow_shift: float | None = None
     guidance_scale_2: float | None = None
     seconds: float | None = None
+    reference_images: tuple[str, ...] = ()
+    control_video: str | None = None
+    control_mask: str | None = None
     picture: PictureFacts | None = None
+    control_digests: tuple[str, ...] = ()
+
+    @property
+    def control_files(self) -> tuple[str, ...]:
+        """Reference images, control video and mask, as far as there are any."""
+        return (*self.reference_images, *filter(None, (self.control_video, self.control_mask)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +115,7 @@ class SizeRule:
     """What a model can render: frames are `frame_step` k + 1, sides are multiples of `side_step` pixels.
 
     Args:
+        takes_control: reference images, and a control video with its mask.
         frame_offset: of `frame_step` k + offset; with 0 a single frame can be had too.
         needs_image: where `takes_image`: there is no clip without one.
         frame_step: None where nobody can choose the number of frames, nor their rate.
@@ -121,6 +134,7 @@ class SizeRule:
     needs_image: bool = True
     takes_flow_shift: bool = False
     takes_second_guidance: bool = False
+    takes_control: bool = False
     fixed_side: int | None = None
     max_seconds: float | None = None
     frame_rate: int = 1
@@ -193,8 +207,9 @@ def problems(request: ClipRequest, rule: SizeRule) -> list[str]:
         found.append("image cannot be used: this model renders from text alone")
     if request.image_fit not in IMAGE_FITS:
         found.append(f"image_fit must be stretch, crop or pad, got {shorten(request.image_fit)}")
-    elif not rule.takes_image and request.image_fit != "stretch":
+    elif not (rule.takes_image or rule.takes_control) and request.image_fit != "stretch":
         found.append("image_fit cannot be used: this model renders from text alone")
+    found += _control_problems(request, rule)
     if request.flow_shift is not None:
         within("flow_shift", request.flow_shift, 0.01, 100)
         if not rule.takes_flow_shift:
@@ -209,6 +224,18 @@ def _frames_problems(num_frames: int, step: int, offset: int) -> list[str]:
         return []
     allowed = f"{step}k+{offset}" if offset else f"1 or {step}k"
     return [f"frames must be {allowed}, got {num_frames}; nearest: {_nearest(num_frames, step, offset)}"]
+
+
+def _control_problems(request: ClipRequest, rule: SizeRule) -> list[str]:
+    given = ("reference_images", "control_video", "control_mask")
+    if not rule.takes_control:
+        return [f"{name} cannot be used: this model takes none" for name in given if getattr(request, name)]
+    found = []
+    if len(request.reference_images) > MAX_REFERENCES:
+        found.append(f"reference_images must be at most {MAX_REFERENCES}, got {len(request.reference_images)}")
+    if request.control_mask is not None and request.control_video is None:
+        found.append("control_mask needs a control_video, whose parts it hides")
+    return found
 
 
 def _seconds_problems(request: ClipRequest, rule: SizeRule) -> list[str]:
@@ -283,8 +310,24 @@ def fingerprint(
         covered["image"] = picture.sha256 if picture.is_plain else f"{picture.sha256} as shown"
         if request.image_fit != "stretch":
             covered["image_fit"] = request.image_fit
+    if request.control_files:
+        if len(request.control_digests) != len(request.control_files):
+            raise ValueError(f"clip {request.id} has no fingerprint before its control files were looked at")
+        covered |= control_inputs(request)
     text = json.dumps(covered, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def control_inputs(request: ClipRequest) -> dict[str, object]:
+    """What the files of `control_files` change, of a request that is `pinned`; empty where there are none."""
+    if not request.control_files:
+        return {}
+    digests = list(request.control_digests)
+    return {
+        "reference_images": digests[: len(request.reference_images)],
+        "control": digests[len(request.reference_images) :],
+        "control_fit": request.image_fit if request.control_video is not None else None,
+    }
 
 
 def prompt_key(inputs: dict[str, object], model_digest: str, dtype: str) -> str:

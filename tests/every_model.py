@@ -31,6 +31,13 @@ def build_short_hunyuan15(seed: int = 6) -> Any:
     return pipe
 
 
+def build_small_vace(seed: int = 0) -> Any:
+    """WanVACEPipeline as `more_models` has it."""
+    from more_models import build_vace
+
+    return build_vace(seed)
+
+
 def build_stable_audio(seed: int = 0):
     """StableAudioPipeline with 3 blocks.
 
@@ -143,6 +150,7 @@ def build_open_sora(seed: int = 0) -> OpenSoraLoop:
 EVERY_MODEL = {
     **BUILDERS,
     "hunyuan15": build_short_hunyuan15,
+    "vace": build_small_vace,
     "flux": build_flux,
     "dit": build_dit,
     "stable_audio": build_stable_audio,
@@ -184,10 +192,13 @@ def call(pipe: Any, steps: int = 12, seed: int = 3, **changes: Any) -> torch.Ten
         "WanImageToVideoPipeline",
         "HunyuanVideoPipeline",
         "HunyuanVideo15Pipeline",
+        "WanVACEPipeline",
         "FluxPipeline",
     ):
         arguments |= {"width": 32, "height": 32}
         arguments |= {} if kind == "FluxPipeline" else {"num_frames": 5}
+    if kind == "WanVACEPipeline":
+        arguments["reference_images"] = [Image.new("RGB", (32, 24), "red")]
     if kind == "WanImageToVideoPipeline":
         arguments["image"] = Image.new("RGB", (32, 32), "green")
     return pipe(**(arguments | changes))[0]
@@ -198,6 +209,12 @@ def layout_of(transformer: Any) -> Any:
     from cineray.pipeline.adapters import MODELS
 
     return MODELS[type(transformer).__name__].layout
+
+
+def hint_blocks_of(transformer: Any) -> list[torch.nn.Module]:
+    """Those that make hints for the others."""
+    hints = layout_of(transformer).hints
+    return [] if hints is None else list(getattr(transformer, hints).children())
 
 
 def blocks_of(transformer: Any) -> list[torch.nn.Module]:

@@ -177,6 +177,27 @@ def build_ti2v(takes_image: bool) -> Any:
     return (WanImageToVideoPipeline if takes_image else WanPipeline)(**parts, expand_timesteps=True)
 
 
+def build_vace(seed: int = 0, **transformer: Any) -> Any:
+    """WanVACEPipeline with 4 blocks, behind the first and the third of which a hint is added."""
+    from diffusers import WanVACEPipeline, WanVACETransformer3DModel
+    from tiny.text import TEXT_DIM
+
+    parts = _wan_parts(seed)
+    torch.manual_seed(seed + 7)
+    parts["transformer"] = WanVACETransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=TEXT_DIM,
+        freq_dim=32,
+        ffn_dim=64,
+        vace_in_channels=2 * 4 + 64,
+        **{"num_layers": 4, "vace_layers": [0, 2], **transformer},
+    ).eval()
+    return WanVACEPipeline(**parts)
+
+
 MORE_MODELS = {
     "flux": build_flux,
     "dit": _with_labels,
@@ -187,6 +208,7 @@ MORE_MODELS = {
     "hunyuan15_image": lambda: build_hunyuan15(takes_image=True),
     "wan22": build_wan22,
     "wan22_image": build_wan22_image,
+    "vace": build_vace,
     "ti2v": lambda: build_ti2v(takes_image=False),
     "ti2v_image": lambda: build_ti2v(takes_image=True),
 }
@@ -202,6 +224,7 @@ CLIPS: dict[str, dict[str, Any]] = {
     "hunyuan15_image": {"image": "same"},
     "wan22": {"flow_shift": 3.0, "guidance_scale_2": 2.0},
     "wan22_image": {"flow_shift": 3.0, "image": ""},
+    "vace": {"flow_shift": 3.0, "reference_images": ""},
     "ti2v": {"flow_shift": 3.0, "width": 64},
     "ti2v_image": {"flow_shift": 3.0, "width": 64, "image": ""},
 }
@@ -210,6 +233,10 @@ CLIPS: dict[str, dict[str, Any]] = {
 def clip_of(name: str, new_request: Any, folder: Any, **changes: Any) -> Any:
     """A small request for a model of `MORE_MODELS`; its picture is written to a folder, in the clip's shape or not."""
     values = {**CLIPS[name], **changes}
+    if "reference_images" in values:
+        values |= {"reference_images": (str(folder / "reference.png"),)}
+        noise = torch.randint(0, 256, (24, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+        Image.fromarray(noise.numpy()).save(values["reference_images"][0])
     if "image" in values:
         size = (32, 32) if values["image"] == "same" else (40, 56)
         values["image"] = str(folder / "first.png")

@@ -75,7 +75,12 @@ def submit(
         prompts=given["prompts"],
         manifest=given["manifest"],
         negative_prompt=given["negative_prompt"],
-        image=given["image"],
+        files={
+            "--image": _given(given["image"]),
+            "--reference-image": given["reference_images"],
+            "--control-video": _given(given["control_video"]),
+            "--control-mask": _given(given["control_mask"]),
+        },
         out=given["out"],
         model=given["model"],
         from_source=from_source,
@@ -87,6 +92,10 @@ def submit(
         print_lines(sys.stdout, f"# FOLDER holds the clips as manifest.jsonl: {submission.manifest or 'the prompts'}")
         return 0
     return submit_batch(submission)
+
+
+def _given(path: Path | None) -> tuple[Path, ...]:
+    return () if path is None else (path,)
 
 
 _APART = ("manifest", "address", "negative_prompt")  # and the prompts, which are no options

@@ -22,8 +22,10 @@ def run_defaults(asked: ClipArguments, checkpoint: "Checkpoint", cache: str, fps
     from cineray.jobs.manifest.check import RunDefaults
 
     typed = {name: value for name, value in {**asked.clip, "fps": fps}.items() if value is not None}
-    if asked.clip["image"] is not None:
-        typed["image"] = os.path.realpath(asked.clip["image"])
+    for name in ("image", "control_video", "control_mask"):
+        if asked.clip[name] is not None:
+            typed[name] = os.path.realpath(asked.clip[name])
+    typed["reference_images"] = tuple(map(os.path.realpath, asked.clip["reference_images"]))
     return RunDefaults(**{**asdict(checkpoint.defaults), **typed, "cache": cache})
 
 

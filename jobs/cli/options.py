@@ -71,7 +71,7 @@ _CLIP_OPTIONS = {  # by the names of ClipRequest
     "width": click.option("--width", type=int, metavar="W", help="Pixels.  [default: the model's]"),
     "height": click.option("--height", type=int, metavar="H", help="Pixels.  [default: the model's]"),
     "num_frames": click.option(
-        "--frames", "num_frames", type=int, metavar="F", help="4k+1 frames.  [default: the model's]"
+        "--frames", "num_frames", type=int, metavar="F", help="4k+1; Open-Sora 1 or 17k.  [default: the model's]"
     ),
     "guidance_scale": click.option(
         "--guidance", "guidance_scale", type=float, metavar="G", help="Guidance scale.  [default: the model's]"
@@ -93,7 +93,24 @@ _CLIP_OPTIONS = {  # by the names of ClipRequest
         type=click.Choice(("stretch", "crop", "pad")),
         default="stretch",
         show_default=True,
-        help="For an image of another shape than the clip: stretch it, cut it, or put it on black.",
+        help="For an image or control video of another shape than the clip: stretch it, cut it, or put it on black.",
+    ),
+    "reference_images": click.option(
+        "--reference-image",
+        "reference_images",
+        multiple=True,
+        type=_PATH,
+        metavar="FILE",
+        help="A picture of what the clip is to show (Wan VACE); may be repeated.",
+    ),
+    "control_video": click.option(
+        "--control-video", type=_PATH, metavar="FILE", help="A video that the clip follows (Wan VACE)."
+    ),
+    "control_mask": click.option(
+        "--control-mask",
+        type=_PATH,
+        metavar="FILE",
+        help="A video or picture: black keeps the control video, white is made anew (Wan VACE).",
     ),
     "flow_shift": click.option(
         "--flow-shift", type=float, metavar="X", help="Shift of the steps towards the noise.  [default: the authors']"

@@ -15,7 +15,7 @@ from cineray.jobs.output.record import clip_warnings, fingerprint_of, render_opt
 from cineray.jobs.output.results import ClipResult
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.weights import Identity
-from cineray.pipeline.media.picture import Pictures
+from cineray.pipeline.media.inputs import Pictures
 from cineray.pipeline.request import ClipRequest, explain, prompt_key
 from cineray.text import printable
 

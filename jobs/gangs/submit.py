@@ -31,6 +31,7 @@ class Submission:
     Args:
         address: of the cluster's dashboard; None where RAY_API_SERVER_ADDRESS says it.
         render: arguments of `cineray render`, without its prompts and --manifest.
+        files: those that options of `render` name, by the option.
         from_source: upload this cineray; else the cluster's nodes have one installed.
     """
 
@@ -39,7 +40,7 @@ class Submission:
     prompts: tuple[str, ...]
     manifest: Path | None
     negative_prompt: str | None
-    image: Path | None
+    files: Mapping[str, Sequence[Path]]
     out: Path
     model: str
     from_source: bool
@@ -61,8 +62,10 @@ class Submission:
             raise InputError(f"submit: manifest {self.manifest} is not a file")
         if self.manifest is not None and self.negative_prompt is not None:
             raise InputError("submit: with --manifest, write negative_prompt into its lines")
-        if self.image is not None and not self.image.is_absolute():
-            raise InputError(f"submit: --image must be an absolute path that every node sees, got {self.image}")
+        for option, paths in self.files.items():
+            for path in paths:
+                if not path.is_absolute():
+                    raise InputError(f"submit: {option} must be an absolute path that every node sees, got {path}")
 
 
 def runtime_env(submission: Submission) -> dict[str, object]:
@@ -124,8 +127,17 @@ def write_manifest(submission: Submission, folder: Path) -> None:
 
 
 def _image_problem(row: Row) -> list[str]:
-    is_bad = row.image is not None and not Path(row.image).is_absolute()
-    return ["image must be an absolute path that every node sees"] if is_bad else []
+    files = {
+        "image": (row.image,),
+        "reference_images": row.reference_images or (),
+        "control_video": (row.control_video,),
+        "control_mask": (row.control_mask,),
+    }
+    return [
+        f"{name} must be an absolute path that every node sees"
+        for name, paths in files.items()
+        if any(path is not None and not Path(path).is_absolute() for path in paths)
+    ]
 
 
 def as_text(arguments: Sequence[str], added: Mapping[str, str]) -> str:

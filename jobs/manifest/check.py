@@ -19,7 +19,8 @@ from cineray.jobs.manifest.row import REQUEST_NAMES, Row
 from cineray.jobs.manifest.row_file import RowFile
 from cineray.jobs.manifest.source import opened
 from cineray.pipeline.loading.checkpoint import Checkpoint
-from cineray.pipeline.media.picture import PictureError, Pictures
+from cineray.pipeline.media.inputs import Pictures
+from cineray.pipeline.media.picture import PictureError
 from cineray.pipeline.request import ClipRequest, InputError, is_plain, problems
 from cineray.text import printable, shorten
 
@@ -48,16 +49,21 @@ class RunDefaults:
     flow_shift: float | None = None
     guidance_scale_2: float | None = None
     seconds: float | None = None
+    reference_images: tuple[str, ...] = ()
+    control_video: str | None = None
+    control_mask: str | None = None
 
 
 def to_request(row: Row, defaults: RunDefaults, folder: Path) -> ClipRequest:
-    """Fills in the defaults; a relative `image` is meant from the manifest's `folder`."""
+    """Fills in the defaults; relative paths of files are meant from the manifest's `folder`."""
     values = {}
     for field, name in REQUEST_NAMES.items():
         value = getattr(row, field)
         values[name] = getattr(defaults, name) if value is None else value
-    if values["image"] is not None:
-        values["image"] = str(folder / values["image"])
+    for name in ("image", "control_video", "control_mask"):
+        if values[name] is not None:
+            values[name] = str(folder / values[name])
+    values["reference_images"] = tuple(str(folder / path) for path in values["reference_images"])
     for name in ("guidance_scale", "guidance_scale_2", "seconds"):
         values[name] = None if values[name] is None else float(values[name])
     return ClipRequest(id=row.clip_id, prompt=row.prompt, **values)
@@ -97,6 +103,8 @@ class RequestCheck:
                 self._pictures.facts(request.image)
             except PictureError as error:
                 found.append(str(error))
+        if self._rule.takes_control and not found:
+            found += self._pictures.control_problems(request)
         if not found and self._more is not None and (reason := self._more(request)):
             found.append(reason)
         return found

@@ -29,6 +29,9 @@ class Row(NamedTuple):
     flow_shift: float | None = None
     guidance_2: float | None = None
     seconds: float | None = None
+    reference_images: tuple[str, ...] | None = None
+    control_video: str | None = None
+    control_mask: str | None = None
 
     @property
     def clip_id(self) -> str:
@@ -99,6 +102,14 @@ def _text(value: Any) -> str:
     return value
 
 
+def _texts(value: Any) -> tuple[str, ...]:
+    """A list of texts, or one by itself, as a table has it."""
+    values = value if type(value) is list else [value]
+    if any(type(text) is not str for text in values):
+        raise ValueError("a text or a list of texts")
+    return tuple(values)
+
+
 def _id(value: Any) -> str:
     return value if type(value) is str else str(_whole(value, "a text or a whole number"))
 
@@ -134,8 +145,10 @@ _WHOLE = ("seed", "width", "height", "frames", "steps", "fps")
 _NUMBERS = ("guidance", "flow_shift", "guidance_2", "seconds")
 _READERS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("prompt", "negative_prompt", "cache", "image", "image_fit"), _text),
+    **dict.fromkeys(("control_video", "control_mask"), _text),
     **dict.fromkeys(_WHOLE, _whole),
     "id": _id,
+    "reference_images": _texts,
     **dict.fromkeys(_NUMBERS, _number),
 }
 _WHOLE_CELL = re.compile(r"([+-]?[0-9]{1,40})(?:\.0*)?")
@@ -155,4 +168,5 @@ _CELLS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(_WHOLE, _whole_cell),
     **dict.fromkeys(_NUMBERS, _number_cell),
 }
-_BARE = {*_CELLS, "id", "cache", "image", "image_fit"}  # blanks around them mean nothing
+_FILES = ("image", "reference_images", "control_video", "control_mask")
+_BARE = {*_CELLS, *_FILES, "id", "cache", "image_fit"}  # blanks around them mean nothing

@@ -18,7 +18,7 @@ from cineray.jobs.out_file import check_out, ended_by_sigterm, locked, replace_t
 from cineray.jobs.output.record import render_options, software_versions
 from cineray.jobs.pixels import refuse_sounds
 from cineray.pipeline.loading.model import LoadedModel
-from cineray.pipeline.media.picture import Pictures
+from cineray.pipeline.media.inputs import Pictures
 from cineray.pipeline.request import ClipRequest, InputError, fingerprint
 
 _COMMAND = "bench quality"

@@ -32,7 +32,7 @@ from cineray.jobs.threads import rank_threads
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.options import LoadOptions
 from cineray.pipeline.loading.weights import identify
-from cineray.pipeline.media.picture import Pictures
+from cineray.pipeline.media.inputs import Pictures
 from cineray.pipeline.request import ClipRequest, InputError
 
 # One visit renders some clips on one layout; a hung collective ends by itself after minutes, this is for the rest.

@@ -178,8 +178,11 @@ def clip_record(
     }
     if resumed_at:
         record["resumed_at"] = list(resumed_at)
-    if request.image is not None:
+    if request.image is not None or request.control_video is not None:
         record["image_fit"] = request.image_fit
+    for name in ("reference_images", "control_video", "control_mask"):
+        if getattr(request, name):
+            record[name] = getattr(request, name)
     if warnings:
         record["warnings"] = list(warnings)
     warning = cache_warning(counts)

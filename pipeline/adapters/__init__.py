@@ -12,6 +12,7 @@ from cineray.pipeline.adapters import (
     stable_audio,
     wan,
     wan22,
+    wan_vace,
 )
 from cineray.pipeline.adapters.model import BlockLayout, KnownCheckpoint, Model
 from cineray.pipeline.adapters.protocol import Adapter, Branch, Denoising, Expert, ModelConfigs
@@ -71,6 +72,7 @@ MODELS: Models = by_transformer(
     wan.MODEL,
     wan22.EXPERTS,
     wan22.PER_TOKEN,
+    wan_vace.MODEL,
     hunyuan_video.MODEL,
     hunyuan_image.MODEL,
     hunyuan15.MODEL,

@@ -40,10 +40,14 @@ def plan_cache(
         families = ", ".join(other.family for other in models.values() if spec.name in other.presets)
         raise ValueError(f"cache: {spec.name} has no preset for {model.family}; it has: {families or 'none'}")
     first, *others = (transformer_config[name] for name in model.layout.counts)
+    num_hints = model.layout.num_hints(transformer_config)
+    if num_hints and max(transformer_config[str(model.layout.hinted)]) == first - 1:
+        raise ValueError(f"cache: {model.layout.hinted} names the last block, behind which no cache can work")
+    num_probeable = first if others else first - 1  # within the first list, and before the last block
     facts = ModelFacts(
         family=model.family,
-        num_blocks=first + sum(others),
-        num_probeable=first if others else first - 1,  # within the first list, and before the last block
+        num_blocks=first + sum(others) + num_hints,
+        num_probeable=min(num_probeable, 1) if num_hints else num_probeable,  # before any hint is needed
         layers=model.layout.layers,
         transformer=transformer_config,
         presets=model.presets,

@@ -32,6 +32,8 @@ class BlockLayout:
         shared: arguments, by position (from the hidden states) or keyword, that have no batch dimension.
         layers: the layers that feed a residual add, which a SmoothCache schedule may name: attributes of a block, or
             list.attribute where the lists' layers are of different types.
+        hints: a list of blocks that run before those of `lists` and make what is added behind some of them.
+        hinted: where the configuration says behind which.
         unread: modules whose output the blocks alone read, so that they can be left out where no block runs.
     """
 
@@ -42,7 +44,13 @@ class BlockLayout:
     shared: tuple[int | str, ...] = ()
     mask: int | None = None
     layers: tuple[str, ...]
+    hints: str | None = None
+    hinted: str | None = None
     unread: tuple[str, ...] = ()
+
+    def num_hints(self, config: Mapping[str, Any]) -> int:
+        """Blocks of `hints`."""
+        return 0 if self.hinted is None else len(config[self.hinted])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

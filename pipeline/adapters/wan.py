@@ -159,7 +159,7 @@ def _encode_prompts(pipe: Any, request: ClipRequest) -> dict[str, torch.Tensor]:
     return {"cond": cond} if uncond is None else {"cond": cond, "uncond": uncond}
 
 
-def _denoising(
+def denoising(
     pipe: Any,
     request: ClipRequest,
     encoded: Mapping[str, torch.Tensor],
@@ -261,7 +261,7 @@ class WanTextToVideo:
         self, pipe: Any, request: ClipRequest, encoded: Mapping[str, torch.Tensor], generator: torch.Generator
     ) -> Denoising:
         latents = draw_noise(pipe, request, pipe.transformer.config.in_channels, generator)
-        return _denoising(pipe, request, encoded, latents, {})
+        return denoising(pipe, request, encoded, latents, {})
 
 
 class WanImageToVideo(WanTextToVideo):
@@ -294,7 +294,7 @@ class WanImageToVideo(WanTextToVideo):
         image = encoded.get("image") if transformer.config.image_dim is not None else None
         extra = {"encoder_hidden_states_image": image if image is None else image.to(latents.device, transformer.dtype)}
         condition = encoded["condition"].to(latents.device)
-        return _denoising(pipe, request, encoded, latents, extra, condition)
+        return denoising(pipe, request, encoded, latents, extra, condition)
 
 
 MODEL = Model(

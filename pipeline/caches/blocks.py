@@ -20,6 +20,7 @@ from cineray.caching.call import CallPlan, StepContext
 from cineray.caching.token_sums import SignalValues
 from cineray.pipeline.adapters import BlockLayout
 from cineray.pipeline.blocks import BlockArguments, BlockListProxy, ShardedBlockList
+from cineray.pipeline.caches.hints import Hints
 from cineray.pipeline.caches.signals import SignalReader
 from cineray.pipeline.caches.unread import UnreadModules
 
@@ -98,6 +99,7 @@ class BlockRunner:
         self._call: _Call | None = None
         self._transformer = transformer
         self._signal = signal
+        self._hints = Hints()
         self._unread = UnreadModules(transformer, layout.unread)
         self._kinds: dict[str, _Kind] = {}  # of the latents of each branch's last call
         self._replaced: list[tuple[dict[str, Any], str, nn.ModuleList]] = []  # (where the list belongs, its name, it)
@@ -163,7 +165,10 @@ class BlockRunner:
     def _one_gate(self) -> dict[str, list[Callable[..., Any]]]:
         """For a forward that runs no block: all of them at once."""
         first, *others = self._layout.lists
-        return {first: [self._pass_over_all], **{name: [] for name in others}}
+        gates: dict[str, list[Callable[..., Any]]] = {first: [self._pass_over_all], **{name: [] for name in others}}
+        if self._layout.hints is not None:
+            gates[self._layout.hints] = self._hints.none(len(getattr(self._transformer, self._layout.hints)))
+        return gates
 
     def _pass_over_all(self, *args: Any, **kwargs: Any) -> Any:
         """All blocks, none of which runs."""
@@ -185,6 +190,7 @@ class BlockRunner:
             raise
 
     def _put_back(self) -> None:
+        self._hints.drop()
         self._unread.put_back()
         if self._signal is not None:
             self._signal.detach()
@@ -211,6 +217,9 @@ class BlockRunner:
                 ends_probe=is_probe and number == self._probe_depth - 1 and ends_group,
             )
             gates[name].append(partial(self._pass, lists[name][number], place))
+        if self._layout.hints is not None:
+            blocks = list(getattr(self._transformer, self._layout.hints).children())
+            gates[self._layout.hints] = self._hints.gates(blocks)
         return gates
 
     def _pass(self, block: nn.Module, place: _Place, /, *args: Any, **kwargs: Any) -> Any:
@@ -229,6 +238,8 @@ class BlockRunner:
             else:
                 assert call.plan is not None
                 state = state.through_rows([block], call.plan.compute_rows)
+            if call.plan is not None and call.plan.compute_rows:
+                self._hints.fill(call.blocks_input)
             if place.is_last:
                 assert call.plan is not None
                 state = state.with_hidden_states(self._finish(call, call.plan, state.hidden_states))

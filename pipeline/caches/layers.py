@@ -34,7 +34,7 @@ def check_blocks_not_compiled(transformer: nn.Module, layout: BlockLayout) -> No
     Raises:
         ValueError: a block is compiled.
     """
-    for blocks in layout.lists:
+    for blocks in (*layout.lists, *filter(None, (layout.hints,))):
         if any(is_compiled(block) for block in getattr(transformer, blocks).children()):
             raise ValueError(
                 f"cache: smoothcache and taylorseer work within blocks, and {blocks} are compiled; use a policy that "
@@ -43,9 +43,12 @@ def check_blocks_not_compiled(transformer: nn.Module, layout: BlockLayout) -> No
 
 
 def layers_of(transformer: nn.Module, layout: BlockLayout) -> Iterator[tuple[str, int, nn.Module]]:
-    """(layer type, block number, module); blocks are numbered from 0 over all lists, or along interleaved ones."""
+    """(layer type, block number, module); blocks are numbered from 0 over all lists, or along interleaved ones.
+
+    Those that make hints come last.
+    """
     number = 0
-    for blocks in layout.lists:
+    for blocks in (*layout.lists, *filter(None, (layout.hints,))):
         number = 0 if layout.interleaved else number
         for block in getattr(transformer, blocks).children():
             for layer, attribute in _attributes(layout, blocks):

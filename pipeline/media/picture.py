@@ -8,8 +8,6 @@ gamma, to sRGB. Of animations and files with several pages the first is used, wi
 import hashlib
 import io
 import warnings
-from collections import OrderedDict
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +21,6 @@ from cineray.text import shorten
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MAX_PICTURE_PX = 1024**3 // 4 // 3  # where Pillow begins to warn of decompression bombs: 89 million, 256 MiB of RGB
 MAX_PICTURE_BYTES = 2**29  # a TIFF of so many pixels at 16 bits a channel
-MAX_REMEMBERED = 10_000  # pictures: 7 MB
 SAME_SHAPE = 1.02  # a circle that is 2 % too wide still looks round
 BACKGROUND = "white"  # of a page in a browser
 SRGB_LEVELS = 2  # profiles of sRGB from several makers differ from each other by rounding
@@ -47,42 +44,6 @@ class PictureError(InputError):
     """A picture cannot be used; says which, why and what is allowed."""
 
 
-class Pictures:
-    """Reads each picture once, for as long as its file stays the same; a manifest may name one a million times."""
-
-    def __init__(self) -> None:
-        self._known: OrderedDict[str, tuple[tuple[int, ...], PictureFacts | PictureError]] = OrderedDict()
-
-    def facts(self, path: str) -> PictureFacts:
-        """Decodes the whole picture, unless it has done so before.
-
-        Raises:
-            PictureError: it cannot be used.
-        """
-        identity = _identity(path)
-        known = self._known.get(path)
-        if known is None or known[0] != identity:
-            try:
-                _, found = _decode(path)
-            except PictureError as error:
-                found = error
-            known = self._known[path] = (identity, found)
-            if len(self._known) > MAX_REMEMBERED:
-                self._known.popitem(last=False)
-        self._known.move_to_end(path)
-        if isinstance(known[1], PictureError):
-            raise PictureError(str(known[1]))
-        return known[1]
-
-    def pinned(self, request: ClipRequest) -> ClipRequest:
-        """The request with what its picture's file holds now: that and nothing else is then rendered.
-
-        Raises:
-            PictureError: the picture cannot be used.
-        """
-        return request if request.image is None else replace(request, picture=self.facts(request.image))
-
-
 def first_frame(request: ClipRequest) -> Image.Image:
     """The clip's picture, RGB: of the clip's size, but for `stretch`, which the model's own preprocessing does.
 
@@ -90,7 +51,7 @@ def first_frame(request: ClipRequest) -> Image.Image:
         PictureError: it cannot be used, or is not what it was when the clip was taken in hand.
     """
     assert request.image is not None  # the size rule made it required
-    shown, facts = _decode(request.image)
+    shown, facts = shown_picture(request.image)
     if request.picture is not None and facts.sha256 != request.picture.sha256:
         raise PictureError(f"{_named(request.image)} was changed after it was checked; run the same command again")
     return fitted(shown, request.width, request.height, request.image_fit)
@@ -139,21 +100,13 @@ def _named(path: str) -> str:
     return f"image {shorten(path)}"
 
 
-def _refusal(path: str, reason: str) -> PictureError:
+def refusal(path: str, reason: str) -> PictureError:
     allowed = f"{', '.join(FORMATS)} of at most {MAX_PICTURE_PX} pixels"
     return PictureError(f"{_named(path)} cannot be used: {reason}; allowed: {allowed}")
 
 
-def _identity(path: str) -> tuple[int, ...]:
-    try:
-        about = Path(path).stat()
-    except (OSError, ValueError) as error:  # ValueError: a NUL, or half a character
-        raise _refusal(path, getattr(error, "strerror", None) or str(error)) from None
-    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
-
-
-def _decode(path: str) -> tuple[Image.Image, PictureFacts]:
-    """(picture RGB as shown, its facts).
+def shown_picture(path: str) -> tuple[Image.Image, PictureFacts]:
+    """(a picture's pixels, RGB as shown; its facts).
 
     Raises:
         PictureError: it cannot be used.
@@ -161,7 +114,7 @@ def _decode(path: str) -> tuple[Image.Image, PictureFacts]:
     try:
         content = read_regular(Path(path), MAX_PICTURE_BYTES)
     except (OSError, ValueError) as error:
-        raise _refusal(path, getattr(error, "strerror", None) or str(error)) from None
+        raise refusal(path, getattr(error, "strerror", None) or str(error)) from None
     try:
         with warnings.catch_warnings(action="ignore"), _open(content) as opened:
             if not 0 < opened.width * opened.height <= MAX_PICTURE_PX:
@@ -169,10 +122,10 @@ def _decode(path: str) -> tuple[Image.Image, PictureFacts]:
             shown, notes = _shown(opened)
             is_plain = _is_plain(opened, shown)
     except _Unusable as error:
-        raise _refusal(path, str(error)) from None
+        raise refusal(path, str(error)) from None
     except Exception as error:  # noqa: BLE001  # decoders raise whatever a broken file makes them stumble over
         what = " ".join(str(error).split()) or type(error).__name__
-        raise _refusal(path, f"it cannot be decoded ({shorten(what, 120)})") from None
+        raise refusal(path, f"it cannot be decoded ({shorten(what, 120)})") from None
     name = shorten(Path(path).name)
     return shown, PictureFacts(
         sha256=hashlib.sha256(content).hexdigest(),

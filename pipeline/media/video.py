@@ -132,8 +132,11 @@ def _escaped(text: str) -> str:
     return re.sub(r"([=;#\\\n])", r"\\\1", text.replace("\0", ""))
 
 
-def count_frames(path: Path | str) -> int:
+def count_frames(path: Path | str, most: int | None = None) -> int:
     """Decodes a video and counts its frames.
+
+    Args:
+        most: it stops there; None: at the end.
 
     Raises:
         VideoError: it cannot be read, or is damaged.
@@ -141,14 +144,21 @@ def count_frames(path: Path | str) -> int:
     _check_regular(path)
     report = bytearray()
     # a damaged packet is an error here, where a player would show what it can
-    arguments = ["-xerror", *_INPUT, "-i", file_url(path), "-map", "0:v:0", "-f", "null", "-progress", "pipe:1", "-"]
-    run_ffmpeg(arguments, report.extend)
+    arguments = ["-xerror", *_INPUT, "-i", file_url(path), "-map", "0:v:0", *_at_most(most), "-f", "null"]
+    run_ffmpeg([*arguments, "-progress", "pipe:1", "-"], report.extend)
     counts = re.findall(rb"^frame=\s*(\d+)", report, re.MULTILINE)
     return int(counts[-1]) if counts else 0
 
 
-def read_video(path: Path | str) -> np.ndarray:
-    """All frames [F, H, W, 3] uint8 RGB, by the colour tags of the video.
+def _at_most(num_frames: int | None) -> list[str]:
+    return [] if num_frames is None else ["-frames:v", str(num_frames)]
+
+
+def read_video(path: Path | str, most: int | None = None) -> np.ndarray:
+    """The frames [F, H, W, 3] uint8 RGB, by the colour tags of the video.
+
+    Args:
+        most: the first so many; None: all.
 
     Raises:
         VideoError: it cannot be read, or has no frames.
@@ -156,7 +166,7 @@ def read_video(path: Path | str) -> np.ndarray:
     content = bytearray()
     try:
         _check_regular(path)
-        output = ["-map", "0:v:0", "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe", "pipe:1"]
+        output = ["-map", "0:v:0", *_at_most(most), "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe", "pipe:1"]
         run_ffmpeg([*_INPUT, "-i", file_url(path), *output], content.extend)
     except VideoError as error:
         raise VideoError(f"cannot read {path}: {error}") from None

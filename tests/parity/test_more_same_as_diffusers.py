@@ -12,6 +12,7 @@ from cineray.jobs.output.step_keeper import ClipPreempted, StepKeeper
 from cineray.pipeline.gang import SOLO
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.model import LoadOptions, load_model
+from cineray.pipeline.media.control import control_frames, mask_frames
 from cineray.pipeline.render import decode_clip, denoise_clip, render_clip
 from cineray.pipeline.resume.encoded_prompts import encode_prompt, read_encoded
 
@@ -40,6 +41,9 @@ def theirs(name, model, request, output_type):
     }
     if request.image is not None:
         arguments["image"] = Image.open(request.image).convert("RGB")
+    if name == "vace":
+        arguments["reference_images"] = [Image.open(path).convert("RGB") for path in request.reference_images] or None
+        arguments["video"], arguments["mask"] = control_frames(request), mask_frames(request)
     if request.guidance_scale_2 is not None:
         arguments["guidance_scale_2"] = request.guidance_scale_2
     for argument in {

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from every_model import EVERY_MODEL, STACKED, blocks_of, build, call, in_double
+from every_model import EVERY_MODEL, STACKED, blocks_of, build, call, hint_blocks_of, in_double
 
 import cineray
 from cineray.caching.profile import DiCacheProfile, generic_profile
@@ -39,13 +39,13 @@ def test_deep_blocks_run_only_when_computed(name):
     """A deep block of Open-Sora is a spatial and a temporal one: both probe blocks run at each step."""
     pipe = build(name)
     layout = MODELS[type(pipe.transformer).__name__].layout
-    blocks = blocks_of(pipe.transformer)
+    blocks = [*blocks_of(pipe.transformer), *hint_blocks_of(pipe.transformer)]
     counts = dict.fromkeys(blocks, 0)
     for block in blocks:
         block.register_forward_hook(lambda block, *_: counts.__setitem__(block, counts[block] + 1))
     with cineray.enable_cache(pipe, "interval(interval=3,probe_depth=1,last_step_full=false)") as handle:
         call(pipe)
-    num_calls = 24 if name in ("wan", "wan_i2v", "hunyuan15") else 12
+    num_calls = 24 if name in ("wan", "wan_i2v", "hunyuan15", "vace") else 12
     per_list = len(getattr(pipe.transformer, layout.lists[0]))
     for number, block in enumerate(blocks):
         is_probe = number % per_list == 0 if layout.interleaved else number == 0
@@ -88,7 +88,7 @@ def test_nan_in_a_probe_computes(name):
     """In both branches' rows if the batch has both."""
     pipe = build(name)
     calls = []
-    calls_per_step = 2 if name in ("wan", "wan_i2v", "hunyuan15") else 1
+    calls_per_step = 2 if name in ("wan", "wan_i2v", "hunyuan15", "vace") else 1
 
     def spoil(_module, _arguments, output):
         calls.append(1)

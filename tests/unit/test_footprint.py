@@ -47,6 +47,8 @@ def test_parameters_are_as_many_as_the_published_weights_have(model):
         ("hunyuan-video-i2v-33ch", 12.811),
         ("hunyuan-video-1.5-t2v-480p", 8.3266),
         ("hunyuan-video-1.5-i2v-720p", 8.3266),
+        ("wan2.1-vace-1.3b", 2.15397),
+        ("wan2.1-vace-14b", 17.3376),
         ("flux.1-dev", 11.901),
         ("flux.1-schnell", 11.891),
         ("stable-audio-open-1.0", 1.0569),

@@ -32,6 +32,7 @@ pytestmark = pytest.mark.slow
 def options_of(name, **more):
     """The command line's options for a clip of `CLIPS`."""
     named = {"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 3} | CLIPS[name] | more
+    named.pop("reference_images", None)
     flags = {"num_frames": "frames", "num_inference_steps": "steps", "guidance_scale_2": "guidance-2"}
     fixed = ("image", "prompt", *(("fps", "num_frames", "width", "height") if "fps" in CLIPS[name] else ()))
     if name == "flux":
@@ -191,6 +192,18 @@ BAD = [
     ("hunyuan15", ["--cache", "dicache-paper"], "dicache-paper has no preset for hunyuan-video-1.5"),
     ("wan22", ["--image", "x.png"], "image cannot be used"),
     ("wan22_image", [], "image is required"),
+    ("vace", ["--sp", "2"], "the tokens of a wan-vace clip cannot be shared by ranks"),
+    ("vace", ["--shard-weights"], "--shard-weights needs ranks that share a clip's tokens"),
+    ("vace", ["--image", "x.png"], "image cannot be used"),
+    ("vace", ["--reference-image", "none.png"], "none.png' cannot be used: No such file or directory"),
+    ("vace", ["--reference-image", "a.mp4"], "its name does not end as a picture's"),
+    ("vace", ["--control-video", "none.mp4"], "none.mp4' cannot be used: No such file or directory"),
+    ("vace", ["--control-mask", "m.png"], "control_mask needs a control_video"),
+    ("vace", ["--reference-image", "a.png"] * 17, "reference_images must be at most 16, got 17"),
+    ("vace", ["--cache", "dicache(probe_depth=2)"], "probe_depth"),
+    ("vace", ["--cache", "teacache"], "teacache has no preset for wan-vace"),
+    ("flux", ["--control-video", "x.mp4"], "control_video cannot be used: this model takes none"),
+    ("wan22", ["--reference-image", "x.png"], "reference_images cannot be used: this model takes none"),
     ("ti2v", ["--sp", "2"], "the tokens of a wan2.2-ti2v clip cannot be shared by ranks"),
     ("ti2v", ["--layout", "ring2"], "the tokens of a wan2.2-ti2v clip cannot be shared by ranks"),
     ("ti2v_image", [], "image is required"),
@@ -276,6 +289,7 @@ def changed(folder, to, **entries):
             {"transformer_2": [None, None]},
             "boundary_ratio is 0.875, so it is of two experts, and transformer_2",
         ),
+        ("vace", {"boundary_ratio": 0.875}, "it is a VACE of two experts (Wan 2.2), which is not rendered"),
         ("wan22", {"boundary_ratio": 1.5}, "boundary_ratio must be above 0 and below 1, got 1.5"),
         ("wan22", {"boundary_ratio": "x"}, "boundary_ratio must be above 0 and below 1, got 'x'"),
         ("wan22", {"expand_timesteps": True}, "boundary_ratio and expand_timesteps cannot both be set"),

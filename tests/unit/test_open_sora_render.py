@@ -17,7 +17,7 @@ from cineray.pipeline.adapters.open_sora_transformer import STDiT3
 from cineray.pipeline.adapters.open_sora_vae import OpenSoraVAE
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.model import LoadOptions, load_model
-from cineray.pipeline.media.picture import Pictures
+from cineray.pipeline.media.inputs import Pictures
 from cineray.pipeline.render import denoise_clip
 from cineray.pipeline.request import InputError, problems
 

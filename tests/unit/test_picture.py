@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, features
 
-from cineray.pipeline.media.picture import FORMATS, PictureError, Pictures, first_frame, fit_warning, fitted
+from cineray.pipeline.media.inputs import Pictures
+from cineray.pipeline.media.picture import FORMATS, PictureError, first_frame, fit_warning, fitted
 from cineray.pipeline.request import PictureFacts, fingerprint
 
 GREY = np.tile(np.linspace(0, 255, 48).round().astype(np.uint8), (32, 1))  # [H, W]

@@ -20,7 +20,7 @@ def submission(tmp_path):
             "prompts": ("a red circle",),
             "manifest": None,
             "negative_prompt": None,
-            "image": None,
+            "files": {},
             "out": tmp_path,
             "model": "tiny-wan",
             "from_source": False,
