@@ -10,5 +10,5 @@ def refuse_sounds(checkpoint: Checkpoint, command: str) -> None:
     Raises:
         InputError: the model's clips have no pixels to be compared.
     """
-    if checkpoint.model.output == SOUND:
+    if checkpoint.model.output.noun == SOUND.noun:
         raise InputError(f"{command}: {checkpoint.name} makes sounds, and quality is measured in pixels")

@@ -22,7 +22,7 @@ from cineray.jobs.stopping import stop_requested
 from cineray.jobs.threads import num_threads
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.options import LoadOptions
-from cineray.pipeline.media.output import Output
+from cineray.pipeline.media.output import Output, format_of
 from cineray.pipeline.request import ClipRequest, InputError
 
 
@@ -286,6 +286,7 @@ def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
         spec = RunSpec(
             model=asked.checkpoint.name,
             options=asked.load_options,
+            file_format=format_of(asked.checkpoint.model.output),
             out=asked.out.resolve(),
             lossless=asked.lossless,
             run=options,

@@ -140,6 +140,11 @@ class SizeRule:
     frame_rate: int = 1
     no_negative: str = "this model's guidance is embedded, there is no negative branch"
 
+    @property
+    def encodes_pixels(self) -> bool:
+        """Whether a clip's files go through the VAE before it is denoised."""
+        return self.takes_image or self.takes_control
+
 
 def _shown(value: float) -> str:
     """A number as it is, unless it has a thousand digits."""

@@ -56,6 +56,7 @@ def cineray() -> None:
 @click.option("--cache", default="none", show_default=True, metavar="SPEC", help="Cache policy; see docs/caching.md.")
 @click.option("--fps", type=int, metavar="N", help="Frames per second of the MP4.  [default: the model's]")
 @click.option("--lossless", is_flag=True, help="MP4s whose decoded RGB frames are exactly the rendered ones.")
+@click.option("--format", "file_format", metavar="NAME", help="Of sounds: wav or flac.  [default: wav]")
 @click.option(
     "--audit", type=float, metavar="SHARE", help="Render that share of the clips again uncached, and compare."
 )
@@ -78,6 +79,7 @@ def render(
     cache: str,
     fps: int | None,
     lossless: bool,
+    file_format: str | None,
     audit: float | None,
     dry_run: bool,
     price: float | None,
@@ -106,7 +108,7 @@ def render(
     from cineray.jobs.run import RunPlan, render_run
     from cineray.pipeline.loading.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(asked.model)
+    checkpoint = open_checkpoint(asked.model).written_as(file_format)
     share = None if audit is None else check_share(audit, checkpoint)
     defaults = run_defaults(asked, checkpoint, cache, fps)
     options = load_options(asked, checkpoint, run.decode)

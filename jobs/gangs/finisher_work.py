@@ -43,12 +43,12 @@ class FinisherWork:
         )
 
     def load(self) -> None:
-        checkpoint = open_checkpoint(self._spec.model)
+        checkpoint = open_checkpoint(self._spec.model).written_as(self._spec.file_format)
         checkpoint.model.output.check()
         check_own_gpu(self._spec.options.device, self._spec.demands, (FINISHER, SHARED))
         torch.set_num_threads(loading_threads(self._spec.options.device))
         without = checkpoint.model.denoiser_parts
-        if self._spec.decodes_on_gang and not checkpoint.size_rule.takes_image:  # pictures are encoded by the VAE
+        if self._spec.decodes_on_gang and not checkpoint.size_rule.encodes_pixels:  # pictures are encoded by the VAE
             without = (*without, *checkpoint.model.decoder_parts)
         self._model = load_model(checkpoint, self._spec.options, skip_components=without)
         torch.set_num_threads(rank_threads())

@@ -18,6 +18,7 @@ class RunSpec:
 
     Args:
         options: how the weights are loaded.
+        file_format: of the clips, as `Checkpoint.written_as` takes it.
         decodes_on_gang: the ranks decode; finishers encode prompts, and make videos of frames.
         demands: what the clips take of each kind of GPU at most, by forecast, where that is known.
     """
@@ -29,6 +30,7 @@ class RunSpec:
     run: RunOptions
     decodes_on_gang: bool = False
     demands: tuple[Demand, ...] = ()
+    file_format: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

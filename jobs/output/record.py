@@ -16,6 +16,7 @@ from cineray.files import read_json, shaped
 from cineray.pipeline.caches.memory import forecast_cache_bytes
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.options import QUANTIZED_ATTENTION, LoadOptions
+from cineray.pipeline.media.output import FLAC, format_of
 from cineray.pipeline.media.picture import fit_warning
 from cineray.pipeline.request import ClipRequest, fingerprint
 
@@ -125,6 +126,8 @@ def fingerprint_of(request: ClipRequest, checkpoint: Checkpoint, digest: str, op
         ValueError: nor can the file of its cache policy.
     """
     policy, pixel_fields = policy_text(request, checkpoint), checkpoint.model.pixel_fields
+    if checkpoint.model.output == FLAC:  # the same samples, but one sidecar cannot tell of two files
+        options = {**options, "format": format_of(FLAC)}
     return fingerprint(checkpoint.adapter.effective(request), policy, digest, options, pixel_fields)
 
 

@@ -29,6 +29,7 @@ from cineray.pipeline.adapters.protocol import Defaults, ModelConfigs
 from cineray.pipeline.loading.errors import LoadingError, is_passing
 from cineray.pipeline.loading.parts import MAX_CONFIG_BYTES, check_configs, check_folder
 from cineray.pipeline.loading.weight_header import reason_of
+from cineray.pipeline.media.output import written_as
 from cineray.pipeline.request import InputError, SizeRule
 from cineray.text import printable, shorten
 
@@ -79,6 +80,20 @@ class Checkpoint:
                 f"whose own is {own}; got {shorten(name)}"
             )
         return name
+
+    def written_as(self, name: str | None) -> "Checkpoint":
+        """The same with clips of another kind of file, by the end of its name; None: the model's own.
+
+        Raises:
+            InputError: its clips cannot be such files; lists those that they can.
+        """
+        if name is None:
+            return self
+        try:
+            output = written_as(self.model.output, name)
+        except ValueError as error:
+            raise InputError(f"model {printable(self.name, 200)}: {error}") from None
+        return replace(self, model=replace(self.model, output=output))
 
     @property
     def num_calls(self) -> int:

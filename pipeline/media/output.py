@@ -1,4 +1,4 @@
-"""What a clip becomes: an MP4, a PNG or a WAV, each with its record inside; written, recognized and read back."""
+"""What a clip becomes: an MP4, a PNG, a WAV or a FLAC with its record inside; written, recognized and read back."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from cineray.pipeline.media.ffmpeg import VideoError
+from cineray.pipeline.media.flac import check_flac, read_flac, read_flac_metadata, write_flac
 from cineray.pipeline.media.sound import read_wav, read_wav_metadata, write_wav
 from cineray.pipeline.media.still import read_png, read_png_metadata, write_png
 from cineray.pipeline.media.video import check_ffmpeg, count_frames, read_metadata, read_video, write_video
@@ -192,7 +193,7 @@ class Sound:
 
     def fault(self, path: Path, request: ClipRequest, /) -> str | None:
         try:
-            samples, rate = read_wav(path)
+            samples, rate = self._samples(path)
         except VideoError as error:
             return f"it cannot be decoded: {error}"
         if (len(samples), rate) == (self.num_frames(request), request.fps):
@@ -200,18 +201,65 @@ class Sound:
         return f"it has {len(samples)} samples at {rate} Hz, not {self.num_frames(request)} at {request.fps}"
 
     def read(self, path: Path, /) -> np.ndarray:
-        return read_wav(path)[0]
+        return self._samples(path)[0]
+
+    def _samples(self, path: Path) -> tuple[np.ndarray, int]:
+        return read_wav(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Flac(Sound):
+    """The same sound as a FLAC, half as large."""
+
+    suffix: str = ".flac"
+
+    def check(self) -> None:
+        check_flac()
+
+    def write(
+        self,
+        frames: np.ndarray,
+        path: Path,
+        request: ClipRequest,
+        metadata: Mapping[str, Any],
+        lossless: bool = False,  # noqa: ARG002  # a FLAC loses nothing
+        /,
+    ) -> None:
+        write_flac(frames, path, request.fps, metadata)
+
+    def metadata(self, path: Path, /) -> dict[str, Any]:
+        return read_flac_metadata(path)
+
+    def _samples(self, path: Path) -> tuple[np.ndarray, int]:
+        return read_flac(path)
 
 
 def _other_size(frames: np.ndarray, wanted: tuple[int, int, int]) -> str | None:
     return None if frames.shape == (*wanted, 3) else f"they decode to frames of shape {frames.shape}"
 
 
-VIDEO, PICTURE, SOUND = Video(), Picture(), Sound()
-OUTPUTS: tuple[Output, ...] = (VIDEO, PICTURE, SOUND)
+VIDEO, PICTURE, SOUND, FLAC = Video(), Picture(), Sound(), Flac()
+OUTPUTS: tuple[Output, ...] = (VIDEO, PICTURE, SOUND, FLAC)
 SUFFIXES = tuple(output.suffix for output in OUTPUTS)
 
 
 def output_of(path: Path | str) -> Output | None:
     """The kind of a file, by the end of its name."""
     return next((output for output in OUTPUTS if str(path).endswith(output.suffix)), None)
+
+
+def format_of(output: Output) -> str:
+    """A kind's name for `--format`."""
+    return output.suffix.removeprefix(".")
+
+
+def written_as(output: Output, name: str) -> Output:
+    """The kind of this name that can stand for a model's own.
+
+    Raises:
+        ValueError: there is none; lists those that there are.
+    """
+    others = {format_of(other): other for other in OUTPUTS if other.noun == output.noun}
+    if name not in others:
+        raise ValueError(f"--format must be {' or '.join(others)} for a {output.noun}, got {name}")
+    return others[name]

@@ -67,7 +67,7 @@ def write_video(
                 *("-movflags", "+faststart", "-threads", "1", "-bitexact", "-f", "mp4", file_url(path)),
             ],
             stdin=(np.ascontiguousarray(frame).data for frame in frames),
-            extra=_metadata_file(metadata),
+            extra=metadata_file(metadata),
         )
         found = count_frames(path)
     except VideoError as error:
@@ -116,7 +116,7 @@ def _remove_half(path: Path) -> None:
             path.unlink()
 
 
-def _metadata_file(metadata: Mapping[str, Any]) -> bytes:
+def metadata_file(metadata: Mapping[str, Any]) -> bytes:
     """A metadata file in ffmpeg's own format. The JSON is ASCII: no character of it is the end of a line to any reader.
 
     The title comes last and without a line end: ffmpeg takes a line that ends with a backslash as going on, though

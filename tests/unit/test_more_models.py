@@ -23,7 +23,8 @@ from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.options import LoadOptions
 from cineray.pipeline.loading.prepare import other_scheduler
 from cineray.pipeline.media.ffmpeg import VideoError
-from cineray.pipeline.media.output import OUTPUTS, PICTURE, SOUND
+from cineray.pipeline.media.flac import read_flac, write_flac
+from cineray.pipeline.media.output import FLAC, OUTPUTS, PICTURE, SOUND
 from cineray.pipeline.media.sound import read_wav, write_wav
 
 pytestmark = pytest.mark.slow
@@ -140,6 +141,59 @@ def test_a_sound_is_as_long_as_asked_and_has_its_record(checkpoint_folder, tmp_p
     assert "is a sound; videos and pictures can be compared" in capsys.readouterr().err
 
 
+def test_a_sound_as_flac_has_the_samples_and_the_record_of_the_wav(checkpoint_folder, tmp_path, capsys):
+    folder, out = checkpoint_folder("stable_audio"), tmp_path / "out"
+    arguments = ["rain \N{SNOWMAN} = ; # \\", "--seconds", "1.5", "--steps", "3"]
+    assert render(folder, out, *arguments) == 0
+    (wav,) = said(capsys)["clips"]
+    assert render(folder, out, *arguments, "--format", "flac") == 0
+    (flac,) = said(capsys)["clips"]
+    assert flac["status"] == "done"
+    assert flac["video"].endswith(".flac")
+    assert np.array_equal(FLAC.read(out / flac["video"]), SOUND.read(out / wav["video"]))
+    record, of_wav = FLAC.metadata(out / flac["video"]), SOUND.metadata(out / wav["video"])
+    differs = ("fingerprint", "options")  # one sidecar cannot tell of two files
+    assert {name: value for name, value in record.items() if name not in differs} == {
+        name: value for name, value in of_wav.items() if name not in differs
+    }
+    assert record["prompt"] == arguments[0]
+    for kind in ("wav", "flac"):
+        assert render(folder, out, *arguments, "--format", kind) == 0
+        assert said(capsys)["clips"][0]["status"] == "existing"
+    next(out.glob(f"1.{record['fingerprint']}.json")).unlink()  # the file tells of itself
+    assert render(folder, out, *arguments, "--format", "flac") == 0
+    assert said(capsys)["clips"][0]["status"] == "existing"
+    path = out / flac["video"]
+    path.write_bytes(path.read_bytes()[:-20])
+    assert render(folder, out, *arguments, "--format", "flac") == 0
+    assert said(capsys)["clips"][0]["status"] == "done"
+    assert main(["status", str(out), "--json"]) == 0
+    assert said(capsys)["done"] == 2
+    assert main(["compare", str(path), str(path)]) == 2
+    assert "is a sound; videos and pictures can be compared" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_channels", [1, 2])
+@pytest.mark.parametrize("rate", [64, 44100, 96000])
+def test_a_flac_is_heard_as_it_was_and_cut_ones_are_not(tmp_path, rate, num_channels):
+    tone_hz, path = rate // 8, tmp_path / "a.flac"
+    seconds = np.arange(2 * rate) / rate
+    samples = (np.stack([np.sin(2 * np.pi * tone_hz * seconds)] * num_channels, axis=1) * 20000).astype(np.int16)
+    write_flac(samples, path, rate, {"prompt": "a tone"})
+    heard, at = read_flac(path)
+    assert (at, heard.dtype, heard.shape) == (rate, np.int16, samples.shape)
+    assert np.array_equal(heard, samples)
+    assert np.abs(np.fft.rfft(heard[:, 0])).argmax() == 2 * tone_hz  # bins of half a hertz
+    assert FLAC.metadata(path) == {"prompt": "a tone"}
+    whole = path.read_bytes()
+    write_flac(samples, tmp_path / "b.flac", rate, {"prompt": "a tone"})
+    assert (tmp_path / "b.flac").read_bytes() == whole
+    for broken in (whole[: len(whole) // 2], whole[:-1], whole[:-40] + bytes(40), b"fLaC", whole[:30]):
+        path.write_bytes(broken)
+        with pytest.raises(VideoError):
+            read_flac(path)
+
+
 def test_what_a_tone_was_is_what_is_heard(tmp_path):
     """A file's spectrum has its peak where the samples' had it."""
     rate, tone_hz = 44100, 440
@@ -226,6 +280,9 @@ BAD = [
     ("stable_audio", ["--image", "x.png"], "image cannot be used"),
     ("stable_audio", ["--frames", "5"], "frames cannot be used"),
     ("wan22", ["--guidance-2", "nan"], "guidance"),
+    ("stable_audio", ["--format", "mp3"], "--format must be wav or flac for a sound, got mp3"),
+    ("flux", ["--format", "flac"], "--format must be png for a picture, got flac"),
+    ("stable_audio", ["--format", "flac", "--audit", "0.5"], "makes sounds, and quality is measured in pixels"),
     ("wan22", ["--shard-weights"], "--shard-weights needs ranks that share a clip's tokens"),
 ]
 

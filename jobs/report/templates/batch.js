@@ -109,7 +109,7 @@ function picture(clip) {
     return orSaid(element("img", { src, width: clip.width, height: clip.height, loading: "lazy", alt: text }),
       "The picture is not beside this page.");
   }
-  if (clip.video.endsWith(".wav")) {
+  if (clip.video.endsWith(".wav") || clip.video.endsWith(".flac")) {
     return orSaid(element("audio", { src, preload: "none", controls: "", "aria-label": text }),
       "This browser cannot play the sound, or it is not beside this page.");
   }
