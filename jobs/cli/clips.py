@@ -6,11 +6,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from cineray.jobs.cli.options import ClipArguments
+from cineray.text import shorten
 
 if TYPE_CHECKING:  # torch and diffusers take seconds to import; `--help` should not wait for them
     from cineray.jobs.manifest.check import MoreCheck, RunDefaults
     from cineray.pipeline.loading.checkpoint import Checkpoint
-    from cineray.pipeline.loading.options import LoadOptions
+    from cineray.pipeline.loading.options import LoadOptions, Lora
     from cineray.pipeline.request import ClipRequest
 
 
@@ -53,21 +54,32 @@ def load_options(asked: ClipArguments, checkpoint: "Checkpoint", decode: str = "
         tiles = False
     if tiles and not checkpoint.model.can_tile:
         raise InputError(f"model {checkpoint.name}: its decoder cannot work in tiles; leave --vae-tiling out")
-    if asked.loading["lora"] and (reason := _takes_no_lora(checkpoint)):
-        raise InputError(f"model {checkpoint.name}: {reason}; leave --lora out")
+    loras = tuple(Lora.parse(text) for text in asked.loading["lora"])
+    if loras and (reason := _takes_no_lora(checkpoint, loras)):
+        raise InputError(f"model {checkpoint.name}: {reason}")
     chosen = {
         "device": device,
         "vae_tiling": device == "cuda" and checkpoint.adapter.tiles_on_gpus if tiles is None else tiles,
         "scheduler": checkpoint.scheduler_named(asked.loading["scheduler"]),
-        "lora": tuple(Lora.parse(text) for text in asked.loading["lora"]),
+        "lora": loras,
     }
     return LoadOptions(**{**asked.loading, **chosen})
 
 
-def _takes_no_lora(checkpoint: "Checkpoint") -> str | None:
-    if checkpoint.num_experts > 1:
-        return "it has two experts, and a LoRA is of one of them"
-    return None if checkpoint.model.takes_lora else "diffusers fuses no LoRA into its transformer"
+def _takes_no_lora(checkpoint: "Checkpoint", loras: tuple["Lora", ...]) -> str | None:
+    if not checkpoint.model.takes_lora:
+        return "diffusers fuses no LoRA into its transformer; leave --lora out"
+    has_two = checkpoint.num_experts > 1
+    wrong = next((lora for lora in loras if (lora.expert is not None) != has_two), None)
+    if wrong is None:
+        return None
+    name = shorten(os.path.basename(wrong.path), 100)
+    if has_two:
+        return (
+            f"it has two experts, so say whose each LoRA is: --lora high:PATH for the noisy steps, low:PATH for the "
+            f"others, both:PATH; got {name}"
+        )
+    return f"it has one expert; leave {wrong.expert}: out, got {name}"
 
 
 def takes_long_to_check(asked: ClipArguments) -> bool:

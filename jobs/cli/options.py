@@ -158,7 +158,10 @@ _LOAD_OPTIONS = {  # by the names of LoadOptions
         help="A scheduler's class in diffusers, such as FlowMatchEulerDiscreteScheduler.  [default: the checkpoint's]",
     ),
     "lora": click.option(
-        "--lora", multiple=True, metavar="PATH[:SCALE]", help="Fuse a LoRA into the transformer; may be repeated."
+        "--lora",
+        multiple=True,
+        metavar="PATH[:SCALE]",
+        help="Fuse a LoRA into the transformer; may be repeated. Of Wan 2.2's two: high:PATH, low:PATH or both:PATH.",
     ),
 }
 

@@ -17,6 +17,7 @@ DTYPE_NAMES = ("float32", "bfloat16", "float16")
 Offload = Literal["none", "model", "sequential", "group"]
 Attention = Literal["auto", "native", "flash", "flash3", "cudnn", "sage", "xfuser"]
 Quantize = Literal["none", "fp8", "int8"]
+EXPERTS = ("high", "low", "both")  # of Wan 2.2, as pairs of LoRAs are named: of high noise and of low noise
 QUANTIZED_ATTENTION = ("sage",)  # kernels that change more than the last bits
 
 # what a kernel needs beside a GPU: the module to import, and the package that brings it
@@ -33,6 +34,7 @@ class Lora:
     """A LoRA file that is fused into the transformer's weights.
 
     Args:
+        expert: "high" or "low" of two experts, of the noisy steps or of the others; "both"; None where there is one.
         path: of a safetensors file.
         scale: that its update is multiplied by.
         digest: of the file's bytes, 16 hex digits.
@@ -41,19 +43,29 @@ class Lora:
     path: str
     scale: float
     digest: str
+    expert: str | None = None
 
     @property
     def text(self) -> str:
         """What changes pixels."""
-        return f"{self.digest}:{self.scale:g}"
+        return f"{self.digest}:{self.scale:g}{f':{self.expert}' if self.expert else ''}"
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The pipeline's transformers that it goes into."""
+        return {"low": ("transformer_2",), "both": ("transformer", "transformer_2")}.get(
+            self.expert or "", ("transformer",)
+        )
 
     @classmethod
     def parse(cls, text: str) -> "Lora":
-        """Reads PATH[:SCALE].
+        """Reads [high:|low:|both:]PATH[:SCALE].
 
         Raises:
             InputError: no such file, another kind of file, or a bad scale.
         """
+        expert, colon, rest = text.partition(":")
+        expert, text = (expert, rest) if colon and expert in EXPERTS else (None, text)
         path, colon, scale = text.rpartition(":")
         if not colon or not re.fullmatch(r"[-+.0-9eE]+", scale):
             path, scale = text, "1"
@@ -76,7 +88,7 @@ class Lora:
             read_header(Path(path))
         except (OSError, ValueError) as error:
             raise InputError(f"--lora {shorten(path, 200)} is no whole .safetensors file: {reason_of(error)}") from None
-        return cls(path=str(Path(path).resolve()), scale=number, digest=digest)
+        return cls(path=str(Path(path).resolve()), scale=number, digest=digest, expert=expert)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -48,28 +48,33 @@ def set_attention(transformer: nn.Module, options: LoadOptions) -> None:
 
 
 def fuse_loras(pipe: Any, loras: tuple[Lora, ...]) -> None:
-    """Adds LoRA updates to the transformer's weights, one after the other; nothing of peft stays in the model.
+    """Adds LoRA updates to the transformers' weights, one after the other; nothing of peft stays in the model.
 
     Raises:
-        ValueError: a file that is not a LoRA of this transformer.
+        ValueError: a file that is not a LoRA of its transformer.
     """
+    for number, lora in enumerate(loras):
+        for component in lora.components:
+            _fuse(pipe, lora, component, f"lora-{number}")
+
+
+def _fuse(pipe: Any, lora: Lora, component: str, name: str) -> None:
     from diffusers.utils import logging
 
-    for number, lora in enumerate(loras):
-        path, name = Path(lora.path), f"lora-{number}"
-        before = logging.get_verbosity()
-        logging.set_verbosity(logging.CRITICAL)  # diffusers prints what it raises, in lines of its own
-        try:
-            pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name, use_safetensors=True)
-            if name not in pipe.get_list_adapters().get("transformer", ()):
-                raise ValueError("it has no weights for this transformer")
-            pipe.fuse_lora(components=["transformer"], lora_scale=lora.scale, adapter_names=[name])
-            pipe.unload_lora_weights()
-        except Exception as error:  # diffusers, peft and safetensors each raise their own
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"--lora {path} does not fit: {said}") from error
-        finally:
-            logging.set_verbosity(before)
+    path, into = Path(lora.path), {"load_into_transformer_2": True} if component == "transformer_2" else {}
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # diffusers prints what it raises, in lines of its own
+    try:
+        pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name, use_safetensors=True, **into)
+        if name not in pipe.get_list_adapters().get(component, ()):
+            raise ValueError(f"it has no weights for this {component}")
+        pipe.fuse_lora(components=[component], lora_scale=lora.scale, adapter_names=[name])
+        pipe.unload_lora_weights()
+    except Exception as error:  # diffusers, peft and safetensors each raise their own
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"--lora {path} does not fit: {said}") from error
+    finally:
+        logging.set_verbosity(before)
 
 
 def quantize(transformer: nn.Module, options: LoadOptions) -> None:

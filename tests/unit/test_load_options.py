@@ -54,6 +54,44 @@ def test_a_lora_is_fused_into_the_weights_and_nothing_of_it_stays(lora_file):
 
 
 @needs_peft
+def test_each_of_two_experts_gets_the_loras_that_are_its_own(checkpoint_folder, tmp_path):
+    folder = str(checkpoint_folder("wan22"))
+    plain = load_model(open_checkpoint(folder), LoadOptions()).pipe
+    torch.manual_seed(0)
+    updates = {}
+    for name, block in (("high", 0), ("low", 1), ("both", 2)):
+        prefix = f"transformer.blocks.{block}.attn1.to_q"
+        size = plain.transformer.blocks[0].attn1.to_q.weight.shape[0]
+        down, up = torch.randn(2, size), torch.randn(size, 2)
+        save_file({f"{prefix}.lora_A.weight": down, f"{prefix}.lora_B.weight": up}, tmp_path / f"{name}.safetensors")
+        updates[name] = up @ down
+    texts = (
+        f"high:{tmp_path}/high.safetensors:0.5",
+        f"low:{tmp_path}/low.safetensors",
+        f"both:{tmp_path}/both.safetensors:2",
+    )
+    options = LoadOptions(lora=tuple(map(Lora.parse, texts)))
+    fused = load_model(open_checkpoint(folder), options).pipe
+    changes = {}
+    for part in ("transformer", "transformer_2"):
+        before, after = getattr(plain, part), getattr(fused, part)
+        assert [name for name, _ in after.named_parameters()] == [name for name, _ in before.named_parameters()]
+        for name, value in after.named_parameters():
+            if not torch.equal(value, before.get_parameter(name)):
+                changes[part, name] = value - before.get_parameter(name)
+    weights = "blocks.{}.attn1.to_q.weight"
+    wanted = {
+        ("transformer", weights.format(0)): 0.5 * updates["high"],
+        ("transformer_2", weights.format(1)): updates["low"],
+        ("transformer", weights.format(2)): 2 * updates["both"],
+        ("transformer_2", weights.format(2)): 2 * updates["both"],
+    }
+    assert changes.keys() == wanted.keys()
+    for place, change in changes.items():
+        torch.testing.assert_close(change, wanted[place], rtol=1e-4, atol=1e-5)
+
+
+@needs_peft
 def test_a_lora_that_does_not_fit_is_one_line(tmp_path):
     save_file({"transformer.nowhere.lora_A.weight": torch.zeros(2, 4)}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match=r"--lora .*other\.safetensors does not fit: "):
@@ -65,6 +103,7 @@ def test_a_lora_that_does_not_fit_is_one_line(tmp_path):
     [
         ("none.safetensors", "is not a file; give PATH[:SCALE]"),
         ("{dir}/a.bin", "must be a .safetensors file: others may hold programs"),
+        ("high:none.safetensors", "none.safetensors' is not a file; give PATH[:SCALE]"),
         ("{dir}/a.safetensors:0", "the scale must be a number up to 10, not 0, got 0"),
         ("{dir}/a.safetensors:1e9", "the scale must be a number up to 10"),
         ("{dir}/a.safetensors:1e", "the scale must be a number up to 10"),
@@ -93,6 +132,7 @@ def test_what_changes_pixels_is_in_the_fingerprint_and_what_does_not_is_not(new_
     others = [
         replace(plain, lora=(lora,)),
         replace(plain, lora=(replace(lora, scale=0.5),)),
+        *(replace(plain, lora=(replace(lora, expert=expert),)) for expert in ("high", "low", "both")),
         replace(plain, quantize="int8"),
         replace(plain, quantize="fp8"),
         replace(plain, vae_dtype="bfloat16"),

@@ -1,6 +1,7 @@
 """`cineray render` with models whose clips are pictures and sounds, of two experts, or begin with a picture."""
 
 import importlib.util
+import itertools
 import json
 import wave
 from dataclasses import replace
@@ -24,7 +25,7 @@ from cineray.pipeline.loading.options import LoadOptions
 from cineray.pipeline.loading.prepare import other_scheduler
 from cineray.pipeline.media.ffmpeg import VideoError
 from cineray.pipeline.media.flac import read_flac, write_flac
-from cineray.pipeline.media.output import FLAC, OUTPUTS, PICTURE, SOUND
+from cineray.pipeline.media.output import FLAC, OUTPUTS, PICTURE, SOUND, VIDEO
 from cineray.pipeline.media.sound import read_wav, write_wav
 
 pytestmark = pytest.mark.slow
@@ -307,7 +308,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(checkpoint_folder, tmp_path, c
         ("dit", "diffusers fuses no LoRA into its transformer; leave --lora out"),
         ("stable_audio", "diffusers fuses no LoRA into its transformer; leave --lora out"),
         ("hunyuan15", "diffusers fuses no LoRA into its transformer; leave --lora out"),
-        ("wan22", "it has two experts, and a LoRA is of one of them; leave --lora out"),
+        ("wan22", "it has two experts, so say whose each LoRA is: --lora high:PATH for the noisy steps, low:PATH for"),
         pytest.param(
             "flux",
             "does not fit: Target modules",
@@ -326,6 +327,30 @@ def test_a_lora_that_cannot_be_fused_is_one_line(checkpoint_folder, tmp_path, ca
     assert len(lines) == 1, lines
     assert reason in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+def test_a_pair_of_loras_changes_a_clip_and_a_swapped_pair_another(checkpoint_folder, tmp_path, capsys):
+    torch.manual_seed(0)
+    for name in ("high", "low"):
+        row = "transformer.blocks.0.attn1.to_q.lora_"
+        pair = {f"{row}A.weight": torch.randn(2, 48), f"{row}B.weight": torch.randn(48, 2)}
+        save_file(pair, tmp_path / f"{name}.safetensors")
+
+    def clip(*loras):
+        options = [word for lora in loras for word in ("--lora", lora)]
+        folder = checkpoint_folder("wan22")
+        assert (
+            render(folder, tmp_path / "out", "a", *options_of("wan22", num_inference_steps=2), *options, "--lossless")
+            == 0
+        )
+        return VIDEO.read(tmp_path / "out" / said(capsys)["clips"][0]["video"])
+
+    high, low = f"{tmp_path}/high.safetensors", f"{tmp_path}/low.safetensors"
+    clips = [clip(), clip(f"high:{high}", f"low:{low}"), clip(f"high:{low}", f"low:{high}"), clip(f"both:{high}")]
+    assert all(not np.array_equal(a, b) for a, b in itertools.combinations(clips, 2))
+    assert render(checkpoint_folder("flux"), tmp_path / "none", "a", *options_of("flux"), "--lora", f"low:{low}") == 2
+    assert "it has one expert; leave low: out, got 'low.safetensors'" in capsys.readouterr().err
 
 
 def changed(folder, to, **entries):
