@@ -56,7 +56,7 @@ def reference_pictures(request: ClipRequest) -> list[Image.Image]:
     Raises:
         PictureError: one cannot be used, or is not what it was when the clip was taken in hand.
     """
-    return [_picture(path, digest) for path, digest in _named_digests(request) if path in request.reference_images]
+    return [_picture(path, digest) for path, digest in _named_digests(request)[: len(request.reference_images)]]
 
 
 def control_frames(request: ClipRequest) -> list[Image.Image] | None:

@@ -10,11 +10,13 @@ from safetensors.torch import save_file
 
 from cineray.jobs.cli.main import main
 from cineray.jobs.output.record import fingerprint_of, render_options
+from cineray.jobs.output.step_keeper import ClipPreempted, StepKeeper
 from cineray.pipeline.adapters.open_sora import prompt_text, time_shift
 from cineray.pipeline.adapters.open_sora_configs import num_latent_frames
 from cineray.pipeline.adapters.open_sora_pipeline import OpenSoraPipeline, clean_prompt
 from cineray.pipeline.adapters.open_sora_transformer import STDiT3
 from cineray.pipeline.adapters.open_sora_vae import OpenSoraVAE
+from cineray.pipeline.gang import SOLO
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.model import LoadOptions, load_model
 from cineray.pipeline.media.inputs import Pictures
@@ -23,6 +25,7 @@ from cineray.pipeline.request import InputError, problems
 
 pytestmark = pytest.mark.slow
 
+MARK = "0123456789ab"
 CLIP = {"width": 16, "height": 16, "num_frames": 17, "num_inference_steps": 4, "guidance_scale": 7.0, "fps": 24}
 FLAGS = ["--width", "16", "--height", "16", "--frames", "17"]
 
@@ -128,6 +131,39 @@ def test_its_tokens_are_not_shared_by_ranks(folder, tmp_path, capsys):
     assert "the tokens of a open-sora clip cannot be shared by ranks, got 2" in capsys.readouterr().err
     assert main(["verify", "a", "--model", str(folder), *FLAGS]) == 2
     assert "so there is nothing to verify" in capsys.readouterr().err
+
+
+def test_nothing_is_forecast_of_it_and_a_line_says_so(folder, capsys):
+    assert main(["plan", "--model", str(folder), "--gpu", "h100", "--num-gpus", "8", *FLAGS]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "has no forecast here; these have: wan2.1-t2v-1.3b" in line
+
+
+@pytest.mark.parametrize("cache", ["none", "interval(interval=2)"])
+@pytest.mark.parametrize("is_given", [False, True], ids=["text", "picture"])
+def test_a_clip_goes_on_in_its_middle_bit_for_bit(model, clip, tmp_path, cache, is_given):
+    """Its step state is the whole batch's: with a picture the first latent frame is not to be noise again."""
+    changes = {}
+    if is_given:
+        Image.new("RGB", (16, 16), "teal").save(tmp_path / "first.png")
+        changes["image"] = str(tmp_path / "first.png")
+    request = clip(num_inference_steps=9, cache=cache, **changes)
+    whole, path = denoise_clip(model, request, lambda done, total: None), tmp_path / f"1.{MARK}.safetensors"
+    asked = iter([False] * 3)
+    stopping = StepKeeper(path, MARK, SOLO, 1e9, lambda: next(asked, True))
+    with pytest.raises(ClipPreempted):
+        denoise_clip(model, request, lambda done, total: None, keeper=stopping)
+    steps: list[int] = []
+    keeper = StepKeeper(path, MARK, SOLO, 1e9, lambda: False)
+    resumed = denoise_clip(model, request, lambda done, total: steps.append(done), keeper=keeper)
+    assert steps == [5, 6, 7, 8, 9]
+    if cache == "none":
+        assert torch.equal(resumed.latents, whole.latents)
+        return
+    assert resumed.trace is not None
+    assert [entry.step for entry in resumed.trace.entries if entry.branch == "cond"] == list(range(9))
+    first_after = next(entry for entry in resumed.trace.entries if entry.step == 4)
+    assert first_after.compute  # what was cached is not kept: doubt computes
 
 
 def test_frames_come_in_groups(model, clip):

@@ -6,10 +6,14 @@ import pytest
 import torch
 from conftest import _wan_parts, build_flux, build_hunyuan, build_wan
 from diffusers import (
+    FluxControlImg2ImgPipeline,
+    FluxControlInpaintPipeline,
     FluxControlNetModel,
     FluxControlNetPipeline,
+    FluxControlPipeline,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
+    FluxKontextInpaintPipeline,
     FluxKontextPipeline,
     HunyuanSkyreelsImageToVideoPipeline,
     WanPipeline,
@@ -33,6 +37,19 @@ def flux_parts():
     return {n: part for n, part in pipe.components.items() if n not in ("image_encoder", "feature_extractor")}
 
 
+WITH_TRUE_GUIDANCE = {
+    "img2img": FluxImg2ImgPipeline,
+    "inpaint": FluxInpaintPipeline,
+    "kontext": FluxKontextPipeline,
+    "kontext_inpaint": FluxKontextInpaintPipeline,
+}
+CONTROLS = {  # one call a step: diffusers guides them by embedded guidance alone
+    "control": FluxControlPipeline,
+    "control_img2img": FluxControlImg2ImgPipeline,
+    "control_inpaint": FluxControlInpaintPipeline,
+}
+
+
 def build_outside(name: str) -> Any:
     if name == "wan_v2v":
         pipe = WanVideoToVideoPipeline(**_wan_parts(0))
@@ -48,14 +65,22 @@ def build_outside(name: str) -> Any:
         for weights in controlnet.parameters():
             torch.nn.init.normal_(weights, std=0.05)  # else it adds nothing
         pipe = FluxControlNetPipeline(**parts, controlnet=controlnet)
+    elif name in CONTROLS:
+        parts = flux_parts()
+        torch.manual_seed(6)
+        config = {
+            **parts["transformer"].config,
+            "in_channels": 32,
+            "out_channels": 16,
+        }  # the control beside the latents
+        pipe = CONTROLS[name](**{**parts, "transformer": type(parts["transformer"])(**config).eval()})
     else:
-        kind = {"img2img": FluxImg2ImgPipeline, "inpaint": FluxInpaintPipeline, "kontext": FluxKontextPipeline}[name]
-        pipe = kind(**flux_parts())
+        pipe = WITH_TRUE_GUIDANCE[name](**flux_parts())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-OUTSIDE = ["img2img", "inpaint", "kontext", "flux_controlnet", "wan_v2v", "skyreels"]
+OUTSIDE = [*WITH_TRUE_GUIDANCE, "flux_controlnet", "wan_v2v", "skyreels"]
 
 
 def call_outside(pipe: Any, steps: int = 12, seed: int = 3, **changes: Any) -> torch.Tensor:
@@ -72,14 +97,17 @@ def call_outside(pipe: Any, steps: int = 12, seed: int = 3, **changes: Any) -> t
     }
     if kind.startswith("Flux"):
         arguments |= {"true_cfg_scale": 4.0, "image": picture}
-    if kind in ("FluxImg2ImgPipeline", "FluxInpaintPipeline"):
+    if "Img2Img" in kind or "Inpaint" in kind:
         arguments["strength"] = 1.0
-    if kind == "FluxInpaintPipeline":
+    if "Inpaint" in kind:
         arguments["mask_image"] = Image.new("L", (32, 32), 255)
-    if kind == "FluxKontextPipeline":
+    if kind.startswith("FluxKontext"):
         arguments |= {"max_area": 32 * 32, "_auto_resize": False}
-    if kind == "FluxControlNetPipeline":
+    if kind in ("FluxControlNetPipeline", "FluxControlPipeline"):
         arguments["control_image"] = arguments.pop("image")
+    if kind.startswith("FluxControl") and kind != "FluxControlNetPipeline":
+        arguments["control_image"] = picture
+        del arguments["negative_prompt"], arguments["true_cfg_scale"]
     if kind == "WanVideoToVideoPipeline":
         arguments |= {"video": [picture] * 5, "strength": 1.0, "guidance_scale": 4.0}
     if kind == "HunyuanSkyreelsImageToVideoPipeline":
@@ -165,12 +193,27 @@ def test_guidance_that_ends_midway_or_is_not_there(guided):
     assert [e.step for e in handle.trace.entries if e.branch == "uncond"] == (list(range(6)) if guided else [])
 
 
-@pytest.mark.parametrize("name", ["img2img", "wan_v2v"])
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_pipeline_of_one_call_a_step_has_one_branch(name):
+    pipe = build_outside(name)
+    plain = call_outside(pipe)
+    with cineray.enable_cache(pipe, "interval(interval=1)"):
+        assert torch.equal(call_outside(pipe), plain)
+    late = {} if name == "control" else {"strength": 0.5}
+    first = 6 if late else 0
+    with cineray.enable_cache(pipe, OFTEN) as handle:
+        cached = call_outside(pipe, **late)
+        assert torch.equal(call_outside(pipe, **late), cached)
+    assert [(e.step, e.branch) for e in handle.trace.entries] == [(step, "cond") for step in range(first, 12)]
+    assert handle.trace.summary()["skipped_steps"] > 0
+
+
+@pytest.mark.parametrize("name", ["img2img", "inpaint", "kontext_inpaint", "wan_v2v"])
 @pytest.mark.parametrize("num_steps", [6, 1])
 def test_a_loop_that_begins_late_has_a_trace_of_its_own(name, num_steps):
     """Where one step is left, the next clip begins at the step at which the last one ended."""
     pipe = build_outside(name)
-    strength = 0.5 if num_steps == 6 else {"img2img": 0.08, "wan_v2v": 0.09}[name]  # they round another way
+    strength = 0.5 if num_steps == 6 else 0.09 if name == "wan_v2v" else 0.08  # they round another way
     plain = call_outside(pipe, strength=strength)
     first = 12 - num_steps
     with cineray.enable_cache(pipe, OFTEN) as handle:
