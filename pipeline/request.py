@@ -116,6 +116,7 @@ class SizeRule:
 
     Args:
         takes_control: reference images, and a control video with its mask.
+        goes_on_from: frames at the end of a control video, behind which the clip goes on; None where it cannot.
         frame_offset: of `frame_step` k + offset; with 0 a single frame can be had too.
         needs_image: where `takes_image`: there is no clip without one.
         frame_step: None where nobody can choose the number of frames, nor their rate.
@@ -135,6 +136,7 @@ class SizeRule:
     takes_flow_shift: bool = False
     takes_second_guidance: bool = False
     takes_control: bool = False
+    goes_on_from: int | None = None
     fixed_side: int | None = None
     max_seconds: float | None = None
     frame_rate: int = 1
@@ -144,6 +146,17 @@ class SizeRule:
     def encodes_pixels(self) -> bool:
         """Whether a clip's files go through the VAE before it is denoised."""
         return self.takes_image or self.takes_control
+
+    @property
+    def control_fields(self) -> tuple[str, ...]:
+        """Fields of a request that name files which a clip is controlled by."""
+        if self.takes_control:
+            return ("reference_images", "control_video", "control_mask")
+        return () if self.goes_on_from is None else ("control_video",)
+
+    def num_control_frames(self, request: ClipRequest) -> int:
+        """Frames that a control video must have at least."""
+        return self.goes_on_from or request.num_frames
 
 
 def _shown(value: float) -> str:
@@ -232,14 +245,20 @@ def _frames_problems(num_frames: int, step: int, offset: int) -> list[str]:
 
 
 def _control_problems(request: ClipRequest, rule: SizeRule) -> list[str]:
-    given = ("reference_images", "control_video", "control_mask")
-    if not rule.takes_control:
-        return [f"{name} cannot be used: this model takes none" for name in given if getattr(request, name)]
-    found = []
+    found = [
+        f"{name} cannot be used: this model takes none"
+        for name in ("reference_images", "control_video", "control_mask")
+        if getattr(request, name) and name not in rule.control_fields
+    ]
     if len(request.reference_images) > MAX_REFERENCES:
         found.append(f"reference_images must be at most {MAX_REFERENCES}, got {len(request.reference_images)}")
-    if request.control_mask is not None and request.control_video is None:
+    if rule.takes_control and request.control_mask is not None and request.control_video is None:
         found.append("control_mask needs a control_video, whose parts it hides")
+    if rule.goes_on_from is not None and request.control_video is not None:
+        if request.image is not None:
+            found.append("image and control_video cannot both be given: a clip begins with one of them")
+        if request.num_frames == 1:
+            found.append(f"frames must be {rule.frame_step}k where a clip goes on from a control_video, got 1")
     return found
 
 

@@ -104,7 +104,10 @@ _CLIP_OPTIONS = {  # by the names of ClipRequest
         help="A picture of what the clip is to show (Wan VACE); may be repeated.",
     ),
     "control_video": click.option(
-        "--control-video", type=_PATH, metavar="FILE", help="A video that the clip follows (Wan VACE)."
+        "--control-video",
+        type=_PATH,
+        metavar="FILE",
+        help="A video to follow (Wan VACE), or to go on from (Open-Sora).",
     ),
     "control_mask": click.option(
         "--control-mask",

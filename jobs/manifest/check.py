@@ -103,8 +103,8 @@ class RequestCheck:
                 self._pictures.facts(request.image)
             except PictureError as error:
                 found.append(str(error))
-        if self._rule.takes_control and not found:
-            found += self._pictures.control_problems(request)
+        if self._rule.control_fields and not found:
+            found += self._pictures.control_problems(request, self._rule.num_control_frames(request))
         if not found and self._more is not None and (reason := self._more(request)):
             found.append(reason)
         return found

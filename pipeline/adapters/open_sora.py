@@ -1,5 +1,7 @@
-"""Open-Sora 1.2, text to video, and from a first frame. Guidance doubles the batch: `torch.cat([model_args["y"],
-y_null])` in opensora/schedulers/rf/__init__.py puts the conditional rows first.
+"""Open-Sora 1.2, text to video, from a first frame, and on from the end of a video.
+
+Guidance doubles the batch: `torch.cat([model_args["y"], y_null])` in opensora/schedulers/rf/__init__.py puts the
+conditional rows first.
 
 Follows github.com/hpcaitech/Open-Sora at v1.2.0, scripts/inference.py and opensora/schedulers/rf. diffusers has no
 class for it: transformer, VAE and pipeline are ours, in the files beside this one. One deep block of STDiT3 is a
@@ -19,7 +21,7 @@ import numpy as np
 
 from cineray.pipeline.adapters import open_sora_configs
 from cineray.pipeline.adapters.model import BlockLayout, Model
-from cineray.pipeline.adapters.open_sora_configs import CHANNELS, GROUP_FRAMES, num_latent_frames
+from cineray.pipeline.adapters.open_sora_configs import CHANNELS, GROUP_FRAMES, GROUP_LATENTS, num_latent_frames
 from cineray.pipeline.adapters.protocol import (
     Branch,
     Defaults,
@@ -32,8 +34,9 @@ from cineray.pipeline.adapters.protocol import (
     scheduler_step,
     without_gradients,
 )
+from cineray.pipeline.media.control import last_frames
 from cineray.pipeline.media.picture import first_frame
-from cineray.pipeline.request import ClipRequest, SizeRule
+from cineray.pipeline.request import ClipRequest, SizeRule, control_inputs
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +80,7 @@ class OpenSora:
             side_step=_shrinks(configs),
             takes_image=True,
             needs_image=False,
+            goes_on_from=GROUP_FRAMES,
             takes_negative_prompt=False,
             takes_flow_shift=True,
             no_negative="the other branch of this model's guidance is its learned empty caption",
@@ -89,7 +93,7 @@ class OpenSora:
                 (request.height, request.width), configs.transformer.get("patch_size", (1, 2, 2))[1:], strict=True
             )
         )
-        return num_latent_frames(request.num_frames) * rows * columns
+        return num_latent_frames(made(request).num_frames) * rows * columns
 
     def effective(self, request: ClipRequest) -> ClipRequest:
         """Guidance of 1 or less is off; a single frame has the frame rate of pictures."""
@@ -109,11 +113,16 @@ class OpenSora:
             picture = request.picture
             inputs["image"] = request.image if picture is None else picture.sha256
             inputs |= {"image_fit": request.image_fit, "size": [request.width, request.height]}
+        if request.control_video is not None:
+            inputs |= {**control_inputs(request), "size": [request.width, request.height]}
         return inputs
 
     @without_gradients
     def encode(self, pipe: Any, request: ClipRequest) -> dict[str, torch.Tensor]:
-        """The prompt, "text" [1, L, D] and "mask" [1, L]; "image" [1, C, 1, H, W] of a first frame, its mean."""
+        """The prompt, "text" [1, L, D] and "mask" [1, L].
+
+        Of a first frame, or of the end of a video, its mean: "given" [1, C, 1 or GROUP_LATENTS, H, W].
+        """
         device = pipe._execution_device
         tokens = pipe.tokenizer(
             [prompt_text(request.prompt)],
@@ -126,7 +135,11 @@ class OpenSora:
         encoded = {"text": text, "mask": tokens.attention_mask}
         if request.image is not None:
             pixels = pipe.video_processor.preprocess(first_frame(request), request.height, request.width)
-            encoded["image"] = pipe.vae.encode(pixels.unsqueeze(2).to(device, pipe.vae.dtype)).float()
+            encoded["given"] = pipe.vae.encode(pixels.unsqueeze(2).to(device, pipe.vae.dtype)).float()
+        if request.control_video is not None:
+            frames = last_frames(request, GROUP_FRAMES)
+            pixels = pipe.video_processor.preprocess_video(frames, request.height, request.width)
+            encoded["given"] = pipe.vae.encode(pixels.to(device, pipe.vae.dtype)).float()
         return encoded
 
     def loaded(self, pipe: Any, device: str) -> None:
@@ -134,7 +147,7 @@ class OpenSora:
 
     def schedule(self, pipe: Any, request: ClipRequest) -> tuple[Any, torch.Tensor]:
         num_steps = request.num_inference_steps
-        shift = time_shift(request) if request.flow_shift is None else request.flow_shift
+        shift = time_shift(made(request)) if request.flow_shift is None else request.flow_shift
         return new_schedule(pipe, flow_shift=shift, sigmas=np.linspace(1.0, 1 / num_steps, num_steps))
 
     @without_gradients
@@ -145,8 +158,8 @@ class OpenSora:
         from diffusers.utils.torch_utils import randn_tensor
 
         device, transformer, is_guided = pipe._execution_device, pipe.transformer, request.guidance_scale > 1
-        side = pipe.vae_scale_factor_spatial
-        shape = (1, CHANNELS, num_latent_frames(request.num_frames), request.height // side, request.width // side)
+        side, num_latents = pipe.vae_scale_factor_spatial, num_latent_frames(made(request).num_frames)
+        shape = (1, CHANNELS, num_latents, request.height // side, request.width // side)
         latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         scheduler, timesteps = self.schedule(pipe, request)
         text, mask = encoded["text"].to(device, transformer.dtype), encoded["mask"].to(device)
@@ -162,9 +175,10 @@ class OpenSora:
             "width": request.width,
         }
         advance = _advance
-        if "image" in encoded:  # upstream's mask strategy "0": the first latent frame is the picture's, and stays
-            latents[:, :, :1] = encoded["image"].to(device)
-            noisy = torch.arange(shape[2], device=device)[None] > 0  # [1, T]
+        if "given" in encoded:  # upstream's mask strategy, edit ratio 0: the first latent frames are given, and stay
+            num_given = encoded["given"].shape[2]
+            latents[:, :, :num_given] = encoded["given"].to(device)
+            noisy = torch.arange(shape[2], device=device)[None] >= num_given  # [1, T]
             kwargs["noisy_frames"] = noisy
             advance = partial(_behind_first, noisy)
         return Denoising(
@@ -182,12 +196,22 @@ class OpenSora:
     def decode(
         self, pipe: Any, request: ClipRequest, latents: torch.Tensor, _generator: torch.Generator, /
     ) -> torch.Tensor:
-        return pipe.vae.decode(latents.to(pipe.vae.dtype), request.num_frames)
+        # groups of frames are decoded each by itself
+        shown = latents if request.control_video is None else latents[:, :, GROUP_LATENTS:]
+        return pipe.vae.decode(shown.to(pipe.vae.dtype), request.num_frames)
 
 
 def _shrinks(configs: ModelConfigs) -> int:
     """Pixels along a side of a latent."""
     return 2 ** (len(configs.vae.get("block_out_channels", (128, 256, 512, 512))) - 1)
+
+
+def made(request: ClipRequest) -> ClipRequest:
+    """The request with the frames that it goes on from, in front of those that are shown: one group, as upstream's
+    condition_frame_length of 5 latent frames."""
+    if request.control_video is None:
+        return request
+    return replace(request, num_frames=request.num_frames + GROUP_FRAMES)
 
 
 def prompt_text(prompt: str) -> str:

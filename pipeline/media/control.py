@@ -1,4 +1,5 @@
-"""What VACE is given beside a prompt: pictures of what a clip is to show, a video that it follows, a mask of that."""
+"""What a clip is given beside a prompt and a first frame: pictures of what it is to show, a video that it follows and a
+mask of that (VACE), or one that it goes on from (Open-Sora)."""
 
 from __future__ import annotations
 
@@ -79,11 +80,23 @@ def mask_frames(request: ClipRequest) -> list[Image.Image] | None:
     return [frame.convert("L").convert("RGB") for frame in _frames(request, path)]
 
 
-def too_few_frames(path: str, num_frames: int, request: ClipRequest) -> str | None:
-    """What to say of a control video, or mask, that ends before the clip does."""
-    if num_frames >= request.num_frames:
+def last_frames(request: ClipRequest, num_frames: int) -> list[Image.Image]:
+    """The last frames of the control video, RGB in the clip's size.
+
+    Raises:
+        PictureError: as `control_frames`.
+    """
+    assert request.control_video is not None
+    path = request.control_video
+    skip = max(0, (video_facts(path).num_frames or 0) - num_frames)
+    return _read(request, path, num_frames, skip)
+
+
+def too_few_frames(path: str, num_frames: int, num_needed: int) -> str | None:
+    """What to say of a video that is too short for its clip."""
+    if num_frames >= num_needed:
         return None
-    return f"video {shorten(path)} has {num_frames} frames, fewer than the clip's {request.num_frames}"
+    return f"video {shorten(path)} has {num_frames} frames, {num_needed} are needed"
 
 
 def _named_digests(request: ClipRequest) -> list[tuple[str, str | None]]:
@@ -98,12 +111,16 @@ def _picture(path: str, digest: str | None) -> Image.Image:
 
 
 def _frames(request: ClipRequest, path: str) -> list[Image.Image]:
+    return _read(request, path, request.num_frames, 0)
+
+
+def _read(request: ClipRequest, path: str, num_frames: int, skip: int) -> list[Image.Image]:
     _check_unchanged(path, dict(_named_digests(request)).get(path), lambda: _digest(path))
     try:
-        frames: np.ndarray = read_video(path, request.num_frames)
+        frames: np.ndarray = read_video(path, num_frames, skip)
     except (OSError, VideoError) as error:
         raise PictureError(f"video {shorten(path)} cannot be used: {_reason(error)}") from None
-    if problem := too_few_frames(path, len(frames), request):
+    if problem := too_few_frames(path, len(frames), num_frames):
         raise PictureError(problem)
     return [_in_size(Image.fromarray(frame), request) for frame in frames]
 

@@ -33,8 +33,12 @@ class Pictures:
         """The same of a file that VACE takes, picture or video."""
         return FileFacts(self.facts(path).sha256) if is_picture(path) else self._once(path, video_facts)
 
-    def control_problems(self, request: ClipRequest) -> list[str]:
-        """Why files of VACE cannot be used for a clip, each in one phrase."""
+    def control_problems(self, request: ClipRequest, num_frames_needed: int) -> list[str]:
+        """Why files that control a clip cannot be used, each in one phrase.
+
+        Args:
+            num_frames_needed: that a video must have at least.
+        """
         found = []
         for path in request.control_files:
             if path in request.reference_images and not is_picture(path):
@@ -47,7 +51,7 @@ class Pictures:
                 continue
             if path == request.control_video and num_frames is None:
                 found.append(f"control_video must be a video, got the picture {path}")
-            elif num_frames is not None and (problem := too_few_frames(path, num_frames, request)):
+            elif num_frames is not None and (problem := too_few_frames(path, num_frames, num_frames_needed)):
                 found.append(problem)
         return found
 

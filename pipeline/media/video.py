@@ -154,11 +154,12 @@ def _at_most(num_frames: int | None) -> list[str]:
     return [] if num_frames is None else ["-frames:v", str(num_frames)]
 
 
-def read_video(path: Path | str, most: int | None = None) -> np.ndarray:
+def read_video(path: Path | str, most: int | None = None, skip: int = 0) -> np.ndarray:
     """The frames [F, H, W, 3] uint8 RGB, by the colour tags of the video.
 
     Args:
         most: the first so many; None: all.
+        skip: frames in front of those.
 
     Raises:
         VideoError: it cannot be read, or has no frames.
@@ -166,8 +167,9 @@ def read_video(path: Path | str, most: int | None = None) -> np.ndarray:
     content = bytearray()
     try:
         _check_regular(path)
-        output = ["-map", "0:v:0", *_at_most(most), "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe", "pipe:1"]
-        run_ffmpeg([*_INPUT, "-i", file_url(path), *output], content.extend)
+        skipping = ["-vf", f"select=gte(n\\,{skip})", "-fps_mode", "passthrough"] if skip else []
+        source = [*_INPUT, "-i", file_url(path), "-map", "0:v:0", *skipping, *_at_most(most)]
+        run_ffmpeg([*source, "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe", "pipe:1"], content.extend)
     except VideoError as error:
         raise VideoError(f"cannot read {path}: {error}") from None
     header = _PPM_HEADER.match(content)

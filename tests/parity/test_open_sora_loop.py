@@ -1,5 +1,7 @@
 """Open-Sora's loop against a transcription of upstream's: same noise, same velocities, float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from oracle_open_sora import sample, timesteps
@@ -50,15 +52,19 @@ def test_the_timesteps_are_upstreams(pipe, new_request, num_frames):
     torch.testing.assert_close(ours, wanted, atol=1e-3, rtol=1e-6)  # of 1000, in float32
 
 
-@pytest.mark.parametrize(("guidance", "is_given"), [(7.0, False), (1.0, False), (7.0, True)])
+@pytest.mark.parametrize(("guidance", "num_given"), [(7.0, 0), (1.0, 0), (7.0, 1), (7.0, 5)])
 @torch.no_grad()
-def test_the_latents_are_upstreams(pipe, new_request, guidance, is_given):
+def test_the_latents_are_upstreams(pipe, new_request, guidance, num_given):
+    """With 5 given: a turn of upstream's loop, where a clip begins with the last 5 latent frames of the one before."""
     request = new_request(
         width=16, height=12, num_frames=17, fps=8, num_inference_steps=4, guidance_scale=guidance, prompt="a red circle"
     )
     encoded = OpenSora().encode(pipe, request)
-    if is_given:
-        encoded["image"] = torch.randn(1, 4, 1, 6, 8)
+    if num_given:
+        encoded["given"] = torch.randn(1, 4, num_given, 6, 8)
+    num_made = 17
+    if num_given == 5:
+        request, num_made = replace(request, control_video="before.mp4"), 34
     clip = OpenSora().start(pipe, request, encoded, torch.Generator().manual_seed(3))
     ours = denoise(clip, lambda done, total: None)
     weights = pipe.transformer.state_dict()
@@ -82,7 +88,8 @@ def test_the_latents_are_upstreams(pipe, new_request, guidance, is_given):
         )
         return made[:, :4].chunk(2)
 
-    given = torch.arange(5) == 0 if is_given else None
-    theirs = sample(velocity, clip.latents, timesteps(4, 12, 16, 17), guidance, given)
+    given = torch.arange(num_made // 17 * 5) < num_given if num_given else None
+    theirs = sample(velocity, clip.latents, timesteps(4, 12, 16, num_made), guidance, given)
+    assert given is None or torch.equal(ours[:, :, given], encoded["given"])
     assert (ours - clip.latents).abs().max() > 0.1  # a loop that did nothing would agree too
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)  # float32, sums in another order, guidance of 7

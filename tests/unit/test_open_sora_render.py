@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,7 +21,8 @@ from cineray.pipeline.gang import SOLO
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.model import LoadOptions, load_model
 from cineray.pipeline.media.inputs import Pictures
-from cineray.pipeline.render import denoise_clip
+from cineray.pipeline.media.video import read_video, write_video
+from cineray.pipeline.render import denoise_clip, render_clip
 from cineray.pipeline.request import InputError, problems
 
 pytestmark = pytest.mark.slow
@@ -131,6 +133,49 @@ def test_its_tokens_are_not_shared_by_ranks(folder, tmp_path, capsys):
     assert "the tokens of a open-sora clip cannot be shared by ranks, got 2" in capsys.readouterr().err
     assert main(["verify", "a", "--model", str(folder), *FLAGS]) == 2
     assert "so there is nothing to verify" in capsys.readouterr().err
+
+
+def test_clips_go_on_where_the_last_one_ended(model, folder, clip, tmp_path, capsys):
+    """Upstream's loop over files: a clip begins with the last 17 frames of the one before, which it does not show."""
+    first, command = tmp_path / "out", ["render", "a", "--model", str(folder), *FLAGS, "--steps", "3", "--json"]
+    assert main([*command, "--lossless", "--out", str(first)]) == 0
+    before = first / json.loads(capsys.readouterr().out.splitlines()[-1])["clips"][0]["video"]
+    frames = read_video(before)
+    longer = tmp_path / "longer.mp4"
+    write_video(np.concatenate([255 - frames[:9], frames]), longer, 24, {}, lossless=True)
+    request = clip(prompt="a", num_inference_steps=3, control_video=str(longer))
+    given = model.adapter.encode(model.pipe, request)["given"]
+    pixels = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(given, model.pipe.vae.encode(pixels), atol=1e-5, rtol=1e-5)
+    rendered = render_clip(model, request, lambda done, total: None)
+    assert rendered.frames.shape == (17, 16, 16, 3)
+    assert rendered.latents.shape[2] == 10
+    assert torch.equal(rendered.latents[:, :, :5], given)
+    assert model.adapter.num_tokens(model.checkpoint.configs, request) == 2 * model.adapter.num_tokens(
+        model.checkpoint.configs, clip()
+    )
+    assert main([*command, "--control-video", str(longer), "--lossless", "--out", str(tmp_path / "on")]) == 0
+    video = json.loads(capsys.readouterr().out.splitlines()[-1])["clips"][0]["video"]
+    assert np.array_equal(read_video(tmp_path / "on" / video), rendered.frames)
+
+
+def test_what_a_clip_cannot_go_on_from_is_a_line(folder, tmp_path, capsys):
+    write_video(np.zeros((16, 16, 16, 3), np.uint8), tmp_path / "short.mp4", 8, {})
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    short, picture = str(tmp_path / "short.mp4"), str(tmp_path / "a.png")
+    for arguments, reason in (
+        (["--control-video", short], "short.mp4' has 16 frames, 17 are needed"),
+        (["--control-video", picture], "control_video must be a video, got the picture"),
+        (["--control-video", short, "--image", picture], "image and control_video cannot both be given"),
+        (["--control-video", short, "--frames", "1"], "frames must be 17k where a clip goes on"),
+        (["--control-video", short, "--control-mask", picture], "control_mask cannot be used: this model takes none"),
+        (["--reference-image", picture], "reference_images cannot be used: this model takes none"),
+    ):
+        assert main(["render", "a", "--model", str(folder), *FLAGS, *arguments, "--out", str(tmp_path / "out")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert reason in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_forecast_of_it_and_a_line_says_so(folder, capsys):

@@ -140,11 +140,11 @@ def test_what_cannot_be_a_control_is_a_line(new_request, control):
     pictures = Pictures()
 
     def problems(**changes):
-        return pictures.control_problems(request_of(new_request, control, **changes))
+        return pictures.control_problems(request_of(new_request, control, **changes), 5)
 
     assert problems() == []
     (said,) = problems(control_video=str(control / "short.mp4"))
-    assert "short.mp4' has 3 frames, fewer than the clip's 5" in said
+    assert "short.mp4' has 3 frames, 5 are needed" in said
     (said,) = problems(control_mask=str(control / "text.mp4"))
     assert "text.mp4' cannot be used: " in said
     (said,) = problems(control_video=str(control / "mask.png"))
