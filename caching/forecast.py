@@ -27,6 +27,7 @@ class Forecasting:
     base: Base = "input"
     branches: Branches = "separate"
     keep_every: int = 1
+    corrector: bool = False
 
     def keeps_probe_residual(self, signal: Signal) -> bool:
         """Whether anything, the policy's signal included, compares what the probe blocks added at computed steps."""

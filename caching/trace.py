@@ -3,16 +3,19 @@
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from pydantic import TypeAdapter
 
 from cineray.caching.forecast import Forecasting
 from cineray.caching.observation import BRANCH_ORDER
+from cineray.caching.policy import Reason
 from cineray.files import parse_json, read_regular, shaped
 from cineray.text import printable
 
+StepOutcome = Literal["computed", "skipped", "mixed", "begun"]
 MAX_COUNT = 10**6  # of steps, blocks, samples: far above any model's
 
 
@@ -74,6 +77,16 @@ class Trace:
     def clear(self) -> None:
         self.entries.clear()
         self.held_bytes = 0
+
+    @property
+    def last_outcome(self) -> StepOutcome:
+        """What was done at the newest step, by all branches and samples."""
+        newest_first = reversed(self.entries)
+        done = list(takewhile(lambda entry: entry.step == self.entries[-1].step, newest_first))
+        if any(entry.reason == Reason.EMPTY for entry in done) or not done:
+            return "begun"
+        kinds = {entry.compute for entry in done}
+        return "mixed" if len(kinds) > 1 else "computed" if kinds.pop() else "skipped"
 
     def summary(self) -> TraceSummary:
         """Steps, skips, cost (block evaluations as a share of the uncached ones, mean over branches), gammas, bytes.

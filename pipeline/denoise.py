@@ -26,6 +26,7 @@ def denoise(
     on_step: StepDone,
     run_branches: Callable[[Sequence[Branch], RunBranch], list[torch.Tensor]] = run_here,
     keeper: Keeper | None = None,
+    correct: Callable[[Any], Any] | None = None,
 ) -> torch.Tensor:
     """Runs every step; equals the loop of diffusers' pipeline bit for bit, also where it resumes from a state.
 
@@ -33,6 +34,7 @@ def denoise(
         clip: before its first step; not changed.
         run_branches: runs each branch somewhere and returns all their outputs here.
         keeper: says where to begin, and is offered the state after each step but the last.
+        correct: puts a corrector around the clip's own scheduler.
 
     Returns:
         Latents of the clip, float32, in the shape of its noise.
@@ -43,6 +45,7 @@ def denoise(
     if start is not None:
         restore_scheduler(scheduler, start.scheduler, latents.device)
         latents = start.latents.to(latents.device)
+    stepper = scheduler if correct is None else correct(scheduler)
     for index in range(0 if start is None else start.step, num_steps):
         timestep = clip.timesteps[index]
         expert = clip.expert_at(index)
@@ -62,7 +65,7 @@ def denoise(
             more={} if clip.step_arguments is None else clip.step_arguments(index),
         )
         output = clip.combine(run_branches(clip.branches, run), expert.guidance_scale)
-        latents = clip.advance(scheduler, output, timestep, latents)
+        latents = clip.advance(stepper, output, timestep, latents)
         on_step(index + 1, num_steps)
         if keeper is not None and index + 1 < num_steps:
             keeper.after_step(partial(_state, index + 1, num_steps, latents, scheduler, clip.scheduler))

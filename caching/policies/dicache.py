@@ -66,6 +66,7 @@ class DiCacheConfig:
     profile: str = "none"
     adaptivity: float = 1.0
     keep_every: int = 1
+    corrector: bool = False
 
     def __post_init__(self) -> None:
         def check(is_good: bool, name: str, allowed: str) -> None:
@@ -122,6 +123,7 @@ class DiCacheConfig:
             base=self.base,
             branches=self.branches,
             keep_every=self.keep_every,
+            corrector=self.corrector,
         )
 
 
@@ -223,4 +225,4 @@ def expected_cost(policy: DiCachePolicy, num_steps: int, probe_cost: float) -> f
 
 # Ours (docs/caching.md): one decision for both guidance branches; the probe runs once per streak of skips; each step
 # has a calibrated cost, which makes a warm-up unnecessary: two computed steps are what a forecast needs.
-OURS = DiCacheConfig(branches="joint", look="run", profile="auto", warmup=0.0, last_step_full=True)
+OURS = DiCacheConfig(branches="joint", look="run", profile="auto", warmup=0.0, last_step_full=True, corrector=True)

@@ -47,6 +47,7 @@ class FittedConfig:
 
     speedup: float = 2.5
     profile: str = "auto"
+    corrector: bool = True
 
     def __post_init__(self) -> None:
         is_good = math.isfinite(self.speedup) and 1 <= self.speedup <= MAX_SPEEDUP
@@ -56,7 +57,7 @@ class FittedConfig:
         profile = self.find(model.family, model.transformer)
         filled = replace(self, profile=profile.digest)
         policy = FittedPolicy(self.speedup, profile)
-        return plan_blocks(name, filled, model, policy, Forecasting(alignment="plan", gamma_clip=_GAMMA))
+        return plan_blocks(name, filled, model, policy, Forecasting(alignment="plan", gamma_clip=_GAMMA, corrector=self.corrector))
 
     def find(self, family: str, transformer: Mapping[str, Any]) -> FittedProfile:
         """

@@ -19,6 +19,7 @@ from cineray.pipeline.adapters.cache_plan import plan_cache
 from cineray.pipeline.blocks import is_sharded
 from cineray.pipeline.caches.blocks import BlockRunner
 from cineray.pipeline.caches.clip_progress import ClipProgress
+from cineray.pipeline.caches.corrector import CorrectedScheduler, can_correct
 from cineray.pipeline.caches.layers import check_blocks_not_compiled, run_schedule
 from cineray.pipeline.caches.other_caches import other_cache, switched_on
 from cineray.pipeline.caches.signals import SIGNAL_READERS, NewReader, signal_reader
@@ -38,6 +39,12 @@ class CacheHandle:
         self.policy = plan.text
         self.trace = trace
         self._attached = attached
+
+    def corrected(self, scheduler: Any) -> Any:
+        """The scheduler, with a corrector around it where the policy asks for one and the scheduler allows it."""
+        if not self.trace.forecasting.corrector or not can_correct(scheduler):
+            return scheduler
+        return CorrectedScheduler(scheduler, lambda: self.trace.last_outcome)
 
     def disable(self) -> None:
         """Takes the cache off; the transformer is as before. Again does nothing, whatever else is attached since."""

@@ -25,10 +25,10 @@ from cineray.pipeline.request import ClipRequest
 KNOTS = (0.04, 0.1, 0.17, 0.26, 0.4, 0.6, 0.8, 0.9, 0.96, 1.0)
 _WIDTHS = (0.3, 1.0, 2.0)  # of a trial's bump, in knots
 _HEIGHTS = (0.25, 0.5, 1.0)  # of a trial's bump, in log weight
-SPEEDUPS = (2.0, 2.5, 3.0)  # at which skip costs are compared
+SPEEDUPS = (2.0, 2.75, 3.5)  # at which skip costs are compared
 CURVE = (1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0)  # at which the result is measured
 MIN_STEPS = 10  # fewer leave nothing to weigh: two computed steps at the start, one at the end
-_CLIPS = ((1.0, 1.5), (1.0, 2.0))  # of gamma, in the official code: HunyuanVideo and FLUX, Wan
+_CLIPS = ((1.0, 1.5), (1.0, 2.0), (1.0, 3.0))  # of gamma: HunyuanVideo and FLUX, Wan, in the official code; and wider
 
 OnTrial = Callable[[int, float], None]  # (trials done, best mean PSNR so far in dB)
 
