@@ -15,7 +15,12 @@ from cineray.caching.policy import Reason
 from cineray.files import parse_json, read_regular, shaped
 from cineray.text import printable
 
-StepOutcome = Literal["computed", "skipped", "mixed", "begun"]
+# "begun": there is nothing to go by before this step, or the branches differ
+StepOutcome = Literal["computed", "skipped", "begun"]
+_OUTCOMES: dict[frozenset[tuple[bool, bool]], StepOutcome] = {
+    frozenset({(True, True)}): "computed",
+    frozenset({(False, True)}): "skipped",
+}
 MAX_COUNT = 10**6  # of steps, blocks, samples: far above any model's
 
 
@@ -79,14 +84,12 @@ class Trace:
         self.held_bytes = 0
 
     @property
-    def last_outcome(self) -> StepOutcome:
-        """What was done at the newest step, by all branches and samples."""
-        newest_first = reversed(self.entries)
-        done = list(takewhile(lambda entry: entry.step == self.entries[-1].step, newest_first))
-        if any(entry.reason == Reason.EMPTY for entry in done) or not done:
-            return "begun"
-        kinds = {entry.compute for entry in done}
-        return "mixed" if len(kinds) > 1 else "computed" if kinds.pop() else "skipped"
+    def last_outcomes(self) -> list[StepOutcome]:
+        """What was done at the newest step, by sample; the branches of a sample are taken together."""
+        done: dict[int, set[tuple[bool, bool]]] = {}  # by sample: (computed, knew of an earlier step)
+        for entry in takewhile(lambda entry: entry.step == self.entries[-1].step, reversed(self.entries)):
+            done.setdefault(entry.sample, set()).add((entry.compute, entry.reason != Reason.EMPTY))
+        return [_OUTCOMES.get(frozenset(done[sample]), "begun") for sample in sorted(done)]
 
     def summary(self) -> TraceSummary:
         """Steps, skips, cost (block evaluations as a share of the uncached ones, mean over branches), gammas, bytes.

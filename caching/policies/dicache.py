@@ -48,6 +48,8 @@ class DiCacheConfig:
             "none": all steps have the same skip cost.
         keep_every: keep and compare only every n-th token of the probe's tensors; 4 holds 2.75 token tensors per
             branch instead of 5.
+        corrector: a computed step corrects the skipped ones before it (`pipeline/caches/corrector.py`), where branches
+            decide jointly.
         adaptivity: with a profile: 1 takes the probe's change as it is, 0 the expected change of this step.
     """
 
@@ -109,6 +111,7 @@ class DiCacheConfig:
             threshold=_first(self.threshold, profile and profile.threshold, DEFAULT_THRESHOLD),
             gamma_clip=_first(self.gamma_clip, profile and profile.gamma_clip, DEFAULT_CLIP),
             profile=profile.digest if profile else "none",
+            corrector=self.corrector and self.branches == "joint",  # else ranks with one branch each would differ
         )
         return filled, profile
 

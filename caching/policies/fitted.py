@@ -43,6 +43,7 @@ class FittedConfig:
             computed.
         profile: where the residuals come from: a shipped profile's name, a file made by `cineray calibrate fitted`, or
             "auto": the shipped one that fits the model, else the generic one.
+        corrector: a computed step corrects the skipped ones before it (`pipeline/caches/corrector.py`).
     """
 
     speedup: float = 2.5
@@ -57,7 +58,9 @@ class FittedConfig:
         profile = self.find(model.family, model.transformer)
         filled = replace(self, profile=profile.digest)
         policy = FittedPolicy(self.speedup, profile)
-        return plan_blocks(name, filled, model, policy, Forecasting(alignment="plan", gamma_clip=_GAMMA, corrector=self.corrector))
+        return plan_blocks(
+            name, filled, model, policy, Forecasting(alignment="plan", gamma_clip=_GAMMA, corrector=self.corrector)
+        )
 
     def find(self, family: str, transformer: Mapping[str, Any]) -> FittedProfile:
         """

@@ -11,7 +11,7 @@ section 3.2, corrects one step back; this corrects a run of skipped ones, whatev
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,85 +27,133 @@ def can_correct(scheduler: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A step that was taken. `clean` are the latents that its output says lie at the end [B, ...]."""
+    """A step as it was taken.
+
+    Args:
+        index: its place among the steps.
+        state: of the scheduler before it.
+        sample, output: latents before it, and the model's output [B, ...].
+    """
 
     index: int
     timestep: Any
-    clean: torch.Tensor | None = None
+    state: dict[str, Any]
+    sample: torch.Tensor
+    output: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """A computed step of one row: its place, and the clean latents that its output says lie at the end [...]."""
+
+    index: int
+    clean: torch.Tensor
+
+    def towards(self, other: "_Computed", index: int) -> torch.Tensor:
+        """Clean latents of a step between the two."""
+        return torch.lerp(self.clean, other.clean, (index - self.index) / (other.index - self.index))
 
 
 @dataclass(slots=True)
 class CorrectedScheduler:
     """A scheduler whose `step` corrects; everything else is the inner scheduler's.
 
-    What every rank sees of a step is the same, latents and outcome, so that every rank corrects alike.
+    Each row of a batch is corrected as if it were alone. What it is given is the same on every rank of a gang, latents
+    and outcomes alike, so that all correct alike. Latents that are not those of its last step, such as a callback's,
+    begin anew: nothing before them is corrected.
 
     Args:
         inner: steps; its state is put back when steps are taken again.
-        outcome: what the cache did at the step that is now taken.
+        outcomes: what the cache did at the step that is now taken, by row of the latents.
     """
 
     inner: Any
-    outcome: Callable[[], StepOutcome]
-    _count: int = 0  # of steps taken
-    _computed: _Step | None = None  # the newest computed step
-    _skipped: list[_Step] = field(default_factory=list)  # those since
-    _before: tuple[dict[str, Any], torch.Tensor] | None = None  # state and latents before the first of these
+    outcomes: Callable[[], list[StepOutcome]]
+    _num_steps: int = 0  # taken
+    _computed: dict[int, _Computed] = field(default_factory=dict[int, _Computed])  # the newest, by row
+    _open: list[_Step] = field(default_factory=list[_Step])  # from the first on that may be taken again
     _made: torch.Tensor | None = None  # latents that the last step led to
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what copy and pickle look for on an empty instance
+            raise AttributeError(name)
         return getattr(self.inner, name)
-
-    def set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
-        """Begins a clip."""
-        self._forget()
-        return self.inner.set_timesteps(*args, **kwargs)
 
     def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The inner scheduler's step, from corrected latents where the steps before were skipped."""
-        outcome = self.outcome()
-        follows = self._made is not None and sample.shape == self._made.shape and torch.equal(sample, self._made)
-        if not follows or outcome not in ("skipped", "computed"):
-            self._forget()
-        if outcome == "skipped" and self._computed is not None:
-            if not self._skipped:
-                self._before = _state_of(self.inner), sample
-            self._skipped.append(_Step(self._count, timestep))
-        elif outcome != "skipped":
-            sigma = self._sigma(timestep, sample)
-            here = _Step(self._count, timestep, sample.float() - sigma * model_output.float())
-            if self._skipped:
-                sample = self._take_again(here, model_output.dtype, *args, **kwargs)
-                model_output = ((sample.float() - here.clean) / sigma).to(model_output.dtype)
-            self._computed, self._skipped, self._before = here, [], None
+        now = self._look(model_output, timestep, sample)
+        index = self._num_steps
+        ended = {
+            row: end for row, end in now.items() if row in self._computed and index > self._computed[row].index + 1
+        }
+        if ended:
+            sample = self._take_again(ended, *args, **kwargs)
+            clean = {row: end.clean for row, end in ended.items()}
+            model_output = self._leading_to(clean, model_output, timestep, sample)
+        self._computed |= now
+        self._open.append(_Step(index, timestep, _state_of(self.inner), sample, model_output))
+        settled = min((computed.index for computed in self._computed.values()), default=index)
+        self._open = [step for step in self._open if step.index > settled]
         result = self.inner.step(model_output, timestep, sample, *args, **kwargs)
         self._made = result[0]
-        self._count += 1
+        self._num_steps += 1
         return result
 
-    def _take_again(self, end: _Step, dtype: torch.dtype, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Latents before the step `end`, after the skipped ones with interpolated outputs."""
-        assert self._before is not None
-        state, sample = self._before
-        vars(self.inner).update(state)
-        begin = self._computed
-        for step in self._skipped:
-            place = (step.index - begin.index) / (end.index - begin.index)
-            clean = torch.lerp(begin.clean, end.clean, place)
-            output = ((sample.float() - clean) / self._sigma(step.timestep, sample)).to(dtype)
+    def _look(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor) -> dict[int, _Computed]:
+        """The rows that were computed at this step; forgets what must not be gone by."""
+        outcomes = self.outcomes()
+        if not _same(sample, self._made):
+            self._computed, self._open = {}, []
+        if len(outcomes) != len(sample):  # the cache's samples are not the latents' rows
+            outcomes = ["begun"] * len(sample)
+        sigma, found = self._sigma(timestep, sample), dict[int, _Computed]()
+        for row, outcome in enumerate(outcomes):
+            if outcome == "begun":
+                self._computed.pop(row, None)
+            if outcome != "skipped":
+                found[row] = _Computed(self._num_steps, _wide(sample[row]) - sigma * _wide(model_output[row]))
+        return found
+
+    def _take_again(self, ended: dict[int, _Computed], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Latents before this step, after the rows `ended` have taken the steps that they skipped with interpolated
+        outputs; the other rows take them as before."""
+        steps, self._open = self._open, []
+        vars(self.inner).update(steps[0].state)
+        sample = steps[0].sample
+        for step in steps:
+            begins = {row: self._computed[row] for row in ended if step.index > self._computed[row].index}
+            clean = {row: begin.towards(ended[row], step.index) for row, begin in begins.items()}
+            output = self._leading_to(clean, step.output, step.timestep, sample)
+            self._open.append(replace(step, state=_state_of(self.inner), sample=sample, output=output))
             sample = self.inner.step(output, step.timestep, sample, *args, **kwargs)[0]
         return sample
+
+    def _leading_to(
+        self, clean: dict[int, torch.Tensor], output: torch.Tensor, timestep: Any, sample: torch.Tensor
+    ) -> torch.Tensor:
+        """The output, in these rows exchanged for that which says that these latents lie at the end."""
+        sigma, output = self._sigma(timestep, sample), output.clone()
+        for row, end in clean.items():
+            output[row] = ((_wide(sample[row]) - end) / sigma).to(output.dtype)
+        return output
 
     def _sigma(self, timestep: Any, sample: torch.Tensor) -> torch.Tensor:
         """Of the step that comes now []."""
         index = self.inner.step_index
         if index is None:
             index = self.inner.index_for_timestep(timestep)
-        return self.inner.sigmas[index].to(sample.device, torch.float32)
+        return _wide(self.inner.sigmas[index].to(sample.device))
 
-    def _forget(self) -> None:
-        self._computed = self._before = self._made = None
-        self._skipped = []
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _same(one: torch.Tensor, other: torch.Tensor | None) -> bool:
+    """Whether they are the same values; without waiting for a GPU where they are the same tensor."""
+    if one is other:
+        return True
+    return other is not None and one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _state_of(scheduler: Any) -> dict[str, Any]:

@@ -39,17 +39,32 @@ class CacheHandle:
         self.policy = plan.text
         self.trace = trace
         self._attached = attached
+        self._corrected: tuple[dict[str, Any], CorrectedScheduler] | None = None  # (a pipeline's attributes, its own)
 
     def corrected(self, scheduler: Any) -> Any:
-        """The scheduler, with a corrector around it where the policy asks for one and the scheduler allows it."""
+        """A scheduler to step with in place of this one: it corrects skipped steps, where the policy asks for that and
+        the scheduler allows it, and is this one otherwise. A pipeline's is exchanged by `enable_cache`."""
         if not self.trace.forecasting.corrector or not can_correct(scheduler):
             return scheduler
-        return CorrectedScheduler(scheduler, lambda: self.trace.last_outcome)
+        return CorrectedScheduler(scheduler, lambda: self.trace.last_outcomes)
 
     def disable(self) -> None:
         """Takes the cache off; the transformer is as before. Again does nothing, whatever else is attached since."""
         for tracker in self._attached:
             tracker.detach()
+        if self._corrected is not None:
+            attributes, corrected = self._corrected
+            if attributes.get("scheduler") is corrected:
+                attributes["scheduler"] = corrected.inner
+            self._corrected = None
+
+    def correct(self, pipe: Any) -> None:
+        """Lets a pipeline's loop step with `corrected`, until `disable`."""
+        corrected = self.corrected(pipe.scheduler)
+        if corrected is not pipe.scheduler:
+            # not by setattr, which would write the class into the pipeline's configuration
+            vars(pipe)["scheduler"] = corrected
+            self._corrected = vars(pipe), corrected
 
     def __enter__(self) -> "CacheHandle":
         return self
@@ -75,7 +90,8 @@ def enable_cache(
         policy: text as on the command line ("dicache", "dicache(threshold=0.1)"), or a configuration.
         num_branches: guidance branches per step; default: what the family's pipeline makes. 1 says that no branches
             are stacked in the batch; else that is seen by the batch's halves being equal.
-        scheduler: for a transformer in a loop that sets no `cache_context`: its timesteps tell the step.
+        scheduler: for a transformer in a loop that sets no `cache_context`: its timesteps tell the step. Step with
+            `handle.corrected(scheduler)` to have skipped steps corrected, as a pipeline does.
         policies: what the text may name; one of your own is `{**POLICIES, "mine": MyConfig()}`.
         signals: readers of what a policy judges by, beside probes: `{**SIGNAL_READERS, "mine": MyReader}`.
         models: what can be cached; one of your own is `{**MODELS, **by_transformer(MINE)}`.
@@ -104,7 +120,10 @@ def enable_cache(
             "each: enable_cache(pipe.transformer, ..., scheduler=pipe.scheduler), and the same for transformer_2"
         )
     steps = scheduler_of(pipe_or_transformer, scheduler)
-    return _attach(transformers, plans, num_branches, steps, SingleProcess(), signals, models)
+    handle = _attach(transformers, plans, num_branches, steps, SingleProcess(), signals, models)
+    if pipe_or_transformer is not transformers[0] and hasattr(pipe_or_transformer, "scheduler"):
+        handle.correct(pipe_or_transformer)
+    return handle
 
 
 def transformers_of(pipe_or_transformer: Any) -> list[Any]:
