@@ -20,6 +20,7 @@ class ModelFacts:
         layers: the layer types that a schedule may name.
         transformer: the transformer's configuration, by which calibrated profiles are found.
         presets: by the name of a policy, the options that its authors give it for this model.
+        is_guided: guidance takes a second branch, whose output is weighed against the first one's.
         signals: that TeaCache may judge this model by; the second one comes with `ret_steps`.
     """
 
@@ -30,6 +31,7 @@ class ModelFacts:
     transformer: Mapping[str, Any] = field(default_factory=dict[str, Any])
     presets: Mapping[str, PolicyConfig] = field(default_factory=dict[str, "PolicyConfig"])
     signals: tuple[Signal, ...] = ()
+    is_guided: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -66,7 +66,7 @@ class Profile(BaseModel):
     def digest(self) -> str:
         """Identity of its numbers, whatever its source says."""
         # by the names of the first files: a digest is in the fingerprints of clips
-        numbers = self.model_dump(exclude={"source", "transformer", "family"}, by_alias=True)
+        numbers = self.model_dump(exclude={"source", "transformer", "family"}, by_alias=True, exclude_none=True)
         return f"sha256={hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
@@ -107,6 +107,7 @@ class DiCacheProfile(Profile):
         skip_costs: by step; doubling a step's cost halves the change tolerated before it is recomputed.
         expected_change: relative change of the probe's output from the step before, mean over the calibration's clips.
         gamma_clip, threshold: that the calibration proposes.
+        corrector: whether the skip costs are those of steps that are corrected; None where that was not asked.
     """
 
     policy: Literal["dicache"] = "dicache"
@@ -118,6 +119,7 @@ class DiCacheProfile(Profile):
     )
     gamma_clip: tuple[Finite, Finite]
     threshold: NotNegative
+    corrector: bool | None = None
 
     @model_validator(mode="after")
     def _one_number_a_step(self) -> "DiCacheProfile":

@@ -6,7 +6,6 @@ FLUX/run_flux_dicache.py.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -49,7 +48,8 @@ class DiCacheConfig:
         keep_every: keep and compare only every n-th token of the probe's tensors; 4 holds 2.75 token tensors per
             branch instead of 5.
         corrector: a computed step corrects the skipped ones before it (`pipeline/caches/corrector.py`), where branches
-            decide jointly.
+            decide jointly. Default: as the profile was calibrated, else where the model has no second branch: the
+            guided difference of two overreacts to the latents of a forecast, which spoils what is corrected by it.
         adaptivity: with a profile: 1 takes the probe's change as it is, 0 the expected change of this step.
     """
 
@@ -68,7 +68,7 @@ class DiCacheConfig:
     profile: str = "none"
     adaptivity: float = 1.0
     keep_every: int = 1
-    corrector: bool = False
+    corrector: bool | None = None
 
     def __post_init__(self) -> None:
         def check(is_good: bool, name: str, allowed: str) -> None:
@@ -91,16 +91,17 @@ class DiCacheConfig:
         check(self.base == "input" or self.keep_every == 1, "keep_every", "1 where base is probe")
 
     def plan(self, name: str, model: ModelFacts) -> CachePlan:
-        config, profile = self.for_model(model.family, model.transformer)
+        config, profile = self.for_model(model)
         policy, forecasting = config.policy(profile), config.forecasting()
         return plan_blocks(name, config, model, policy, forecasting, config.probe_depth)
 
-    def for_model(self, family: str, transformer: Mapping[str, Any]) -> tuple["DiCacheConfig", DiCacheProfile | None]:
+    def for_model(self, model: ModelFacts) -> tuple["DiCacheConfig", DiCacheProfile | None]:
         """The same with everything that was left open filled in, and the profile.
 
         Raises:
             ValueError: the profile is not there, or of another model.
         """
+        family, transformer = model.family, model.transformer
         if self.profile == "auto":
             profile = shipped_profile(DiCacheProfile, family, transformer) or generic_profile(DiCacheProfile)
         else:
@@ -111,7 +112,9 @@ class DiCacheConfig:
             threshold=_first(self.threshold, profile and profile.threshold, DEFAULT_THRESHOLD),
             gamma_clip=_first(self.gamma_clip, profile and profile.gamma_clip, DEFAULT_CLIP),
             profile=profile.digest if profile else "none",
-            corrector=self.corrector and self.branches == "joint",  # else ranks with one branch each would differ
+            # where ranks with a branch each may decide otherwise, they must not correct otherwise
+            corrector=self.branches == "joint"
+            and _first(self.corrector, profile and profile.corrector, profile is not None and not model.is_guided),
         )
         return filled, profile
 
@@ -126,7 +129,7 @@ class DiCacheConfig:
             base=self.base,
             branches=self.branches,
             keep_every=self.keep_every,
-            corrector=self.corrector,
+            corrector=bool(self.corrector),
         )
 
 
@@ -228,4 +231,4 @@ def expected_cost(policy: DiCachePolicy, num_steps: int, probe_cost: float) -> f
 
 # Ours (docs/caching.md): one decision for both guidance branches; the probe runs once per streak of skips; each step
 # has a calibrated cost, which makes a warm-up unnecessary: two computed steps are what a forecast needs.
-OURS = DiCacheConfig(branches="joint", look="run", profile="auto", warmup=0.0, last_step_full=True, corrector=True)
+OURS = DiCacheConfig(branches="joint", look="run", profile="auto", warmup=0.0, last_step_full=True)

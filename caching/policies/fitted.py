@@ -44,11 +44,12 @@ class FittedConfig:
         profile: where the residuals come from: a shipped profile's name, a file made by `cineray calibrate fitted`, or
             "auto": the shipped one that fits the model, else the generic one.
         corrector: a computed step corrects the skipped ones before it (`pipeline/caches/corrector.py`).
+            Default: where the model has no second branch, as for `dicache`.
     """
 
     speedup: float = 2.5
     profile: str = "auto"
-    corrector: bool = True
+    corrector: bool | None = None
 
     def __post_init__(self) -> None:
         is_good = math.isfinite(self.speedup) and 1 <= self.speedup <= MAX_SPEEDUP
@@ -56,10 +57,11 @@ class FittedConfig:
 
     def plan(self, name: str, model: ModelFacts) -> CachePlan:
         profile = self.find(model.family, model.transformer)
-        filled = replace(self, profile=profile.digest)
+        corrector = not model.is_guided if self.corrector is None else self.corrector
+        filled = replace(self, profile=profile.digest, corrector=corrector)
         policy = FittedPolicy(self.speedup, profile)
         return plan_blocks(
-            name, filled, model, policy, Forecasting(alignment="plan", gamma_clip=_GAMMA, corrector=self.corrector)
+            name, filled, model, policy, Forecasting(alignment="plan", gamma_clip=_GAMMA, corrector=corrector)
         )
 
     def find(self, family: str, transformer: Mapping[str, Any]) -> FittedProfile:

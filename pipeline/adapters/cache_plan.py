@@ -52,5 +52,6 @@ def plan_cache(
         transformer=transformer_config,
         presets=model.presets,
         signals=tuple(model.signals),
+        is_guided=len(model.branches) > 1,
     )
     return resolve(spec, facts, policies)

@@ -26,20 +26,24 @@ def can_correct(scheduler: Any) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """A step as it was taken.
+class _Before:
+    """What a step began with: the scheduler's state, the latents and the model's output [B, ...]."""
 
-    Args:
-        index: its place among the steps.
-        state: of the scheduler before it.
-        sample, output: latents before it, and the model's output [B, ...].
+    state: dict[str, Any]
+    sample: torch.Tensor
+    output: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step as it was taken: its place among the steps, and all that some row may need to take it again as before.
+
+    Of one row alone, which takes all open steps anew, the first step's is enough.
     """
 
     index: int
     timestep: Any
-    state: dict[str, Any]
-    sample: torch.Tensor
-    output: torch.Tensor
+    before: _Before | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +95,12 @@ class CorrectedScheduler:
             clean = {row: end.clean for row, end in ended.items()}
             model_output = self._leading_to(clean, model_output, timestep, sample)
         self._computed |= now
-        self._open.append(_Step(index, timestep, _state_of(self.inner), sample, model_output))
         settled = min((computed.index for computed in self._computed.values()), default=index)
         self._open = [step for step in self._open if step.index > settled]
+        if index > settled:
+            is_needed = len(sample) > 1 or not self._open
+            before = _Before(_state_of(self.inner), sample, model_output) if is_needed else None
+            self._open.append(_Step(index, timestep, before))
         result = self.inner.step(model_output, timestep, sample, *args, **kwargs)
         self._made = result[0]
         self._num_steps += 1
@@ -118,13 +125,20 @@ class CorrectedScheduler:
         """Latents before this step, after the rows `ended` have taken the steps that they skipped with interpolated
         outputs; the other rows take them as before."""
         steps, self._open = self._open, []
-        vars(self.inner).update(steps[0].state)
-        sample = steps[0].sample
+        assert steps[0].before is not None
+        vars(self.inner).update(steps[0].before.state)
+        sample = steps[0].before.sample
         for step in steps:
             begins = {row: self._computed[row] for row in ended if step.index > self._computed[row].index}
             clean = {row: begin.towards(ended[row], step.index) for row, begin in begins.items()}
-            output = self._leading_to(clean, step.output, step.timestep, sample)
-            self._open.append(replace(step, state=_state_of(self.inner), sample=sample, output=output))
+            old = (
+                torch.empty_like(sample, dtype=steps[0].before.output.dtype)
+                if step.before is None
+                else step.before.output
+            )
+            output = self._leading_to(clean, old, step.timestep, sample)
+            if step.before is not None:
+                self._open.append(replace(step, before=_Before(_state_of(self.inner), sample, output)))
             sample = self.inner.step(output, step.timestep, sample, *args, **kwargs)[0]
         return sample
 

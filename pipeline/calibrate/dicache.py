@@ -9,6 +9,7 @@ of the skip costs at a few places, which keeps what raises the mean PSNR.
 import math
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ class StepCostSearch:
         self._reference = [self._render(request, "none").frames for request in self._requests]
 
     def first_guess(self, family: str, transformer: dict[str, object], source: str) -> DiCacheProfile:
-        """The shipped skip costs, else the generic ones, with the better of the official clips of gamma."""
+        """The shipped skip costs, else the generic ones, with the best clip of gamma, corrected or not."""
         known = shipped_profile(DiCacheProfile, family, transformer) or generic_profile(DiCacheProfile)
         skip_costs, _ = known.at(self._num_steps)
         guess = DiCacheProfile(
@@ -75,7 +76,8 @@ class StepCostSearch:
             gamma_clip=_CLIPS[0],
             threshold=known.threshold,
         )
-        guesses = [guess.model_copy(update={"gamma_clip": clip}) for clip in _CLIPS]
+        choices = product(_CLIPS, (False, True))
+        guesses = [guess.model_copy(update={"gamma_clip": clip, "corrector": corrects}) for clip, corrects in choices]
         return max(guesses, key=lambda g: self._score(g, SPEEDUPS))
 
     def expected_change(self) -> tuple[float, ...]:
