@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cineray.distributed.layout import Layout, check_layout
-from cineray.pipeline.footprint.forecast import Parts, parts_of, with_margin
-from cineray.pipeline.footprint.laws import forecast_checkpoint, forecast_names
+from cineray.distributed.layout import Layout
+from cineray.pipeline.footprint.forecast import Parts, check_model_layout, parts_of, with_margin
+from cineray.pipeline.footprint.laws import forecast_checkpoint, forecast_names, laws_of
+from cineray.pipeline.footprint.operations import FLUX_MLP_RATIO
 from cineray.pipeline.footprint.published import published
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.device import check_device, gpu_memory_bytes
@@ -112,17 +113,15 @@ def demands(known: Checkpoint, request: ClipRequest, setup: Setup) -> tuple[Dema
     Raises:
         InputError: the layout or the cache does not fit the model.
     """
-    config = known.configs.transformer
-    try:
-        check_layout(setup.layout, config["num_attention_heads"], len(known.model.branches))
-    except ValueError as error:
-        raise InputError(f"model {known.name}: {error}") from None
+    check_model_layout(known, setup.layout)
     options, takes_image = setup.options, known.size_rule.takes_image
     decode = "gang" if setup.decodes_on_gang else "tiled" if options.vae_tiling else "finisher"
     parts = _in_types(known, options, parts_of(known, request, setup.layout, decode))
     weights, leaf = _transformer_weights(known, setup, parts.weights), _leaf_bytes(known)
     moves_layers = options.offload in ("group", "sequential")
-    text = min(parts.text_encoder, leaf["text encoders"]) if moves_layers else parts.text_encoder
+    on_host = options.encoders_on_host(setup.has_finishers and setup.shares_gpu)
+    text = parts.text_host if on_host else parts.text_encoder
+    text = min(text, leaf["text encoders"]) if moves_layers else text
     decoding = {"VAE": parts.vae_weights, "decode": parts.decoding}
     picture = {"VAE": parts.vae_weights, "first frame": parts.image_encoding} if takes_image else {}
     step = {"transformer": weights, "step": parts.step, "cache": parts.cache}
@@ -160,6 +159,14 @@ def check_room(wanted: Iterable[Demand], places: tuple[str, ...], memory_bytes: 
     for demand in wanted:
         if demand.place in places and (said := shortage(demand, memory_bytes)):
             raise LoadingError(f"the batch does not fit, by forecast: {said} GB; see `cineray render --dry-run`")
+
+
+def own_shortage(device: str, wanted: Iterable[Demand], places: tuple[str, ...]) -> str | None:
+    """Why an actor's GPU has not the room for these places; None where it has, nobody knows, or it is a CPU."""
+    if device != "cuda":
+        return None
+    memory_bytes = gpu_memory_bytes()[0]
+    return next((said for d in wanted if d.place in places and (said := shortage(d, memory_bytes))), None)
 
 
 def check_own_gpu(device: str, wanted: Iterable[Demand], places: tuple[str, ...]) -> None:
@@ -218,6 +225,8 @@ def _changes(known: Checkpoint, setup: Setup, max_ranks: int) -> Iterator[tuple[
         ulysses *= 2
     if not options.vae_tiling and not setup.decodes_on_gang:
         yield "--vae-tiling", {"options": {"vae_tiling": True}}
+    if options.offload == "none" and not options.encoders_on_host(setup.has_finishers and setup.shares_gpu):
+        yield "--text-encoders host", {"options": {"text_encoders": "host"}}
     if not setup.shards_weights:
         yield "--shard-weights", {"shards_weights": True}
     if options.offload == "none":
@@ -247,6 +256,7 @@ def _in_types(known: Checkpoint, options: LoadOptions, parts: Parts) -> Parts:
         step=round(parts.step * wide),
         cache=round(parts.cache * wide),
         text_encoder=round(parts.text_encoder * wide),
+        text_host=round(parts.text_host * wide),
         vae_weights=round(parts.vae_weights * vae),
         decoding=round(parts.decoding * vae),
         image_encoding=round(parts.image_encoding * vae),
@@ -254,20 +264,21 @@ def _in_types(known: Checkpoint, options: LoadOptions, parts: Parts) -> Parts:
 
 
 def _transformer_weights(known: Checkpoint, setup: Setup, weights: int) -> int:
-    """Bytes of the transformer, or of the experts, that are on a GPU while it runs."""
-    options, num_experts = setup.options, known.num_experts
+    """Bytes of the transformer, or of the experts, that are on a GPU while it runs.
+
+    What is gathered or widened for a block at work counts here, though a step's fullest moment may be another one.
+    """
+    options, num_experts, beside = setup.options, known.num_experts, laws_of(known.name).beside_weights
     if options.offload in ("group", "sequential"):
         return min(weights, _leaf_bytes(known)["transformer"])
     if options.offload == "model":  # one expert at a time
         weights, num_experts = weights // num_experts, 1
     linear = num_experts * block_linear_parameters(known.configs.transformer)
     if options.quantize != "none":
-        return weights - linear * (_ELEMENT_BYTES[options.dtype_name] - 1)
+        return weights - linear * (_ELEMENT_BYTES[options.dtype_name] - 1) + beside[options.quantize]
     if setup.shards_weights:
         size = linear * _ELEMENT_BYTES[options.dtype_name]
-        num_blocks = num_experts * sum(known.configs.transformer[name] for name in known.model.layout.counts)
-        # its own part, and two blocks that are gathered: one at work and one on its way
-        return weights - size + size // setup.layout.sequence_ranks + 2 * size // num_blocks
+        return weights - size + size // setup.layout.sequence_ranks + beside["sharded"]
     return weights
 
 
@@ -275,9 +286,10 @@ def _leaf_bytes(known: Checkpoint) -> dict[str, int]:
     """The two largest layers, in 16 bits: what offloading by layers keeps on a GPU, one at work and one on its way."""
     config = known.configs.transformer
     dim = config["num_attention_heads"] * config["attention_head_dim"]
-    inner = config.get("ffn_dim") or round(config["mlp_ratio"] * dim)
-    text = published(known.name).config("text_encoder")
-    table = text["vocab_size"] * text.get("d_model", text.get("hidden_size"))
+    inner = config.get("ffn_dim") or round(config.get("mlp_ratio", FLUX_MLP_RATIO) * dim)
+    found = published(known.name)
+    texts = [found.config(part) for part in known.model.encoder_parts if found.has(part)]
+    table = max(text.get("vocab_size", 0) * text.get("d_model", text.get("hidden_size", 0)) for text in texts)
     return {"transformer": 2 * 2 * dim * inner, "text encoders": 2 * 2 * table}
 
 
@@ -287,7 +299,7 @@ def block_linear_parameters(config: Mapping[str, Any]) -> int:
     if config["_class_name"] == "WanTransformer3DModel":
         picture = 2 * (config["added_kv_proj_dim"] or 0) * dim
         return config["num_layers"] * (8 * dim * dim + 2 * dim * config["ffn_dim"] + picture)
-    mlp = round(config["mlp_ratio"] * dim)
+    mlp = round(config.get("mlp_ratio", FLUX_MLP_RATIO) * dim)
     double = 8 * dim * dim + 4 * dim * mlp + 12 * dim * dim  # both streams: attention, feed-forward, modulation
     single = 3 * dim * dim + dim * mlp + (dim + mlp) * dim + 3 * dim * dim
     return config["num_layers"] * double + config["num_single_layers"] * single

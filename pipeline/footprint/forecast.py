@@ -43,7 +43,8 @@ class MemoryByPart:
         cache: tensors that the cache holds on a rank.
         vae: its weights and its largest transient: of the decode, latents and video included, or of the encoding of a
             first frame.
-        text_encoder: weights of the text encoders (and of the image encoder) and the transient of one prompt.
+        text_encoder: of the text encoders (and of the image encoder), whose weights stay in host memory beside a rank:
+            the layer that is at work, and the transient of one prompt.
         total: what the card must have. A finisher decodes one clip while the ranks are at the next, so its parts come
             on top: (weights + activations + cache + vae + text_encoder) x SAFETY_FACTOR + FIXED_BYTES. Where the gang
             decodes by itself, step and decode take turns: (weights + VAE's weights + max(activations + cache, its
@@ -90,6 +91,7 @@ class Parts:
         decoding: the largest transient of the decode.
         image_encoding: the transient of encoding a first frame; 0 where there is none.
         text_encoder: weights of all encoders, and the transient of one prompt.
+        text_host: the same where their weights stay in host memory.
     """
 
     weights: int
@@ -99,6 +101,7 @@ class Parts:
     decoding: int
     image_encoding: int
     text_encoder: int
+    text_host: int
 
 
 def with_margin(num_bytes: int) -> int:
@@ -106,9 +109,9 @@ def with_margin(num_bytes: int) -> int:
     return round(num_bytes * SAFETY_FACTOR) + FIXED_BYTES
 
 
-def way_to_decode(decode: str, layout: Layout) -> tuple[str, int]:
-    """(the law's name for a way to decode, number of ranks that share it)."""
-    num_ranks = layout.ranks_per_gang if decode == "gang" else 1
+def way_to_decode(checkpoint: Checkpoint, decode: str, layout: Layout) -> tuple[str, int]:
+    """(the law's name for a way to decode, number of ranks that share it): one where the model has no rows to share."""
+    num_ranks = layout.ranks_per_gang if decode == "gang" and checkpoint.model.row_convolutions else 1
     how = _HOW[decode]
     return ("whole" if how == "rows" and num_ranks == 1 else how), num_ranks
 
@@ -140,9 +143,10 @@ def parts_of(checkpoint: Checkpoint, request: ClipRequest, layout: Layout, decod
         step=laws.step_bytes(here, num_tokens, layout, is_cached=plan is not None),
         cache=held,
         vae_weights=laws.vae_weights,
-        decoding=laws.decode_bytes(*size, *way_to_decode(decode, layout)),
+        decoding=laws.decode_bytes(*size, *way_to_decode(checkpoint, decode, layout)),
         image_encoding=laws.image_encode_bytes(*size),
         text_encoder=laws.text_encoder_bytes,
+        text_host=laws.text_host_bytes,
     )
 
 
@@ -186,7 +190,7 @@ def forecast(
     laws, plan = laws_of(model), _plan(checkpoint, cache)
     if decode == "auto":
         decode = "tiled" if checkpoint.adapter.tiles_on_gpus else "finisher"
-    how, num_ranks = way_to_decode(decode, layout)
+    how, num_ranks = way_to_decode(checkpoint, decode, layout)
     parts = parts_of(checkpoint, request, layout, decode)
     step_and_cache, decoding = parts.step + parts.cache, max(parts.decoding, parts.image_encoding)
     beside = max(step_and_cache, decoding) if decode == "gang" else step_and_cache + decoding
@@ -195,14 +199,20 @@ def forecast(
         activations=parts.step,
         cache=parts.cache,
         vae=parts.vae_weights + decoding,
-        text_encoder=parts.text_encoder,
-        total=with_margin(parts.weights + parts.vae_weights + beside + parts.text_encoder),
+        text_encoder=parts.text_host,
+        total=with_margin(parts.weights + parts.vae_weights + beside + parts.text_host),
     )
     config = checkpoint.configs.transformer
     num_tokens = checkpoint.adapter.num_tokens(checkpoint.configs, request)
     here = -(-num_tokens // layout.sequence_ranks)
     num_calls = len(MODELS[config["_class_name"]].branches) // cfg
-    forward = forward_flop(config, here=here, everywhere=num_tokens, sequence_ranks=layout.sequence_ranks)
+    forward = forward_flop(
+        config,
+        here=here,
+        everywhere=num_tokens,
+        sequence_ranks=layout.sequence_ranks,
+        is_per_token=checkpoint.configs.index.get("expand_timesteps") is True,
+    )
     depth = plan.probe_depth if isinstance(plan, CachePlan) else None
     exchanged = step_exchanges(checkpoint, layout, num_tokens, width, height, frames)
     work = Work(
@@ -242,10 +252,19 @@ def _request(checkpoint: Checkpoint, width: int, height: int, frames: int, cache
 
 
 def _layout(checkpoint: Checkpoint, cfg: int, ring: int, ulysses: int) -> Layout:
-    config = checkpoint.configs.transformer
     try:
         layout = Layout(cfg=cfg, ring=ring, ulysses=ulysses)
-        check_layout(layout, config["num_attention_heads"], len(MODELS[config["_class_name"]].branches))
     except ValueError as error:
         raise InputError(f"model {checkpoint.name}: {error}") from None
+    check_model_layout(checkpoint, layout)
     return layout
+
+
+def check_model_layout(checkpoint: Checkpoint, layout: Layout) -> None:
+    """Raises InputError where the ranks of a layout cannot share the model's clips."""
+    if checkpoint.model.sharded is None and layout.sequence_ranks > 1:
+        raise InputError(f"model {checkpoint.name}: its tokens cannot be shared by ranks, got {layout.text}")
+    try:
+        check_layout(layout, checkpoint.num_heads, len(checkpoint.model.branches))
+    except ValueError as error:
+        raise InputError(f"model {checkpoint.name}: {error}") from None

@@ -9,7 +9,7 @@ off it is.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from cineray.text import shorten
 
 TABLE = Path(__file__).parent / "table.json"
 Row = dict[str, Any]
+_TWINS = ("width", "height", "frames", "layout", "cache")
 _LATENT_FRAME = 4  # frames of video that a latent frame stands for, in both VAEs
 
 
@@ -35,14 +36,19 @@ class Laws:
     Args:
         rank_weights: bytes of the transformer, or of both experts.
         text_encoder_bytes: weights of the text encoders, and of an image encoder, and the transient of one prompt.
+        text_host_bytes: the same of encoders whose weights stay in host memory: the layer that is at work.
         text_flop: operations of encoding one prompt.
         vae_weights: bytes.
+        beside_weights: what blocks take, beside the weights that they hold, where these are not whole: gathered from
+            other ranks ("sharded"), or widened to compute with ("fp8", "int8").
     """
 
     rank_weights: int
     text_encoder_bytes: int
+    text_host_bytes: int
     text_flop: float
     vae_weights: int
+    beside_weights: Mapping[str, int]
     _steps: tuple[Row, ...]
     _decodes: tuple[Row, ...]
     _images: tuple[Row, ...]
@@ -120,7 +126,9 @@ def forecast_checkpoint(model: str) -> Checkpoint:
 class _Rows:
     load: Row
     text: Row
+    text_host: Row
     steps: list[Row]
+    others: list[Row]
     decodes: list[Row]
     images: list[Row]
 
@@ -134,15 +142,21 @@ def _rows_of(model: str) -> _Rows | None:
         return [r for r in rows if r["part"] in parts and published(r["model"]).config(name) == config]
 
     has_encoder, takes_image = found.has("image_encoder"), published_checkpoint(model).size_rule.takes_image
-    texts = alike("text_encoder", "encode-text")
+
+    def text(part: str) -> Row:
+        rows = alike("text_encoder", part)
+        return next((row for row in rows if published(row["model"]).has("image_encoder") == has_encoder), {})
+
     made = _Rows(
         load=next(iter(alike("transformer", "load")), {}),
-        text=next((row for row in texts if published(row["model"]).has("image_encoder") == has_encoder), {}),
-        steps=alike("transformer", "denoise"),
+        text=text("encode-text"),
+        text_host=text("encode-text-host"),
+        steps=[row for row in alike("transformer", "denoise") if row["weights_as"] == "whole"],
+        others=[row for row in alike("transformer", "denoise") if row["weights_as"] != "whole"],
         decodes=alike("vae", "decode", "tiled"),
         images=alike("vae", "encode-image") if takes_image else [],
     )
-    needed = (made.load, made.text, made.steps, made.decodes, made.images or not takes_image)
+    needed = (made.load, made.text, made.text_host, made.steps, made.decodes, made.images or not takes_image)
     return made if all(needed) else None
 
 
@@ -158,12 +172,24 @@ def laws_of(model: str) -> Laws:
     return Laws(
         rank_weights=load["weights"] // published_checkpoint(load["model"]).num_experts * checkpoint.num_experts,
         text_encoder_bytes=text["weights"] + max(text["phases"].values()),
+        text_host_bytes=rows.text_host["weights"] + max(rows.text_host["phases"].values()),
         text_flop=text["flop"],
         vae_weights=decodes[0]["weights"],
+        beside_weights=_beside_weights(rows),
         _steps=tuple(_with_tokens(row) for row in rows.steps),
         _decodes=tuple(_with_how(row) for row in decodes),
         _images=tuple(rows.images),
     )
+
+
+def _beside_weights(rows: _Rows) -> dict[str, int]:
+    """The most that a run took more than its twin with whole weights."""
+    found: dict[str, int] = {}
+    for row in rows.others:
+        twin = next(whole for whole in rows.steps if all(whole[name] == row[name] for name in _TWINS))
+        more = max(row["phases"].values()) - max(twin["phases"].values())
+        found[row["weights_as"]] = max(found.get(row["weights_as"], 0), more)
+    return found
 
 
 def errors_of(row: Row) -> tuple[float, float]:

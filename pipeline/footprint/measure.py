@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,15 @@ from cineray.pipeline.adapters import MODELS, wan
 from cineray.pipeline.footprint.exchange_log import Exchange
 from cineray.pipeline.footprint.fake_gpu import GPU, FakeGPU, join_fake_world
 from cineray.pipeline.footprint.ledger import Ledger
-from cineray.pipeline.footprint.operations import HUNYUAN_TEXT_TOKENS, WAN_TEXT_TOKENS
+from cineray.pipeline.footprint.operations import HUNYUAN_TEXT_TOKENS, WAN_TEXT_TOKENS, joint_text_tokens
 from cineray.pipeline.footprint.subject import DTYPE
 from cineray.pipeline.gang import SOLO, Gang
 from cineray.pipeline.loading.model import LoadedModel
 from cineray.pipeline.media.picture import first_frame
-from cineray.pipeline.render import PreparedClip, denoise_prepared, prepare_clip, to_frames
+from cineray.pipeline.render import denoise_prepared, prepare_clip, to_frames
 from cineray.pipeline.request import ClipRequest
+
+CLIP_TOKENS = 77  # that CLIP's text encoders read
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,18 +126,28 @@ def denoise_on(
     layout: Layout,
     rank: int = 0,
     encodes_image: bool = True,
+    shards_weights: bool = False,
 ) -> DenoiseTaken:
     """Denoises a clip as `render_clip_on_gang` does, as one rank of a gang; call it within `fake_gpu`.
 
     Args:
         model: with its transformer (and, for image-to-video, VAE and image encoder) on the fake GPU.
         encodes_image: False leaves out the VAE's encoding of a first frame, which is most of the work here.
+        shards_weights: this rank keeps a part of the model's weights, as with `--shard-weights`.
 
     Raises:
         ValueError: the layout does not fit.
     """
+    with joined(layout, rank) if layout.world_size > 1 else nullcontext(SOLO) as gang:
+        if shards_weights:
+            gang.shard_weights(model)
+        return _denoise_on(gpu.ledger, model, request, gang, encodes_image)
+
+
+def _denoise_on(
+    ledger: Ledger, model: LoadedModel, request: ClipRequest, gang: Gang, encodes_image: bool
+) -> DenoiseTaken:
     gc.collect()
-    ledger = gpu.ledger
     weights = ledger.live_bytes
     ledger.begin()
     prepared = prepare_clip(model, request, _encoded(model, request, encodes_image))
@@ -148,7 +160,7 @@ def denoise_on(
         ledger.flop, ledger.num_host_reads, ledger.exchanges = 0, 0, []
 
     with _Phases(ledger, _around_blocks(model.pipe.transformer), "loop") as phases:
-        trace = _denoise(model, request, prepared, layout, rank, on_step)
+        trace = denoise_prepared(model, request, prepared, on_step, gang=gang).trace
     entries = trace.entries if trace is not None else []
     held = trace.held_bytes if trace is not None else 0
     skipping = {entry.step for entry in entries if not entry.compute}
@@ -166,15 +178,6 @@ def denoise_on(
         num_unmasked=ledger.num_unmasked,
         peak_at=phases.peaks["blocks"][1],
     )
-
-
-def _denoise(
-    model: LoadedModel, request: ClipRequest, prepared: PreparedClip, layout: Layout, rank: int, on_step: Any
-) -> Any:
-    if layout.world_size == 1:
-        return denoise_prepared(model, request, prepared, on_step).trace
-    with joined(layout, rank) as gang:
-        return denoise_prepared(model, request, prepared, on_step, gang=gang).trace
 
 
 @contextmanager
@@ -200,11 +203,7 @@ def decode_on(gpu: FakeGPU, model: LoadedModel, request: ClipRequest, num_ranks:
     gc.collect()
     weights = gpu.ledger.live_bytes
     gpu.ledger.begin()
-    scale = model.pipe.vae_scale_factor_spatial
-    num_frames = (request.num_frames - 1) // model.pipe.vae_scale_factor_temporal + 1
-    config = model.pipe.vae.config
-    channels = config.z_dim if "z_dim" in config else config.latent_channels
-    latents = torch.empty(1, channels, num_frames, request.height // scale, request.width // scale, device=GPU)
+    latents = torch.empty(_latent_shape(model, request), device=GPU)
     middle = model.pipe.vae.decoder.mid_block
     with _Phases(gpu.ledger, [(middle, True, "middle"), (middle, False, "rows")], "rows") as phases:
         if num_ranks == 1:
@@ -216,6 +215,16 @@ def decode_on(gpu: FakeGPU, model: LoadedModel, request: ClipRequest, num_ranks:
         if video is not None:
             to_frames(video)
     return _taken(gpu.ledger, weights, phases)
+
+
+def _latent_shape(model: LoadedModel, request: ClipRequest) -> tuple[int, ...]:
+    config = model.pipe.vae.config
+    channels = config.z_dim if "z_dim" in config else config.latent_channels
+    if model.checkpoint.model.family == "flux":  # packed: four of a channel in one token
+        return 1, model.adapter.num_tokens(model.checkpoint.configs, request), 4 * channels
+    scale = model.pipe.vae_scale_factor_spatial
+    num_frames = (request.num_frames - 1) // model.pipe.vae_scale_factor_temporal + 1
+    return 1, channels, num_frames, request.height // scale, request.width // scale
 
 
 def encode_text_on(gpu: FakeGPU, model: LoadedModel) -> Taken:
@@ -235,7 +244,11 @@ def _encode_text(model: LoadedModel) -> None:
         num_tokens = HUNYUAN_TEXT_TOKENS + DEFAULT_PROMPT_TEMPLATE["crop_start"]
         ids, mask = _tokens(num_tokens)
         model.pipe.text_encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-        model.pipe.text_encoder_2(_tokens(77)[0], output_hidden_states=False)
+        model.pipe.text_encoder_2(_tokens(CLIP_TOKENS)[0], output_hidden_states=False)
+    elif model.checkpoint.model.family == "flux":
+        model.pipe.text_encoder(_tokens(CLIP_TOKENS)[0], output_hidden_states=False)
+        num_tokens = joint_text_tokens(model.checkpoint.configs.transformer)
+        model.pipe.text_encoder_2(_tokens(num_tokens)[0], output_hidden_states=False)
     else:
         model.pipe.text_encoder(*_tokens(WAN_TEXT_TOKENS))
 
@@ -257,7 +270,7 @@ def _taken(ledger: Ledger, weights: int, phases: _Phases) -> Taken:
 def _encoded(model: LoadedModel, request: ClipRequest, encodes_image: bool) -> dict[str, torch.Tensor]:
     """The table of the adapter's `encode`: texts that are encoded already, and the first frame, encoded or not."""
     pipe, config = model.pipe, model.pipe.transformer.config
-    dim = config.get("text_dim") or config["text_embed_dim"]
+    dim = config.get("text_dim") or config.get("text_embed_dim") or config["joint_attention_dim"]
 
     def text(num_tokens: int) -> torch.Tensor:
         return torch.empty(1, num_tokens, dim, dtype=DTYPE, device=GPU)
@@ -266,6 +279,9 @@ def _encoded(model: LoadedModel, request: ClipRequest, encodes_image: bool) -> d
         pooled = torch.empty(1, config.pooled_projection_dim, dtype=DTYPE, device=GPU)
         mask = torch.ones(1, HUNYUAN_TEXT_TOKENS, dtype=DTYPE, device=GPU)  # the longest prompt: no padding
         return {"text": text(HUNYUAN_TEXT_TOKENS), "pooled": pooled, "mask": mask}
+    if model.checkpoint.model.family == "flux":
+        pooled = torch.empty(1, config.pooled_projection_dim, dtype=DTYPE, device=GPU)
+        return {"text": text(joint_text_tokens(config)), "pooled": pooled}
     encoded = {"cond": text(WAN_TEXT_TOKENS), "uncond": text(WAN_TEXT_TOKENS)}
     if request.image is None:
         return encoded

@@ -1,9 +1,10 @@
-"""What is done once weights are there: LoRA, quantization, attention kernel, compilation, another scheduler."""
+"""What is done once weights are there: LoRA, quantization, attention, compilation, scheduler, who stays off the GPU."""
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,10 +78,14 @@ def _fuse(pipe: Any, lora: Lora, component: str, name: str) -> None:
         logging.set_verbosity(before)
 
 
-def quantize(transformer: nn.Module, options: LoadOptions) -> None:
+def quantize(transformer: nn.Module, options: LoadOptions, device: torch.device | None = None) -> None:
     """Holds the weights of the blocks' linear layers in 8 bits, by torchao; what stands outside the blocks stays.
 
     "fp8" stores float8 e4m3, "int8" a signed byte with a scale for each row; both compute in the transformer's type.
+
+    Args:
+        device: where each layer goes right before, from the host, so that no more than one is there whole; None: all
+            stay where they are.
     """
     if options.quantize == "none":
         return
@@ -93,7 +98,7 @@ def quantize(transformer: nn.Module, options: LoadOptions) -> None:
     config = Float8WeightOnlyConfig() if options.quantize == "fp8" else Int8WeightOnlyConfig()
     blocks = [module for module in transformer.children() if isinstance(module, torch.nn.ModuleList)]
     for block in blocks:
-        quantize_(block, config)
+        quantize_(block, config, device=device)
 
 
 def compile_blocks(transformer: nn.Module) -> None:
@@ -116,6 +121,28 @@ def other_scheduler(own: Any, name: str) -> Any:
     if "shift" in inspect.signature(kind).parameters:
         return kind.from_config(own.config, shift=shift)
     return kind.from_config(own.config, flow_shift=shift, prediction_type="flow_prediction", use_flow_sigmas=True)
+
+
+def keep_encoders_on_host(pipe: Any, names: Collection[str], device: torch.device) -> None:
+    """Has the text encoders' weights wait in host memory: each layer goes to the device, runs, and leaves it again.
+
+    What is computed is what encoders on the device compute, bit for bit; a prompt waits for the copies. A rank beside
+    them is at its steps meanwhile, so that encoders that came back whole would have to find their room all the same.
+
+    Args:
+        names: of the encoders; what of them is not in the pipeline is left out.
+        device: where they run; all that is no encoder goes there and stays.
+    """
+    from accelerate import cpu_offload
+
+    for name, part in pipe.components.items():
+        if not isinstance(part, torch.nn.Module):
+            continue
+        if name in names:
+            # as diffusers' enable_sequential_cpu_offload: buffers of a module with weights of its own go with them
+            cpu_offload(part, execution_device=device, offload_buffers=bool(part._parameters))
+        else:
+            part.to(device)
 
 
 def expert_transformers(pipe: Any, names: tuple[str, ...]) -> list[nn.Module]:

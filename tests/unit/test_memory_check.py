@@ -10,6 +10,7 @@ from cineray.jobs import memory_check as memory_check_module
 from cineray.jobs.cli.main import main
 from cineray.jobs.manifest.check import RunDefaults, check_manifest, check_prompts
 from cineray.jobs.memory_check import MemoryCheck, memory_check
+from cineray.jobs.outlook import Outlook
 from cineray.jobs.run_options import RunOptions
 from cineray.pipeline.footprint.fit import (
     FINISHER,
@@ -63,8 +64,20 @@ def test_a_rank_beside_a_finisher_takes_what_the_planner_says_less_its_margin():
     shared = of(on_ray("ulysses8"), SHARED)
     parts = memory.weights + memory.activations + memory.cache + memory.vae + memory.text_encoder
     assert shared.tensor_bytes == parts
-    apart = on_ray("ulysses8", shares_gpu=False)
+    apart = on_ray("ulysses8", shares_gpu=False, text_encoders="host")
     assert of(apart, RANK).tensor_bytes + of(apart, FINISHER).tensor_bytes == parts
+
+
+def test_text_encoders_stay_on_a_gpu_that_a_finisher_has_for_itself():
+    """UMT5-XXL has 11.4 GB, of which a layer has 2.1 GB at most: its table of words."""
+    beside, apart = of(on_ray("ulysses8"), SHARED), of(on_ray("ulysses8", shares_gpu=False), FINISHER)
+    assert beside.parts["text encoders"] == pytest.approx(2.1e9, rel=0.01)
+    assert apart.parts["text encoders"] == pytest.approx(11.49e9, rel=0.01)
+    kept = of(on_ray("ulysses8", text_encoders="gpu"), SHARED)
+    assert kept.parts["text encoders"] == apart.parts["text encoders"]
+    (alone,) = demands(WAN, CLIP, Setup(options=CUDA))
+    (host,) = demands(WAN, CLIP, Setup(options=replace(CUDA, text_encoders="host")))
+    assert alone.tensor_bytes - host.tensor_bytes == pytest.approx(9.38e9, rel=0.01)
 
 
 def test_one_process_does_one_thing_after_the_other():
@@ -110,8 +123,11 @@ def test_advice_names_the_smallest_change_first():
     clip = replace(CLIP, width=832, height=480)
     found = nearest_fit(WAN, clip, Setup(options=CUDA), L40S, max_ranks=1)
     assert found is not None
+    assert found[0] == "--text-encoders host"
+    found = nearest_fit(WAN, replace(CLIP, cache="none"), Setup(options=CUDA), L40S, max_ranks=1)
+    assert found is not None
     assert found[0] == "--offload model"
-    found = nearest_fit(WAN, CLIP, on_ray("ulysses2"), H100, max_ranks=8)
+    found = nearest_fit(WAN, CLIP, on_ray("ulysses2"), 60_000_000_000, max_ranks=8)
     assert found is not None
     assert found[0] == "--decode gang"
     found = nearest_fit(WAN, CLIP, on_ray(vae_tiling=True, offload="group"), RTX4090, max_ranks=8)
@@ -182,8 +198,24 @@ def test_an_actor_refuses_what_its_gpu_cannot_hold():
     wanted = demands(WAN, CLIP, on_ray("ulysses8"))
     check_room(wanted, (RANK, SHARED), H100)
     check_room(wanted, (FINISHER,), RTX4090)
-    with pytest.raises(LoadingError, match=r"takes 63.1 GB of a GPU with a rank and a finisher .*which has 48.3 GB"):
+    with pytest.raises(LoadingError, match=r"takes 53.7 GB of a GPU with a rank and a finisher .*which has 48.3 GB"):
         check_room(wanted, (RANK, SHARED), L40S)
+
+
+def test_a_clip_that_was_checked_is_told_with_what_it_takes():
+    """For gangs that came up while the manifest was checked still."""
+    check = MemoryCheck(WAN, on_ray("ulysses8"), None)
+    small = replace(CLIP, width=832, height=480)
+    assert check(CLIP) is check(small) is None
+    assert check.of(replace(CLIP, id="7", prompt="a dog", seed=3), shares_gpu=True) == check.largest()
+    assert check.of(small, shares_gpu=True) == demands(WAN, small, on_ray("ulysses8"))
+    assert [d.place for d in check.of(small, shares_gpu=False)] == [RANK, FINISHER]
+    assert check.of(replace(CLIP, num_frames=49), shares_gpu=True) == ()
+    outlook = Outlook(check)
+    idle = replace(CLIP, num_inference_steps=4)
+    assert outlook(idle) is None
+    assert outlook.demands_of(idle, shares_gpu=True) == demands(WAN, replace(idle, cache="none"), on_ray("ulysses8"))
+    assert Outlook().demands_of(CLIP, shares_gpu=True) == ()
 
 
 def test_a_folder_that_is_built_like_a_published_checkpoint_is_known_as_it():
@@ -228,3 +260,16 @@ def test_the_command_refuses_in_one_line_and_a_dry_run_shows_the_forecast(tmp_pa
     assert main([*command, *large, "--offload", "group", "--dry-run"]) == 0
     assert "memory, by forecast: 23.9 GB of the GPU (transformer 0.3" in capsys.readouterr().out
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"), [({"shards_weights": True}, {}), ({}, {"quantize": "int8"}), ({}, {"quantize": "fp8"})]
+)
+def test_wan_14b_at_480p_fits_four_cards_of_24_gb_whose_weights_are_shared_or_in_8_bits(changes, options):
+    """`--sp 4 --shard-weights`, or `--quantize int8`: the gang decodes by itself, text encoders wait in host memory."""
+    clip = replace(CLIP, width=832, height=480)
+    setup = replace(on_ray("ulysses4", **options), decodes_on_gang=True, **changes)
+    assert fits(WAN, clip, setup, RTX4090)
+    assert not fits(WAN, clip, replace(setup, options=replace(setup.options, text_encoders="gpu")), RTX4090)
+    whole = replace(on_ray("ulysses4"), decodes_on_gang=True)
+    assert any(shortage(d, RTX4090) for d in demands(WAN, clip, whole))
