@@ -66,8 +66,9 @@ FAMILIES = {
     "wan2.2": Family(
         make=make_wan22,
         seed=3,
-        about=f"""Two experts, as Wan 2.2 A14B has: each is every second block of tiny-wan, trained on at the noise that
-it sees, with tiny-wan's VAE and text encoder as they are, {VIDEOS}""",
+        about=f"""Two experts, as Wan 2.2 A14B has, with its boundary (0.875) and its flow shift (12): each was every
+second block of tiny-wan and has been trained on at the noise that it sees. VAE and text encoder are tiny-wan's.
+Trained {VIDEOS}""",
     ),
     "dit": Family(make=make_dit, seed=4, about=f"Trained from nothing {STILLS}"),
     "open-sora": Family(make=make_open_sora, seed=5, about=f"Trained, with tiny-dit's VAE for the frames, {VIDEOS}"),

@@ -15,7 +15,7 @@ from tiny.training import Plan, say, train_denoiser
 from tiny.videos import encoded
 
 TINY_WAN = Path(__file__).resolve().parents[2] / "pipeline/checkpoints/tiny-wan"
-# Wan2.2's wan/configs/wan_t2v_A14B.py: boundary 0.875, sample_shift 12; with them 25 of 40 steps are the first expert's
+# Wan2.2's wan/configs/wan_t2v_A14B.py: boundary 0.875, sample_shift 12; with them 26 of 40 steps are the first expert's
 BOUNDARY, SHIFT = 0.875, 12.0
 KEPT_BLOCKS = (0, 2, 4, 6, 9, 11, 13, 15)  # every second one of tiny-wan's 16, with the first and the last
 CLIPS_PER_CAPTION = 8
