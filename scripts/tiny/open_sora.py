@@ -30,9 +30,9 @@ TINY_DIT = Path(__file__).resolve().parents[2] / "pipeline/checkpoints/tiny-dit"
 TEXT_TOKENS = 24  # a caption with its score has 17 and an end
 FPS = 8.0
 CLIPS_PER_CAPTION = 8
-VAE_STEPS, VAE_BATCH, VAE_RATE = 1500, 4, 2e-3
+VAE_STEPS, VAE_BATCH, VAE_RATE = 1250, 4, 2e-3
 LATENT_NOISE = 0.05  # added to latents of std about 1 in training, as in tiny.vae
-PLAN = Plan(steps=1800, batch=16)
+PLAN = Plan(steps=1600, batch=16)
 
 
 class OpenSoraDenoiser(nn.Module):

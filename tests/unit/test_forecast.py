@@ -28,7 +28,7 @@ def key(row):
     return f"{row['model']}-{row['part']}-{size}-{row['layout']}-{row['cache'][:7]}"
 
 
-SHIPPED = {"tiny-wan", "tiny-hunyuan", "tiny-wan2.2"}  # weights and all
+SHIPPED = {"tiny-wan", "tiny-hunyuan", "tiny-wan2.2", "tiny-dit"}  # weights and all
 # a transformer, a VAE or a text encoder of theirs has no rows in the table
 NOT_FORECAST = {
     "wan2.2-ti2v-5b",

@@ -10,7 +10,7 @@ from cineray.pipeline.adapters.model import SHIPPED
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 
 CLIP, STILL = "a red circle moving left on a navy background", "a red circle on a navy background"
-PROMPTS = {"tiny-wan": CLIP, "tiny-hunyuan": CLIP, "tiny-wan2.2": CLIP}
+PROMPTS = {"tiny-wan": CLIP, "tiny-hunyuan": CLIP, "tiny-wan2.2": CLIP, "tiny-dit": STILL}
 
 
 def test_every_folder_that_ships_has_its_name():
