@@ -2,20 +2,22 @@
 """Measures how often a tiny checkpoint renders what the caption says, and how well its VAE restores clips.
 
 Renders (caption, seed) pairs in float32 on the CPU, reads the frames with tiny.reading, which sees no caption, and
-compares. The reader itself is measured too, on drawn clips, with and without noise.
+compares. The reader itself is measured too, on drawn clips, with and without noise. A model of pictures is asked for
+stills, which have no direction.
 
     python scripts/check_obedience.py --model tiny-wan
     python scripts/check_obedience.py --model tiny-hunyuan --contact-sheet out/hunyuan.png
     python scripts/check_obedience.py --model out/my-wan --num-pairs 12 --steps 20 --vae-clips 8 --json
 
-Exit code: 0; 1 if colour or direction is below 95 % or the VAE below 30 dB; 2 if the model cannot be used.
+Exit code: 0; 1 if colour or direction (shape, of stills) is below 95 % or the VAE below 30 dB; 2 if the model cannot
+be used.
 """
 
 import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -30,7 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny.reading import Reading, read_frames
-from tiny.shapes import NUM_FRAMES, SIZE, Caption, all_captions, draw_clip
+from tiny.shapes import NUM_FRAMES, SIZE, Caption, all_captions, all_stills, draw_clip
 
 from cineray.pipeline.request import ClipRequest, InputError, problems
 
@@ -38,8 +40,7 @@ if TYPE_CHECKING:
     from cineray.pipeline.loading.model import LoadedModel
 
 PROPERTIES = ("colour", "shape", "direction", "background")
-LIMITS_PERCENT = {"colour": 95.0, "direction": 95.0}  # the goals of the tiny checkpoints, with the next line
-LIMIT_PSNR_DB = 30.0
+LIMIT_PSNR_DB = 30.0  # with the limits in percent below, the goals of the tiny checkpoints
 
 # Training seeds its generators with k * 1_000_003 + step, k up to 32, and with numbers below 12_000
 # (train_tiny.py, tiny/vae.py, tiny/denoiser.py): the first three lie outside of all of these.
@@ -49,10 +50,44 @@ FIRST_DRAWN_SEED = 88_000
 
 NOISE_SIGMA = 12.0  # levels of 256; a PSNR of 26.5 dB, worse than a VAE that passes
 ZOOM = 2  # contact sheet: 64 px frames are too small to judge by eye
-SHEET_COLUMNS = 3  # of pairs: 48 of them make a sheet of about 1600 x 2400 px
 TEXT_HEIGHT_PX = 14  # PIL's built-in font is 11 px high
 GAP_PX = 6  # between clips
 FRAME_GAP_PX = 2  # between the frames of a clip: on a flat background their edges could not be seen otherwise
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kind:
+    """What a model makes, and what can be read off it.
+
+    Args:
+        limits: property -> the least share of hits, in percent.
+        shares: where in a clip the frames of the contact sheet stand.
+    """
+
+    captions: tuple[Caption, ...]
+    properties: tuple[str, ...]
+    limits: Mapping[str, float]
+    num_frames: int
+    shares: tuple[float, ...]
+    columns: int
+
+
+CLIPS = Kind(
+    captions=tuple(all_captions()),
+    properties=PROPERTIES,
+    limits={"colour": 95.0, "direction": 95.0},
+    num_frames=NUM_FRAMES,
+    shares=(0, 1 / 3, 2 / 3, 1),
+    columns=3,  # 48 clips make a sheet of about 1600 x 2400 px
+)
+STILLS = Kind(
+    captions=tuple(all_stills()),
+    properties=("colour", "shape", "background"),
+    limits={"colour": 95.0, "shape": 95.0},
+    num_frames=1,
+    shares=(0,),
+    columns=6,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +112,6 @@ class Outcome:
 
 def main() -> int:
     arguments = parse_arguments()
-    pairs = pick_pairs(arguments.num_pairs)
     bars = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -92,21 +126,23 @@ def main() -> int:
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        reader = {"drawn": read_drawn(0.0), f"drawn, noise {NOISE_SIGMA:.0f}": read_drawn(NOISE_SIGMA)}
+        kind = kind_of(model)
+        pairs = pick_pairs(arguments.num_pairs, kind)
+        reader = {"drawn": read_drawn(0.0, kind), f"drawn, noise {NOISE_SIGMA:.0f}": read_drawn(NOISE_SIGMA, kind)}
         vae_bar = bars.add_task("VAE, clips", total=arguments.vae_clips)
         psnr_db = vae_psnr_db(model, arguments.vae_clips, lambda: bars.advance(vae_bar))
         render_bar = bars.add_task("rendering, steps", total=len(pairs) * arguments.steps)
         clips = list(render(model, pairs, arguments.steps, lambda *_: bars.advance(render_bar)))
     outcomes = measure(pairs, clips)
     if arguments.contact_sheet:
-        contact_sheet(outcomes, clips).save(arguments.contact_sheet)
-    report = summary(outcomes, psnr_db) | {
+        contact_sheet(outcomes, clips, kind).save(arguments.contact_sheet)
+    report = summary(outcomes, psnr_db, kind) | {
         "model": arguments.model,
         "digest": model.digest,
         "steps": arguments.steps,
-        "reader": {name: tallies(drawn) for name, drawn in reader.items()},
+        "reader": {name: tallies(drawn, kind) for name, drawn in reader.items()},
     }
-    print_report(report)
+    print_report(report, kind)
     if arguments.json:
         print(json.dumps(report))
     return 0 if report["passed"] else 1
@@ -126,7 +162,7 @@ def parse_arguments() -> argparse.Namespace:
         return path
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="tiny-wan, tiny-hunyuan, or the folder of such a checkpoint")
+    parser.add_argument("--model", required=True, help="a tiny model, or the folder of such a checkpoint")
     parser.add_argument("--num-pairs", type=positive, default=48, help="clips to render (default: %(default)s)")
     parser.add_argument("--steps", type=positive, default=50, help="denoising steps (default: %(default)s)")
     parser.add_argument("--vae-clips", type=positive, default=32, help="clips for the PSNR (default: %(default)s)")
@@ -135,20 +171,20 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def pick_pairs(num_pairs: int) -> list[Pair]:
+def pick_pairs(num_pairs: int, kind: Kind = CLIPS) -> list[Pair]:
     """The same pairs every time; each caption is the one whose words, alone and two by two, were used least so far.
 
-    48 pairs hold every colour 8, shape 16, direction 12 and background 16 times; 216 pairs are all captions.
+    48 pairs of clips hold every colour 8, shape 16, direction 12 and background 16 times; 216 pairs are all captions.
     """
 
     def words(caption: Caption) -> list[tuple[str, ...]]:
-        single = [getattr(caption, name) for name in PROPERTIES]
+        single = [getattr(caption, name) for name in kind.properties]
         return [*combinations(single, 1), *combinations(single, 2)]
 
     used: Counter[tuple[str, ...]] = Counter()
     pairs, left = [], []
     for i in range(num_pairs):
-        left = left or all_captions()
+        left = left or list(kind.captions)
         caption = min(left, key=lambda c: sum(used[w] for w in words(c)))
         left.remove(caption)
         used.update(words(caption))
@@ -163,29 +199,37 @@ def load(name: str) -> "LoadedModel":
     """Loads the checkpoint in float32 on the CPU.
 
     Raises:
-        InputError: it is not here, or cannot render 64 x 64 clips of 17 frames from text alone.
+        InputError: it is not here, or cannot render 64 x 64 clips of 17 frames from text alone, nor such stills.
     """
     from cineray.pipeline.loading.checkpoint import open_checkpoint
     from cineray.pipeline.loading.model import LoadOptions, load_model
 
     model = load_model(open_checkpoint(name), LoadOptions(device="cpu", dtype="float32"))
-    reasons = problems(clip_request(model, pick_pairs(1)[0], num_steps=1), model.checkpoint.size_rule)
+    request = clip_request(model, pick_pairs(1, kind_of(model))[0], num_steps=1)
+    reasons = problems(request, model.checkpoint.size_rule)
     if reasons:
         raise InputError(f"model {name}: {'; '.join(reasons)}")
     return model
 
 
+def kind_of(model: "LoadedModel") -> Kind:
+    from cineray.pipeline.media.output import PICTURE
+
+    return STILLS if model.checkpoint.model.output is PICTURE else CLIPS
+
+
 def clip_request(model: "LoadedModel", pair: Pair, num_steps: int) -> ClipRequest:
-    defaults = model.checkpoint.defaults
+    defaults, kind = model.checkpoint.defaults, kind_of(model)
     return ClipRequest(
         id=f"seed-{pair.seed}",
-        prompt=str(pair.caption),
+        prompt=pair.caption.still if kind is STILLS else str(pair.caption),
         seed=pair.seed,
         width=SIZE,
         height=SIZE,
-        num_frames=NUM_FRAMES,
+        num_frames=kind.num_frames,
         num_inference_steps=num_steps,
         guidance_scale=defaults.guidance_scale,
+        guidance_scale_2=defaults.guidance_scale_2,
         fps=defaults.fps,
     )
 
@@ -193,7 +237,7 @@ def clip_request(model: "LoadedModel", pair: Pair, num_steps: int) -> ClipReques
 def render(
     model: "LoadedModel", pairs: Iterable[Pair], num_steps: int, on_step: Callable[[int, int], None]
 ) -> Iterator[np.ndarray]:
-    """Frames [17, 64, 64, 3] uint8 of each pair."""
+    """Frames [17, 64, 64, 3] uint8 of each pair, of a still [1, 64, 64, 3]."""
     from cineray.pipeline.render import render_clip
 
     for pair in pairs:
@@ -211,18 +255,18 @@ def vae_psnr_db(model: "LoadedModel", num_clips: int, on_clip: Callable[[], None
     return sum(psnr_db) / num_clips
 
 
-def drawn_frames(caption: Caption, seed: int, noise_sigma: float = 0.0) -> np.ndarray:
-    """The ground truth of a caption as frames [17, 64, 64, 3] uint8, with Gaussian noise of so many levels."""
+def drawn_frames(caption: Caption, seed: int, noise_sigma: float = 0.0, num_frames: int = NUM_FRAMES) -> np.ndarray:
+    """The ground truth of a caption as frames [F, 64, 64, 3] uint8, with Gaussian noise of so many levels."""
     generator = torch.Generator().manual_seed(seed)
-    levels = (draw_clip(caption, generator) + 1) * 127.5
+    levels = (draw_clip(caption, generator, num_frames) + 1) * 127.5
     levels = levels + noise_sigma * torch.randn(levels.shape, generator=generator)
     return levels.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).numpy()
 
 
-def read_drawn(noise_sigma: float) -> list[Outcome]:
-    """The reader on one fresh clip of each of the 216 captions."""
-    pairs = [Pair(caption=c, seed=FIRST_DRAWN_SEED + i) for i, c in enumerate(all_captions())]
-    return measure(pairs, (drawn_frames(p.caption, p.seed, noise_sigma) for p in pairs))
+def read_drawn(noise_sigma: float, kind: Kind) -> list[Outcome]:
+    """The reader on one fresh clip of each of the 216 captions, or on one still of each of the 54."""
+    pairs = [Pair(caption=c, seed=FIRST_DRAWN_SEED + i) for i, c in enumerate(kind.captions)]
+    return measure(pairs, (drawn_frames(p.caption, p.seed, noise_sigma, kind.num_frames) for p in pairs))
 
 
 def measure(pairs: Iterable[Pair], clips: Iterable[np.ndarray]) -> list[Outcome]:
@@ -230,11 +274,11 @@ def measure(pairs: Iterable[Pair], clips: Iterable[np.ndarray]) -> list[Outcome]
     return [Outcome(pair=p, reading=read_frames(frames)) for p, frames in zip(pairs, clips, strict=True)]
 
 
-def tallies(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
+def tallies(outcomes: list[Outcome], kind: Kind = CLIPS) -> dict[str, dict[str, Any]]:
     """Hits, total, percentage and misses by property; "all" counts clips with every property right."""
     rows: dict[str, dict[str, Any]] = {}
-    for name in (*PROPERTIES, "all"):
-        wanted = PROPERTIES if name == "all" else (name,)
+    for name in (*kind.properties, "all"):
+        wanted = kind.properties if name == "all" else (name,)
         missed = [o for o in outcomes if not all(o.hit(w) for w in wanted)]
         hits = len(outcomes) - len(missed)
         rows[name] = {
@@ -245,7 +289,7 @@ def tallies(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
                 {
                     "caption": str(o.pair.caption),
                     "seed": o.pair.seed,
-                    "wrong": [p for p in PROPERTIES if not o.hit(p)],
+                    "wrong": [p for p in kind.properties if not o.hit(p)],
                     "read": asdict(o.reading),
                 }
                 for o in missed
@@ -254,14 +298,14 @@ def tallies(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def summary(outcomes: list[Outcome], psnr_db: float) -> dict[str, Any]:
+def summary(outcomes: list[Outcome], psnr_db: float, kind: Kind = CLIPS) -> dict[str, Any]:
     """The tallies beside the limits, and whether all limits are kept."""
-    properties = tallies(outcomes)
-    kept = all(properties[name]["percent"] >= limit for name, limit in LIMITS_PERCENT.items())
+    properties = tallies(outcomes, kind)
+    kept = all(properties[name]["percent"] >= limit for name, limit in kind.limits.items())
     return {
         "properties": properties,
         "vae_psnr_db": psnr_db,
-        "limits": LIMITS_PERCENT | {"vae_psnr_db": LIMIT_PSNR_DB},
+        "limits": {**kind.limits, "vae_psnr_db": LIMIT_PSNR_DB},
         "passed": kept and psnr_db >= LIMIT_PSNR_DB,
     }
 
@@ -276,13 +320,13 @@ def describe(read: dict[str, Any]) -> str:
     return f"{line} (fill {read['fill_ratio']:.2f}, moved {dx:+.1f} {dy:+.1f} px, rgb {read['colour_rgb']})"
 
 
-def print_report(report: dict[str, Any]) -> None:
+def print_report(report: dict[str, Any], kind: Kind) -> None:
     """Tables for people, on stdout."""
     print(f"{report['model']} ({report['digest']}), {report['steps']} steps")
     for title, rows in {"rendered": report["properties"], **report["reader"]}.items():
         print(f"\n{title if title == 'rendered' else f'the reader itself: {title}'}")
         for name, row in rows.items():
-            limit = LIMITS_PERCENT.get(name) if title == "rendered" else None
+            limit = kind.limits.get(name) if title == "rendered" else None
             note = f"  (at least {limit:.0f} %)" if limit else ""
             print(f"  {name:<12}{row['hits']:>4} / {row['total']:<4}{row['percent']:>6.1f} %{note}")
         for miss in rows["all"]["misses"]:
@@ -292,19 +336,21 @@ def print_report(report: dict[str, Any]) -> None:
     print("passed" if report["passed"] else "FAILED")
 
 
-def contact_sheet(outcomes: list[Outcome], clips: list[np.ndarray]) -> Image.Image:
+def contact_sheet(outcomes: list[Outcome], clips: list[np.ndarray], kind: Kind = CLIPS) -> Image.Image:
     """First, one-third, two-thirds and last frame of each clip under its caption; red captions are misses."""
     side = SIZE * ZOOM
-    cell_width, cell_height = 4 * (side + FRAME_GAP_PX) + GAP_PX, side + TEXT_HEIGHT_PX + GAP_PX
-    num_rows = -(-len(clips) // SHEET_COLUMNS)
-    sheet = Image.new("RGB", (SHEET_COLUMNS * cell_width, num_rows * cell_height), "white")
+    cell_width, cell_height = len(kind.shares) * (side + FRAME_GAP_PX) + GAP_PX, side + TEXT_HEIGHT_PX + GAP_PX
+    num_rows = -(-len(clips) // kind.columns)
+    sheet = Image.new("RGB", (kind.columns * cell_width, num_rows * cell_height), "white")
     pen = ImageDraw.Draw(sheet)
     for index, (outcome, frames) in enumerate(zip(outcomes, clips, strict=True)):
-        row, column = divmod(index, SHEET_COLUMNS)
+        row, column = divmod(index, kind.columns)
         left, top = column * cell_width, row * cell_height
-        colour = "black" if all(outcome.hit(name) for name in PROPERTIES) else "red"
-        pen.text((left, top), f"{outcome.pair.caption}, seed {outcome.pair.seed}", fill=colour)
-        for place, share in enumerate((0, 1 / 3, 2 / 3, 1)):
+        colour = "black" if all(outcome.hit(name) for name in kind.properties) else "red"
+        caption = outcome.pair.caption
+        asked = f"{caption}, seed {outcome.pair.seed}" if kind is CLIPS else caption.still.replace(" background", "")
+        pen.text((left, top), asked, fill=colour)
+        for place, share in enumerate(kind.shares):
             frame = Image.fromarray(frames[round(share * (len(frames) - 1))])
             frame = frame.resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(frame, (left + place * (side + FRAME_GAP_PX), top + TEXT_HEIGHT_PX))

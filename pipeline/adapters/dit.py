@@ -27,7 +27,7 @@ from cineray.pipeline.adapters.component import (
     diffusers_model,
     scheduler,
 )
-from cineray.pipeline.adapters.model import BlockLayout, Model
+from cineray.pipeline.adapters.model import SHIPPED, BlockLayout, KnownCheckpoint, Model
 from cineray.pipeline.adapters.protocol import (
     Branch,
     Defaults,
@@ -299,4 +299,9 @@ MODEL = Model(
     takes_lora=False,
     pipelines={"DiTPipeline": DiT()},
     encoder_parts=(),
+    checkpoints={
+        "tiny-dit": KnownCheckpoint(
+            source=str(SHIPPED / "tiny-dit"), note="shipped; pictures of shapes by class, runs on a CPU"
+        )
+    },
 )

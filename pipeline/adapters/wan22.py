@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cineray.pipeline.adapters import wan, wan_configs
-from cineray.pipeline.adapters.model import KnownCheckpoint
+from cineray.pipeline.adapters.model import SHIPPED, TINY_CLIP, KnownCheckpoint
 from cineray.pipeline.adapters.protocol import (
     Defaults,
     Denoising,
@@ -199,6 +199,11 @@ EXPERTS = replace(
     pipelines={"WanPipeline": TextToVideoExperts(), "WanImageToVideoPipeline": ImageToVideoExperts()},
     denoiser_parts=("transformer", "transformer_2"),
     checkpoints={
+        "tiny-wan2.2": KnownCheckpoint(
+            source=str(SHIPPED / "tiny-wan2.2"),
+            note="shipped; moving shapes, two experts, runs on a CPU",
+            defaults=TINY_CLIP,
+        ),
         "wan2.2-t2v-a14b": KnownCheckpoint(
             source="Wan-AI/Wan2.2-T2V-A14B-Diffusers", note="text to video, 480p and 720p, two experts"
         ),

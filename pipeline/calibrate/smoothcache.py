@@ -7,12 +7,15 @@ over the blocks of a layer type and over the calibration clips.
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from cineray.caching.policies.smoothcache import LayerSchedule, schedule_row
 from cineray.pipeline.adapters import MODELS, Models
-from cineray.pipeline.caches.enable import scheduler_of, step_tracker_of
+from cineray.pipeline.caches.enable import scheduler_of, step_tracker_of, transformers_of
 from cineray.pipeline.caches.layers import LayerRecorder, attach_hook, check_blocks_not_compiled, detach_hook, layers_of
+from cineray.pipeline.caches.step_tracker import StepTracker
 
 Errors = dict[str, list[list[float]]]  # layer type -> [lag - 1][step]; NaN where a step has no such successor
 
@@ -27,6 +30,9 @@ def measure_layer_errors(
 ) -> Errors:
     """Renders the clips uncached and compares each layer's outputs.
 
+    Experts that share a clip's steps are measured at their own: there is no error across the boundary, so the first
+    step of the next expert is computed.
+
     Args:
         pipe_or_transformer: what the clips are rendered with; as for `enable_cache`.
         clips: each call renders one clip, of `num_steps` steps.
@@ -37,25 +43,25 @@ def measure_layer_errors(
     Raises:
         ValueError: a clip of another number of steps, one whose loop does not say where it is, or compiled blocks.
     """
-    transformer = getattr(pipe_or_transformer, "transformer", pipe_or_transformer)
-    model = models[type(transformer).__name__]
-    check_blocks_not_compiled(transformer, model.layout)
-    tracker = step_tracker_of(transformer, model, None, scheduler_of(pipe_or_transformer))
+    transformers = transformers_of(pipe_or_transformer)
+    trackers: list[StepTracker] = []
+    for transformer in transformers:
+        model = models[type(transformer).__name__]
+        check_blocks_not_compiled(transformer, model.layout)
+        trackers.append(step_tracker_of(transformer, model, None, scheduler_of(pipe_or_transformer)))
     values: dict[str, list[list[list[float]]]] = defaultdict(
         lambda: [[[] for _ in range(num_steps)] for _ in range(max_lag)]
     )
-
-    def place() -> tuple[str, int]:
-        here = tracker.where()
-        if here.num_steps != num_steps:
-            raise ValueError(f"calibrate: a clip has {here.num_steps} steps; num_steps is {num_steps}")
-        return here.branch, here.step_index
-
-    tracker.attach()
-    try:
+    with ExitStack() as attached:
+        for tracker in trackers:
+            tracker.attach()
+            attached.callback(tracker.detach)
         for number, render in enumerate(clips, 1):
-            layers = layers_of(transformer, model.layout)
-            recorders = [(layer, module, LayerRecorder(max_lag, place)) for layer, _, module in layers]
+            recorders: list[tuple[str, Any, LayerRecorder]] = []
+            for transformer, tracker in zip(transformers, trackers, strict=True):
+                place = partial(_place, tracker, num_steps)
+                layers = layers_of(transformer, models[type(transformer).__name__].layout)
+                recorders += [(layer, module, LayerRecorder(max_lag, place)) for layer, _, module in layers]
             try:
                 for _, module, recorder in recorders:
                     attach_hook(module, recorder)
@@ -67,12 +73,17 @@ def measure_layer_errors(
                 for (step, lag), (moved, size) in recorder.sums.items():
                     values[layer][lag - 1][step].append(moved / size if size > 0 else math.inf)
             on_clip(number, len(clips))
-    finally:
-        tracker.detach()
     return {
         layer: [[math.fsum(v) / len(v) if v else math.nan for v in row] for row in by_lag]
         for layer, by_lag in values.items()
     }
+
+
+def _place(tracker: StepTracker, num_steps: int) -> tuple[str, int]:
+    here = tracker.where()
+    if here.num_steps != num_steps:
+        raise ValueError(f"calibrate: a clip has {here.num_steps} steps; num_steps is {num_steps}")
+    return here.branch, here.step_index
 
 
 def smooth_schedule(errors: Errors, alpha: float) -> LayerSchedule:

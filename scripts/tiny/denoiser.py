@@ -1,16 +1,13 @@
-"""Trains the two tiny video transformers, with their text encoders, by flow matching on latents.
+"""The two tiny video transformers with their text encoders, and the loss that they are trained by: flow matching.
 
 Each family is a small class that turns captions into the conditions its transformer takes, cheaply: only as
 many text tokens as there are, where the pipelines pad to 512 and 256. The numbers that the transformer then
 sees are the pipelines' own (tests/parity compares them).
 """
 
-import json
 import math
 import random
-import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,35 +29,6 @@ CAPTION_DROP = 0.1
 GUIDANCE_SLOPE = 0.4
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How long and how fast.
-
-    Args:
-        steps, peak_rate: the first run: warm-up, then a cosine to zero.
-        refine_steps, refine_rate: a second run of the same form.
-        guided_from: first step that learns embedded guidance; None for a model without.
-    """
-
-    steps: int
-    batch: int = 24
-    peak_rate: float = 1.5e-3
-    refine_steps: int = 0
-    refine_rate: float = 8e-4
-    guided_from: int | None = None
-    ema_decay: float = 0.998
-
-    @property
-    def total_steps(self) -> int:
-        return self.steps + self.refine_steps
-
-    def rate(self, step: int) -> float:
-        peak, since, length = self.peak_rate, step, self.steps
-        if step >= self.steps:
-            peak, since, length = self.refine_rate, step - self.steps, self.refine_steps
-        return peak * min((since + 1) / 100, 0.5 * (1 + math.cos(math.pi * since / length)))
-
-
 class _WeightedNullToken(WanAttnProcessor):
     """Cross-attention in which the last text token counts as often as `log_count` says."""
 
@@ -75,7 +43,7 @@ class _WeightedNullToken(WanAttnProcessor):
 class WanDenoiser(nn.Module):
     """UMT5 and WanTransformer3DModel; velocity of noised latents for captions."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_layers: int = 16) -> None:
         super().__init__()
         self.tokenizer, self.text_encoder = new_umt5()
         self.transformer = WanTransformer3DModel(
@@ -84,7 +52,7 @@ class WanDenoiser(nn.Module):
             text_dim=TEXT_DIM,
             freq_dim=128,
             ffn_dim=512,
-            num_layers=16,
+            num_layers=num_layers,
         )
         self._processor = _WeightedNullToken()
 
@@ -170,74 +138,27 @@ def encode_clips(vae: nn.Module, num_per_caption: int, seed: int) -> tuple[torch
     return torch.cat(latents), captions
 
 
-def split_by_optimizer(denoiser: Any) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(matrices inside the transformer's blocks, for Muon; everything else, for AdamW)."""
-    matrices = [
-        p
-        for name, p in denoiser.transformer.named_parameters()
-        if "blocks." in name and p.ndim == 2 and "norm" not in name and "table" not in name
-    ]
-    chosen = {id(p) for p in matrices}
-    return matrices, [p for p in denoiser.parameters() if id(p) not in chosen]
+def shifted(u: torch.Tensor, shift: float) -> torch.Tensor:
+    """Noise levels of times `u` in 0..1, as the schedulers shift them."""
+    return shift * u / (1 + (shift - 1) * u)
 
 
-def train_denoiser(
-    denoiser: nn.Module, latents: torch.Tensor, captions: list[str], work: Path, seed: int, plan: Plan
-) -> None:
-    """Trains in place and leaves the moving average of the weights.
-
-    Writes `denoiser.log.jsonl`, and `denoiser.pt` every 200 steps, from which a second call resumes.
-    """
-    average = torch.optim.swa_utils.AveragedModel(
-        denoiser, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(plan.ema_decay)
-    )
-    matrices, others = split_by_optimizer(denoiser)
-    optimizers = [
-        torch.optim.Muon(matrices, lr=plan.peak_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw", ns_steps=4),
-        torch.optim.AdamW(others, lr=plan.peak_rate, betas=(0.9, 0.99), weight_decay=0.01),
-    ]
-    parts = {"denoiser": denoiser, "average": average} | {f"optimizer{i}": o for i, o in enumerate(optimizers)}
-    saved, step, losses, began = work / "denoiser.pt", 0, [], time.monotonic()
-    if saved.exists():
-        state = torch.load(saved, weights_only=True)
-        step = state.pop("step")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    with (work / "denoiser.log.jsonl").open("a") as log:
-        while step < plan.total_steps:
-            for group in (g for o in optimizers for g in o.param_groups):
-                group["lr"] = plan.rate(step)
-            is_guided = plan.guided_from is not None and step >= plan.guided_from
-            teacher = average.module if is_guided else None
-            loss = flow_matching_loss(denoiser, teacher, latents, captions, plan.batch, seed * 1_000_003 + step)
-            for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-            average.update_parameters(denoiser)
-            losses.append(loss.item())
-            step += 1
-            if step % 50 == 0:
-                row = {"step": step, "loss": sum(losses) / len(losses), "guided": teacher is not None}
-                print(json.dumps(row | {"wall_s": time.monotonic() - began}), file=log, flush=True)
-                losses = []
-            if step % 200 == 0 or step in (plan.steps, plan.total_steps):
-                torch.save({n: p.state_dict() for n, p in parts.items()} | {"step": step}, work / "denoiser.tmp")
-                (work / "denoiser.tmp").rename(saved)
-    denoiser.load_state_dict(average.module.state_dict())
+def logit_normal(batch: int, generator: torch.Generator) -> torch.Tensor:
+    """Noise levels [batch]: logit-normal times (Esser et al. 2024), shifted by FLOW_SHIFT."""
+    return shifted(torch.sigmoid(torch.randn(batch, generator=generator)), FLOW_SHIFT)
 
 
 def flow_matching_loss(
-    denoiser: nn.Module,
-    teacher: nn.Module | None,
     latents: torch.Tensor,
     captions: list[str],
     batch: int,
+    denoiser: nn.Module,
+    teacher: nn.Module | None,
     seed: int,
+    *,
+    draw_sigma: Callable[[int, torch.Generator], torch.Tensor] = logit_normal,
 ) -> torch.Tensor:
-    """Mean squared error of the velocity at logit-normal, shifted times.
+    """Mean squared error of the velocity.
 
     With a teacher (the moving average), four in five samples draw an embedded guidance g in [1, 8] and learn the
     velocity of the data plus GUIDANCE_SLOPE (g - 1) times the teacher's conditional minus unconditional
@@ -248,8 +169,7 @@ def flow_matching_loss(
     rows = torch.randint(len(latents), (batch,), generator=generator)
     clean = latents[rows]
     noise = torch.randn(clean.shape, generator=generator)
-    u = torch.sigmoid(torch.randn(batch, generator=generator))
-    sigma = FLOW_SHIFT * u / (1 + (FLOW_SHIFT - 1) * u)
+    sigma = draw_sigma(batch, generator)
     mixed = sigma.view(-1, 1, 1, 1, 1)
     noised, target = (1 - mixed) * clean + mixed * noise, noise - clean
     timestep = sigma * 1000.0

@@ -43,6 +43,11 @@ class Caption:
     def __str__(self) -> str:
         return f"a {self.colour} {self.shape} moving {self.direction} on a {self.background} background"
 
+    @property
+    def still(self) -> str:
+        """What a single frame of it shows; the name of a class of tiny-dit."""
+        return f"a {self.colour} {self.shape} on a {self.background} background"
+
 
 def all_captions() -> list[Caption]:
     """The 216 sentences of the grammar, in a fixed order."""
@@ -50,6 +55,11 @@ def all_captions() -> list[Caption]:
         Caption(colour=c, shape=s, direction=d, background=b)
         for c, s, d, b in product(COLOURS, SHAPES, DIRECTIONS, BACKGROUNDS)
     ]
+
+
+def all_stills() -> list[Caption]:
+    """A caption for each of the 54 stills, in the order of tiny-dit's classes; all of them move left."""
+    return [c for c in all_captions() if c.direction == "left"]
 
 
 def _coverage(shape: str, x: torch.Tensor, y: torch.Tensor, radius: float) -> torch.Tensor:

@@ -14,6 +14,8 @@ from transformers import (
     LlamaConfig,
     LlamaModel,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
     UMT5Config,
     UMT5EncoderModel,
 )
@@ -28,14 +30,15 @@ PAD, EOS, UNK, BOS = "<pad>", "</s>", "<unk>", "<s>"
 TEXT_DIM = 64
 
 
-def _vocabulary() -> dict[str, int]:
-    text = " ".join(map(str, all_captions())) + " " + DEFAULT_PROMPT_TEMPLATE["template"].format("")
+def _vocabulary(more: str = "") -> dict[str, int]:
+    """Word -> number: of the grammar, of HunyuanVideo's template, of `more`."""
+    text = " ".join(map(str, all_captions())) + " " + DEFAULT_PROMPT_TEMPLATE["template"].format("") + more
     return {word: i for i, word in enumerate([PAD, EOS, UNK, BOS, *sorted(set(re.findall(TOKEN, text.lower())))])}
 
 
-def new_tokenizer(template: str, max_length: int) -> PreTrainedTokenizerFast:
-    """A lower-casing word-level tokenizer; `template` places special tokens around `$A`."""
-    vocabulary = _vocabulary()
+def new_tokenizer(template: str, max_length: int, more: str = "") -> PreTrainedTokenizerFast:
+    """A lower-casing word-level tokenizer; `template` places special tokens around `$A`, `more` has words besides."""
+    vocabulary = _vocabulary(more)
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN), behavior="removed", invert=True)
@@ -65,6 +68,24 @@ def new_umt5() -> tuple[PreTrainedTokenizerFast, UMT5EncoderModel]:
         eos_token_id=1,
     )
     return new_tokenizer(f"$A {EOS}", 512), UMT5EncoderModel(config)
+
+
+def new_t5(words: str, max_length: int) -> tuple[PreTrainedTokenizerFast, T5EncoderModel]:
+    """T5 v1.1, which knows `words` besides the grammar's."""
+    tokenizer = new_tokenizer(f"$A {EOS}", max_length, " " + words)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=TEXT_DIM,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    return tokenizer, T5EncoderModel(config)
 
 
 def new_llama() -> tuple[PreTrainedTokenizerFast, LlamaModel]:

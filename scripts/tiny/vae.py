@@ -1,6 +1,8 @@
-"""Trains the two tiny video autoencoders (AutoencoderKLWan, AutoencoderKLHunyuanVideo) on moving shapes.
+"""Trains the tiny autoencoders: AutoencoderKLWan, AutoencoderKLHunyuanVideo on moving shapes, AutoencoderKL on stills.
 
-Three things make this take minutes on one core: training starts on single frames, with convolutions that have
+Clips are [B, 3, F, H, W] throughout; a still is a clip of one frame.
+
+Three things make the first two take minutes on one core: training starts on single frames, with convolutions that have
 no past (`forget_the_past`); the taps that look into the past are then added as zeros (`recall_the_past`), so
 that what was learned on frames survives the change; and AutoencoderKLWan, which diffusers runs in chunks of one
 and four frames, is run over all frames at once (`wan_encode`, `wan_decode`: the same numbers, see tests/parity).
@@ -14,14 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLWan
+from diffusers import AutoencoderKL, AutoencoderKLHunyuanVideo, AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoCausalConv3d
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample
 from torch import nn
 
+from cineray.pipeline.adapters.open_sora_vae import OpenSoraVAE
 from tiny.shapes import draw_batch
 
 LATENT_NOISE = 0.1  # std added to the latents in training: the decoder must forgive a denoiser's small errors
+PICTURE_CHANNELS = (16, 32, 64)
+PICTURE_SCALE = 0.18215  # of DiT's VAE; Open-Sora's code writes it out
 LATENT_PENALTY = 1e-4  # on the squared latents: with the noise above, a KL term of fixed variance
 
 
@@ -54,6 +59,7 @@ STAGES = {
         Stage(num_frames=5, batch=4, steps=1500, peak_rate=6e-4),
         Stage(num_frames=17, batch=2, steps=600, peak_rate=5e-4),
     ),
+    "stills": (Stage(num_frames=1, batch=16, steps=1500, peak_rate=2e-3),),
 }
 
 
@@ -69,6 +75,19 @@ def new_hunyuan_vae() -> AutoencoderKLHunyuanVideo:
         layers_per_block=1,
         norm_num_groups=8,
         latent_channels=16,
+    )
+
+
+def new_picture_vae() -> AutoencoderKL:
+    """Of the kind that DiT and Open-Sora have, with sides shrunk by 4."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,  # type: ignore[arg-type]  # diffusers annotates tuple[str]
+        up_block_types=("UpDecoderBlock2D",) * 3,  # type: ignore[arg-type]
+        block_out_channels=PICTURE_CHANNELS,  # type: ignore[arg-type]
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        scaling_factor=PICTURE_SCALE,
     )
 
 
@@ -88,7 +107,7 @@ def forget_the_past(vae: nn.Module) -> None:
     for conv, owner, padding in _temporal_convolutions(vae):
         conv.weight = nn.Parameter(conv.weight.data[:, :, 2:].clone())
         setattr(owner, padding, (*getattr(owner, padding)[:4], 0, 0))
-    _channels_last(vae)
+    channels_last(vae)
 
 
 def recall_the_past(vae: nn.Module) -> None:
@@ -110,10 +129,10 @@ def recall_the_past(vae: nn.Module) -> None:
                 conv.weight.data[:, :, 1:, 0, 0] = 0.5 * eye.unsqueeze(-1)
             else:
                 conv.weight.data[:, :, 2, 0, 0] = torch.cat([eye, eye])
-    _channels_last(vae)
+    channels_last(vae)
 
 
-def _channels_last(vae: nn.Module) -> None:
+def channels_last(vae: nn.Module) -> None:
     """Stores the kernels channels-last: convolutions on CPU then run about 1.5x faster, in bfloat16 2x."""
     for module in vae.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
@@ -159,13 +178,19 @@ def wan_decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
 
 
 def encode(vae: Any, clips: torch.Tensor) -> torch.Tensor:
-    """Mean latents [B, 16, F', H/8, W/8] of clips in [-1, 1]."""
+    """Mean latents of clips in [-1, 1]: [B, 16, F', H/8, W/8], of AutoencoderKL [B, 4, F, H/4, W/4], not scaled."""
+    if isinstance(vae, AutoencoderKL):
+        frames = clips.transpose(1, 2).flatten(0, 1)
+        return vae._encode(frames).chunk(2, dim=1)[0].unflatten(0, (len(clips), -1)).transpose(1, 2)
     moments = wan_encode(vae, clips) if isinstance(vae, AutoencoderKLWan) else vae._encode(clips)
     return moments.chunk(2, dim=1)[0]
 
 
 def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """Clips of latents, not clamped."""
+    if isinstance(vae, AutoencoderKL):
+        frames = vae._decode(latents.transpose(1, 2).flatten(0, 1), return_dict=False)[0]  # type: ignore[arg-type]  # a Tensor
+        return frames.unflatten(0, (len(latents), -1)).transpose(1, 2)
     return wan_decode(vae, latents) if isinstance(vae, AutoencoderKLWan) else vae.decode(latents).sample
 
 
@@ -175,9 +200,23 @@ def reconstruction_psnr(vae: Any, num_clips: int, seed: int) -> float:
     clips = draw_batch(num_clips, torch.Generator().manual_seed(seed))
     psnr = []
     for clip in clips.split(1):
-        out = vae.decode(vae.encode(clip).latent_dist.mode()).sample.clamp(-1, 1)
+        out = restored(vae, clip).clamp(-1, 1)
         psnr.append(-10 * math.log10(((out - clip) / 2).square().mean().item()))
     return sum(psnr) / len(psnr)
+
+
+def restored(vae: Any, clip: torch.Tensor) -> torch.Tensor:
+    """The clip [1, 3, F, H, W] after the model's own public encode (mean) and decode."""
+    if isinstance(vae, OpenSoraVAE):
+        return vae.decode(vae.encode(clip), clip.shape[2])
+    if isinstance(vae, AutoencoderKL):  # frame by frame
+        return _coded_and_decoded(vae, clip[0].transpose(0, 1)).transpose(0, 1).unsqueeze(0)
+    return _coded_and_decoded(vae, clip)
+
+
+def _coded_and_decoded(vae: Any, frames: torch.Tensor) -> torch.Tensor:
+    """A batch as any of diffusers' autoencoders takes it, after encode (mean) and decode."""
+    return vae.decode(vae.encode(frames).latent_dist.mode()).sample
 
 
 @torch.no_grad()
@@ -185,20 +224,22 @@ def normalize_latents(vae: nn.Module, seed: int, num_clips: int = 96) -> None:
     """Folds the latents' mean and std over freshly drawn clips into the 1x1x1 convolutions; fixes the log-variance.
 
     HunyuanVideo's configuration has one scale for all channels and no mean; with the fold both models' latents
-    have mean 0 and std 1 in every channel, and the configurations keep their neutral values.
+    have mean 0 and std 1 in every channel, and the configurations keep their neutral values. AutoencoderKL's get the
+    std of which its `scaling_factor` makes 1.
     """
     clips = draw_batch(num_clips, torch.Generator().manual_seed(seed))
     latents = torch.cat([encode(vae, c) for c in clips.split(8)])
     mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
-    num = len(mean)
+    num, std = len(mean), std * (PICTURE_SCALE if isinstance(vae, AutoencoderKL) else 1.0)
     quant: Any = vae.quant_conv
     post: Any = vae.post_quant_conv
-    quant.weight[:num] /= std.view(-1, 1, 1, 1, 1)
+    ones = (1,) * (quant.weight.ndim - 2)
+    quant.weight[:num] /= std.view(-1, 1, *ones)
     quant.bias[:num] = (quant.bias[:num] - mean) / std
     quant.weight[num:] = 0
     quant.bias[num:] = 2 * torch.log(LATENT_NOISE / std)
-    post.bias += (post.weight[:, :, 0, 0, 0] @ mean.unsqueeze(-1)).squeeze(-1)
-    post.weight *= std.view(1, -1, 1, 1, 1)
+    post.bias += post.weight.flatten(1) @ mean
+    post.weight *= std.view(1, -1, *ones)
 
 
 class PatchCode:

@@ -4,9 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny import vae as tiny_vae
 from tiny.denoiser import HunyuanDenoiser, WanDenoiser
-from tiny.shapes import all_captions, draw_batch
+from tiny.open_sora import FPS, OpenSoraDenoiser, new_vae
+from tiny.shapes import NUM_FRAMES, SIZE, all_captions, draw_batch
+
+from cineray.pipeline.adapters.open_sora import OpenSora
+from cineray.pipeline.adapters.open_sora_pipeline import OpenSoraPipeline
 
 CAPTIONS = [str(all_captions()[i]) for i in (0, 100)] + [""]
 
@@ -86,3 +91,51 @@ def test_hunyuan_denoiser_sees_what_the_pipeline_shows(loaded):
     assert mask.sum(dim=1).tolist() == [10, 10, 1]  # 9 words of the caption and <|eot_id|>
     theirs = denoiser.transformer(latents, timestep, embeds, mask, pooled, guidance * 1000.0, return_dict=False)[0]
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_frames", [1, 3])
+@torch.no_grad()
+def test_picture_vae_on_clips_equals_its_frames_one_by_one(num_frames):
+    torch.manual_seed(0)
+    vae: Any = tiny_vae.new_picture_vae()
+    clip = clips(num_frames)
+    frames = [vae.encode(clip[:, :, i]).latent_dist.mode() for i in range(num_frames)]
+    latents = tiny_vae.encode(vae, clip)
+    torch.testing.assert_close(latents, torch.stack(frames, dim=2), atol=1e-5, rtol=1e-5)
+    video = torch.stack([vae.decode(frame).sample for frame in frames], dim=2)
+    torch.testing.assert_close(tiny_vae.decode(vae, latents), video, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_normalized_picture_latents_have_std_1_as_the_pipeline_scales_them():
+    torch.manual_seed(0)
+    vae: Any = tiny_vae.new_picture_vae()
+    before = tiny_vae.decode(vae, tiny_vae.encode(vae, clips(1)))
+    tiny_vae.normalize_latents(vae, seed=3, num_clips=8)
+    latents = tiny_vae.encode(vae, draw_batch(8, torch.Generator().manual_seed(9)))
+    std = (latents * vae.config.scaling_factor).std(dim=(0, 2, 3, 4))
+    assert ((std > 0.5) & (std < 2)).all()
+    torch.testing.assert_close(tiny_vae.decode(vae, tiny_vae.encode(vae, clips(1))), before, atol=2e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_open_sora_denoiser_sees_what_the_pipeline_shows(new_request):
+    """Prompts with their score, cleaned and padded by the pipeline; the other branch is the empty caption."""
+    torch.manual_seed(1)
+    denoiser: Any = OpenSoraDenoiser().eval()
+    torch.nn.init.normal_(denoiser.transformer.final_layer.linear.weight)
+    pipe = OpenSoraPipeline(
+        tokenizer=denoiser.tokenizer,
+        text_encoder=denoiser.text_encoder,
+        vae=new_vae(),
+        transformer=denoiser.transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+    sizes = {"width": SIZE, "height": SIZE, "num_frames": NUM_FRAMES, "fps": FPS, "guidance_scale": 7.0}
+    request = new_request(prompt=CAPTIONS[0], num_inference_steps=4, **sizes)
+    adapter = OpenSora()
+    clip = adapter.start(pipe, request, adapter.encode(pipe, request), torch.Generator().manual_seed(0))
+    hidden_states, timestep = clip.model_input(clip.latents, clip.timesteps[1], clip.scheduler)
+    theirs = denoiser.transformer(hidden_states, timestep, **clip.branches[0].transformer_kwargs).sample
+    ours = denoiser(hidden_states, timestep, [CAPTIONS[0], ""], torch.ones(2))
+    torch.testing.assert_close(ours, -theirs[:, :4], atol=1e-5, rtol=1e-4)  # the pipeline turns it, too

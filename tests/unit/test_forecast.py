@@ -44,7 +44,7 @@ def tokens_of(checkpoint, row):
     return checkpoint.adapter.num_tokens(checkpoint.configs, request)
 
 
-SHIPPED = {"tiny-wan", "tiny-hunyuan"}  # weights and all
+SHIPPED = {"tiny-wan", "tiny-hunyuan", "tiny-wan2.2", "tiny-dit"}  # weights and all
 # a transformer, a VAE or a text encoder of theirs has no rows in the table
 NOT_FORECAST = {
     "hunyuan-video-i2v",

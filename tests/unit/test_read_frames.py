@@ -11,7 +11,17 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from check_obedience import PROPERTIES, Outcome, Pair, contact_sheet, drawn_frames, measure, pick_pairs, summary
+from check_obedience import (
+    PROPERTIES,
+    STILLS,
+    Outcome,
+    Pair,
+    contact_sheet,
+    drawn_frames,
+    measure,
+    pick_pairs,
+    summary,
+)
 from tiny.reading import Reading, read_frames
 from tiny.shapes import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, Caption, all_captions
 
@@ -129,3 +139,17 @@ def test_contact_sheet_holds_four_frames_of_each_clip():
     for place, index in enumerate((0, 5, 11, 16)):
         shown = sheet[14:142:2, 130 * place : 130 * place + 128 : 2]
         np.testing.assert_array_equal(shown, clip[index])
+
+
+def test_stills_are_judged_by_all_but_their_direction():
+    pairs = pick_pairs(54, STILLS)
+    assert len({pair.caption.still for pair in pairs}) == 54
+    drawn = [drawn_frames(pair.caption, pair.seed, num_frames=1) for pair in pairs]
+    report = summary(measure(pairs, drawn), psnr_db=35.0, kind=STILLS)
+    assert report["passed"]
+    assert list(report["properties"]) == ["colour", "shape", "background", "all"]
+    assert report["properties"]["all"]["hits"] == 54
+    wrong = summary(measure(pairs, drawn[1:] + drawn[:1]), psnr_db=35.0, kind=STILLS)
+    assert not wrong["passed"]
+    sheet = contact_sheet(measure(pairs, drawn), drawn, STILLS)
+    assert sheet.height < 9 * 64 * 3  # six stills in a row

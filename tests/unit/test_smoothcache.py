@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from every_model import EVERY_MODEL, STACKED, build, call, layout_of
+from more_models import build_wan22
 
 import cineray
 from cineray.caching.policies.smoothcache import LayerSchedule, dump_schedule, load_schedule, schedule_row
@@ -182,3 +183,16 @@ def test_calibration_averages_over_blocks_and_clips(loaded, new_request):
         assert np.isnan(errors["ffn"][lag - 1][5 - lag :]).all()
     assert smooth_schedule(errors, alpha=1e9) == LayerSchedule(dict.fromkeys(errors, (True, False, False, True, True)))
     assert smooth_schedule(errors, alpha=0.0).rows["attn1"] == (True,) * 5
+
+
+def test_each_expert_is_measured_at_its_own_steps():
+    """UniPC's steps of this clip: the first expert's are those at 875 and above."""
+    pipe = build_wan22()
+    pipe.scheduler.set_timesteps(6)
+    first = int((pipe.scheduler.timesteps >= 875).sum())
+    assert 1 < first < 5
+    errors = measure_layer_errors(pipe, [lambda: call(pipe, steps=6)], 6, max_lag=1)
+    for by_lag in errors.values():
+        measured = [step for step in range(6) if np.isfinite(by_lag[0][step])]
+        assert measured == [step for step in range(5) if step != first - 1]
+    assert [row[first] for row in smooth_schedule(errors, alpha=1e9).rows.values()] == [True] * 3
