@@ -109,7 +109,7 @@ class NoOpFinisher(Finisher):
     def __init__(self, name: str, _spec: RunSpec) -> None:
         self._name = name
 
-    def load(self) -> None:
+    def load(self, shares_gpu: bool) -> None:
         pass
 
     def encode(self, task: Task) -> tuple[str, ...] | ClipFault:  # type: ignore[override]  # noqa: ARG002  # undecorated

@@ -113,7 +113,7 @@ class CorrectedScheduler:
             self._computed, self._open = {}, []
         if len(outcomes) != len(sample):  # the cache's samples are not the latents' rows
             outcomes = ["begun"] * len(sample)
-        sigma, found = self._sigma(timestep, sample), dict[int, _Computed]()
+        sigma, found = self._sigma(timestep), dict[int, _Computed]()
         for row, outcome in enumerate(outcomes):
             if outcome == "begun":
                 self._computed.pop(row, None)
@@ -146,17 +146,19 @@ class CorrectedScheduler:
         self, clean: dict[int, torch.Tensor], output: torch.Tensor, timestep: Any, sample: torch.Tensor
     ) -> torch.Tensor:
         """The output, in these rows exchanged for that which says that these latents lie at the end."""
-        sigma, output = self._sigma(timestep, sample), output.clone()
+        sigma, output = self._sigma(timestep), output.clone()
         for row, end in clean.items():
             output[row] = ((_wide(sample[row]) - end) / sigma).to(output.dtype)
         return output
 
-    def _sigma(self, timestep: Any, sample: torch.Tensor) -> torch.Tensor:
-        """Of the step that comes now []."""
+    def _sigma(self, timestep: Any) -> torch.Tensor:
+        """Of the step that comes now [], where the scheduler keeps it: a number on the CPU makes no GPU wait."""
         index = self.inner.step_index
         if index is None:
+            index = self.inner.begin_index
+        if index is None:
             index = self.inner.index_for_timestep(timestep)
-        return _wide(self.inner.sigmas[index].to(sample.device))
+        return _wide(self.inner.sigmas[index])
 
 
 def _wide(values: torch.Tensor) -> torch.Tensor:

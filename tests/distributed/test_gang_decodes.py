@@ -52,7 +52,7 @@ def test_two_ranks_decode_the_pixels_of_a_finisher(ranks, tmp_path):
         folder = OutputFolder(tmp_path / str(decodes))
         spec = spec_of(folder.path, 2, decodes)
         finisher = FinisherWork(spec)
-        finisher.load()
+        finisher.load(shares_gpu=False)
         assert isinstance(finisher._model.pipe.vae, nn.Module) is not decodes
         assert finisher.encode(TASK) == ()
         answers = ranks.run(denoise_on_rank, 2, spec, timeout_s=300)
@@ -71,7 +71,7 @@ def test_frames_that_are_damaged_or_gone_are_decoded_again(tmp_path, capsys):
     folder = OutputFolder(tmp_path / "out")
     spec = spec_of(folder.path, 1, decodes=True)
     finisher, rank = FinisherWork(spec), RankWork(spec)
-    finisher.load()
+    finisher.load(shares_gpu=False)
     rank.join(0, *rank.open_rendezvous(LOCALHOST))
     assert finisher.encode(TASK) == ()
     assert isinstance(rank.denoise(TASK), Denoised)
