@@ -9,7 +9,7 @@ from typing import Any, get_args
 import click
 
 from cineray.jobs.run_options import Decode, RunOptions
-from cineray.pipeline.loading.options import Attention, LoadOptions, Quantize
+from cineray.pipeline.loading.options import Attention, LoadOptions, Quantize, TextEncoders
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,6 +138,13 @@ _LOAD_OPTIONS = {  # by the names of LoadOptions
     ),
     "vae_dtype": click.option(
         "--vae-dtype", default=_LOADING.vae_dtype, metavar="NAME", help="The VAE's type.  [default: its authors']"
+    ),
+    "text_encoders": click.option(
+        "--text-encoders",
+        type=click.Choice(get_args(TextEncoders)),
+        default=_LOADING.text_encoders,
+        show_default=True,
+        help="Where they stay; host: on the GPU layer by layer, auto: so beside a rank.",
     ),
     "attention": click.option(
         "--attention",

@@ -83,8 +83,8 @@ class Finisher:
     def place(self) -> WorkerLocation:
         return _location()
 
-    def load(self) -> None:
-        self._work.load()
+    def load(self, shares_gpu: bool) -> None:
+        self._work.load(shares_gpu)
 
     @ray.method(concurrency_group="encode")
     def encode(self, task: Task) -> tuple[str, ...] | ClipFault:

@@ -71,7 +71,7 @@ class FinisherSlot:
             ),
         ).remote(self.name, self.spec)
         self._life, self._place = self._actor.wait_until_death.remote(), self._actor.place.remote()
-        self._load = self._actor.load.remote()
+        self._load = self._actor.load.remote(self._group is None)
 
     def encode(self, task: Task) -> None:
         self._encoding[self._actor.encode.remote(task)] = task

@@ -2,6 +2,7 @@
 
 import threading
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,12 @@ class FinisherWork:
             nullcontext() if spec.options.offload == "none" else threading.Lock()
         )
 
-    def load(self) -> None:
+    def load(self, shares_gpu: bool) -> None:
+        """Loads encoders and VAE.
+
+        Args:
+            shares_gpu: a rank is on this finisher's GPU, so that idle encoders had better not be.
+        """
         checkpoint = open_checkpoint(self._spec.model).written_as(self._spec.file_format)
         checkpoint.model.output.check()
         check_own_gpu(self._spec.options.device, self._spec.demands, (FINISHER, SHARED))
@@ -50,7 +56,10 @@ class FinisherWork:
         without = checkpoint.model.denoiser_parts
         if self._spec.decodes_on_gang and not checkpoint.size_rule.encodes_pixels:  # pictures are encoded by the VAE
             without = (*without, *checkpoint.model.decoder_parts)
-        self._model = load_model(checkpoint, self._spec.options, skip_components=without)
+        options = self._spec.options
+        if options.encoders_on_host(shares_gpu):
+            options = replace(options, text_encoders="host")
+        self._model = load_model(checkpoint, options, skip_components=without)
         torch.set_num_threads(rank_threads())
 
     def encode(self, task: Task) -> tuple[str, ...] | ClipFault:

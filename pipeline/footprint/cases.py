@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +13,10 @@ from cineray.pipeline.adapters import MODELS
 from cineray.pipeline.footprint.fake_gpu import fake_gpu
 from cineray.pipeline.footprint.measure import decode_on, denoise_on, encode_text_on
 from cineray.pipeline.footprint.published import published, published_checkpoint
-from cineray.pipeline.footprint.subject import load_fake
+from cineray.pipeline.footprint.subject import CUDA, load_fake
 from cineray.pipeline.request import ClipRequest
 
-Part = Literal["load", "denoise", "decode", "tiled", "encode-image", "encode-text"]
+Part = Literal["load", "denoise", "decode", "tiled", "encode-image", "encode-text", "encode-text-host"]
 NUM_LAYERS = 2  # of each list; a test compares with more
 # Skips what it may: two computed steps, one that is skipped after a probe, and the last, computed with a full cache.
 ALWAYS_SKIPS = "dicache(threshold=1e30)"
@@ -84,8 +84,9 @@ def run(case: Case, num_layers: int | None = NUM_LAYERS) -> dict[str, Any]:
             weights = gpu.ledger.live_bytes
             del model  # held until here: what nobody holds is not live
             return row | {"weights": weights, "phases": {}}
-        if case.part == "encode-text":
-            taken = encode_text_on(gpu, load_fake(case.model, known.model.encoder_parts))
+        if case.part in ("encode-text", "encode-text-host"):
+            options = replace(CUDA, text_encoders="host" if case.part == "encode-text-host" else "gpu")
+            taken = encode_text_on(gpu, load_fake(case.model, known.model.encoder_parts, options=options))
             return row | {"weights": taken.weights_bytes, "phases": taken.phase_bytes, "flop": taken.flop}
         has_encoder, takes_image = published(case.model).has("image_encoder"), known.size_rule.takes_image
         parts = (*known.model.denoiser_parts, *(("image_encoder", "image_processor") if has_encoder else ()))
@@ -135,6 +136,7 @@ def cases() -> Iterator[Case]:
     for model in _MODELS:
         yield Case(model=model, part="load")
         yield Case(model=model, part="encode-text")
+        yield Case(model=model, part="encode-text-host")
         yield from _denoise_cases(model)
     for model in ("wan2.1-t2v-14b", "hunyuan-video"):
         yield from _decode_cases(model)

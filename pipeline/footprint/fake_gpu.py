@@ -12,9 +12,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import accelerate.hooks
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
 
@@ -54,6 +56,7 @@ def fake_gpu() -> Iterator[FakeGPU]:
         undo.enter_context(_replaced(FakeTensor, "tolist", lambda tensor: gpu.ledger.read(tensor)))
         undo.enter_context(_replaced(FakeTensor, "numpy", _no_pixels))
         undo.enter_context(_replaced(FakeTensor, "__deepcopy__", _deep_copy))
+        undo.enter_context(_replaced(accelerate.hooks, "set_module_tensor_to_device", _move))
         undo.enter_context(_replaced(dist, "new_group", _new_fake_group(dist.new_group)))
         undo.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         undo.enter_context(gpu.ledger)
@@ -82,6 +85,15 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 def _deep_copy(tensor: FakeTensor, memo: dict[int, Any]) -> torch.Tensor:
     """As a tensor's own, which looks for memory to copy."""
     return memo.setdefault(id(tensor), tensor.clone())
+
+
+def _move(module: nn.Module, name: str, device: Any, value: torch.Tensor | None = None, **_more: Any) -> None:
+    """As accelerate's own, which calls a tensor's class to make another of it."""
+    path, _, last = name.rpartition(".")
+    owner = module.get_submodule(path)
+    own: torch.Tensor = getattr(owner, last)
+    moved = (own if value is None else value).to(device)
+    setattr(owner, last, moved if last in owner._buffers else nn.Parameter(moved, requires_grad=False))
 
 
 def _no_pixels(tensor: FakeTensor) -> np.ndarray:

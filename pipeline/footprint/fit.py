@@ -122,7 +122,9 @@ def demands(known: Checkpoint, request: ClipRequest, setup: Setup) -> tuple[Dema
     parts = _in_types(known, options, parts_of(known, request, setup.layout, decode))
     weights, leaf = _transformer_weights(known, setup, parts.weights), _leaf_bytes(known)
     moves_layers = options.offload in ("group", "sequential")
-    text = min(parts.text_encoder, leaf["text encoders"]) if moves_layers else parts.text_encoder
+    on_host = options.encoders_on_host(setup.has_finishers and setup.shares_gpu)
+    text = parts.text_host if on_host else parts.text_encoder
+    text = min(text, leaf["text encoders"]) if moves_layers else text
     decoding = {"VAE": parts.vae_weights, "decode": parts.decoding}
     picture = {"VAE": parts.vae_weights, "first frame": parts.image_encoding} if takes_image else {}
     step = {"transformer": weights, "step": parts.step, "cache": parts.cache}
@@ -218,6 +220,8 @@ def _changes(known: Checkpoint, setup: Setup, max_ranks: int) -> Iterator[tuple[
         ulysses *= 2
     if not options.vae_tiling and not setup.decodes_on_gang:
         yield "--vae-tiling", {"options": {"vae_tiling": True}}
+    if options.offload == "none" and not options.encoders_on_host(setup.has_finishers and setup.shares_gpu):
+        yield "--text-encoders host", {"options": {"text_encoders": "host"}}
     if not setup.shards_weights:
         yield "--shard-weights", {"shards_weights": True}
     if options.offload == "none":
@@ -247,6 +251,7 @@ def _in_types(known: Checkpoint, options: LoadOptions, parts: Parts) -> Parts:
         step=round(parts.step * wide),
         cache=round(parts.cache * wide),
         text_encoder=round(parts.text_encoder * wide),
+        text_host=round(parts.text_host * wide),
         vae_weights=round(parts.vae_weights * vae),
         decoding=round(parts.decoding * vae),
         image_encoding=round(parts.image_encoding * vae),

@@ -43,7 +43,8 @@ class MemoryByPart:
         cache: tensors that the cache holds on a rank.
         vae: its weights and its largest transient: of the decode, latents and video included, or of the encoding of a
             first frame.
-        text_encoder: weights of the text encoders (and of the image encoder) and the transient of one prompt.
+        text_encoder: of the text encoders (and of the image encoder), whose weights stay in host memory beside a rank:
+            the layer that is at work, and the transient of one prompt.
         total: what the card must have. A finisher decodes one clip while the ranks are at the next, so its parts come
             on top: (weights + activations + cache + vae + text_encoder) x SAFETY_FACTOR + FIXED_BYTES. Where the gang
             decodes by itself, step and decode take turns: (weights + VAE's weights + max(activations + cache, its
@@ -90,6 +91,7 @@ class Parts:
         decoding: the largest transient of the decode.
         image_encoding: the transient of encoding a first frame; 0 where there is none.
         text_encoder: weights of all encoders, and the transient of one prompt.
+        text_host: the same where their weights stay in host memory.
     """
 
     weights: int
@@ -99,6 +101,7 @@ class Parts:
     decoding: int
     image_encoding: int
     text_encoder: int
+    text_host: int
 
 
 def with_margin(num_bytes: int) -> int:
@@ -143,6 +146,7 @@ def parts_of(checkpoint: Checkpoint, request: ClipRequest, layout: Layout, decod
         decoding=laws.decode_bytes(*size, *way_to_decode(decode, layout)),
         image_encoding=laws.image_encode_bytes(*size),
         text_encoder=laws.text_encoder_bytes,
+        text_host=laws.text_host_bytes,
     )
 
 
@@ -195,8 +199,8 @@ def forecast(
         activations=parts.step,
         cache=parts.cache,
         vae=parts.vae_weights + decoding,
-        text_encoder=parts.text_encoder,
-        total=with_margin(parts.weights + parts.vae_weights + beside + parts.text_encoder),
+        text_encoder=parts.text_host,
+        total=with_margin(parts.weights + parts.vae_weights + beside + parts.text_host),
     )
     config = checkpoint.configs.transformer
     num_tokens = checkpoint.adapter.num_tokens(checkpoint.configs, request)

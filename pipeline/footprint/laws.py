@@ -35,12 +35,14 @@ class Laws:
     Args:
         rank_weights: bytes of the transformer, or of both experts.
         text_encoder_bytes: weights of the text encoders, and of an image encoder, and the transient of one prompt.
+        text_host_bytes: the same of encoders whose weights stay in host memory: the layer that is at work.
         text_flop: operations of encoding one prompt.
         vae_weights: bytes.
     """
 
     rank_weights: int
     text_encoder_bytes: int
+    text_host_bytes: int
     text_flop: float
     vae_weights: int
     _steps: tuple[Row, ...]
@@ -120,6 +122,7 @@ def forecast_checkpoint(model: str) -> Checkpoint:
 class _Rows:
     load: Row
     text: Row
+    text_host: Row
     steps: list[Row]
     decodes: list[Row]
     images: list[Row]
@@ -134,15 +137,20 @@ def _rows_of(model: str) -> _Rows | None:
         return [r for r in rows if r["part"] in parts and published(r["model"]).config(name) == config]
 
     has_encoder, takes_image = found.has("image_encoder"), published_checkpoint(model).size_rule.takes_image
-    texts = alike("text_encoder", "encode-text")
+
+    def text(part: str) -> Row:
+        rows = alike("text_encoder", part)
+        return next((row for row in rows if published(row["model"]).has("image_encoder") == has_encoder), {})
+
     made = _Rows(
         load=next(iter(alike("transformer", "load")), {}),
-        text=next((row for row in texts if published(row["model"]).has("image_encoder") == has_encoder), {}),
+        text=text("encode-text"),
+        text_host=text("encode-text-host"),
         steps=alike("transformer", "denoise"),
         decodes=alike("vae", "decode", "tiled"),
         images=alike("vae", "encode-image") if takes_image else [],
     )
-    needed = (made.load, made.text, made.steps, made.decodes, made.images or not takes_image)
+    needed = (made.load, made.text, made.text_host, made.steps, made.decodes, made.images or not takes_image)
     return made if all(needed) else None
 
 
@@ -158,6 +166,7 @@ def laws_of(model: str) -> Laws:
     return Laws(
         rank_weights=load["weights"] // published_checkpoint(load["model"]).num_experts * checkpoint.num_experts,
         text_encoder_bytes=text["weights"] + max(text["phases"].values()),
+        text_host_bytes=rows.text_host["weights"] + max(rows.text_host["phases"].values()),
         text_flop=text["flop"],
         vae_weights=decodes[0]["weights"],
         _steps=tuple(_with_tokens(row) for row in rows.steps),

@@ -11,16 +11,22 @@ from cineray.pipeline.footprint.fake_gpu import GPU
 from cineray.pipeline.footprint.published import Published, published, published_checkpoint
 from cineray.pipeline.loading.model import DTYPES, LoadedModel, vae_dtype_name
 from cineray.pipeline.loading.options import LoadOptions
+from cineray.pipeline.loading.prepare import keep_encoders_on_host
 
 DTYPE = torch.bfloat16  # what LoadOptions says for CUDA
+CUDA = LoadOptions(device="cuda")
+HOST = torch.device("cpu")
 
 
-def load_fake(model: str, parts: tuple[str, ...], num_layers: int | None = None) -> LoadedModel:
+def load_fake(
+    model: str, parts: tuple[str, ...], num_layers: int | None = None, options: LoadOptions = CUDA
+) -> LoadedModel:
     """A named checkpoint on the fake GPU, as `load_model` loads it; call it within `fake_gpu`.
 
     Args:
         parts: of the pipeline, beside the scheduler, that are there; the others are None.
         num_layers: blocks in each of the transformer's lists, None for all. A step's transients do not depend on it.
+        options: where text encoders stay; the rest of them is not looked at.
 
     Raises:
         InputError: no published configuration of this name.
@@ -28,12 +34,13 @@ def load_fake(model: str, parts: tuple[str, ...], num_layers: int | None = None)
     import diffusers
 
     found, checkpoint = published(model), published_checkpoint(model)
-    options = LoadOptions(device="cuda")
+    on_host = checkpoint.model.encoder_parts if options.text_encoders == "host" else ()
     kinds = {name: entry[1] for name, entry in found.files["model_index.json"].items() if isinstance(entry, list)}
     is_denoiser = {name: name in checkpoint.model.denoiser_parts for name in kinds}
     made: dict[str, Any] = dict.fromkeys(kinds)
     for name in {name for name, kind in kinds.items() if kind is not None} & {*parts, "scheduler"}:
-        made[name] = _part(found, name, kinds[name], num_layers if is_denoiser[name] else None, options)
+        device = HOST if name in on_host else GPU
+        made[name] = _part(found, name, kinds[name], num_layers if is_denoiser[name] else None, options, device)
     absent = [name for name in ("vae",) if made[name] is None]  # the pipeline asks it for its scale factors
     for name in absent:
         made[name] = empty_part(found, name, kinds[name])
@@ -42,6 +49,8 @@ def load_fake(model: str, parts: tuple[str, ...], num_layers: int | None = None)
     pipe = getattr(diffusers, checkpoint.pipeline_class)(**made, **settings)
     pipe.register_modules(**dict.fromkeys(absent))
     checkpoint.adapter.loaded(pipe, options.device)
+    if on_host:
+        keep_encoders_on_host(pipe, on_host, GPU)
     return LoadedModel(checkpoint=checkpoint, pipe=pipe, options=options, digest="fake", revision=None)
 
 
@@ -59,7 +68,9 @@ def empty_part(found: Published, name: str, kind: str, **changes: int) -> Any:
         return getattr(transformers, kind)(settings)
 
 
-def _part(found: Published, name: str, kind: str, num_layers: int | None, options: LoadOptions) -> Any:
+def _part(
+    found: Published, name: str, kind: str, num_layers: int | None, options: LoadOptions, device: torch.device
+) -> Any:
     import diffusers
     import transformers
 
@@ -69,16 +80,18 @@ def _part(found: Published, name: str, kind: str, num_layers: int | None, option
         return getattr(diffusers, kind).from_config(dict(found.files["scheduler/scheduler_config.json"]))
     if name == "vae":
         dtype = DTYPES[vae_dtype_name(published_checkpoint(found.name), options)]
-        return on_gpu(empty_part(found, name, kind), dtype, keep_float32=())
+        return fake_weights(empty_part(found, name, kind), dtype, (), device)
     fewer = {n: num_layers for n in ("num_layers", "num_single_layers") if num_layers and n in found.config(name)}
     module = empty_part(found, name, kind, **fewer)
     # transformers keeps its own for float16 alone
     kept = module._keep_in_fp32_modules if isinstance(module, diffusers.ModelMixin) else ()
-    return on_gpu(module, DTYPE, keep_float32=kept or ())
+    return fake_weights(module, DTYPE, kept or (), device)
 
 
-def on_gpu(module: nn.Module, dtype: torch.dtype, keep_float32: tuple[str, ...] | list[str]) -> nn.Module:
-    """The module with fake tensors on the GPU in the place of its own, of the types that `from_pretrained` gives them.
+def fake_weights(
+    module: nn.Module, dtype: torch.dtype, keep_float32: tuple[str, ...] | list[str], device: torch.device = GPU
+) -> nn.Module:
+    """The module with fake tensors in the place of its own, of the types that `from_pretrained` gives them.
 
     Args:
         keep_float32: names of modules and parameters that stay in float32.
@@ -89,12 +102,12 @@ def on_gpu(module: nn.Module, dtype: torch.dtype, keep_float32: tuple[str, ...] 
             if own is not None and id(own) not in made:
                 is_kept = bool({*owner_name.split("."), name} & set(keep_float32))
                 kind = (torch.float32 if is_kept else dtype) if own.is_floating_point() else own.dtype
-                made[id(own)] = nn.Parameter(torch.empty(own.shape, dtype=kind, device=GPU), requires_grad=False)
+                made[id(own)] = nn.Parameter(torch.empty(own.shape, dtype=kind, device=device), requires_grad=False)
             if own is not None:
                 owner._parameters[name] = made[id(own)]
         for name, buffer in list(owner._buffers.items()):
             if buffer is not None:
-                owner._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=GPU)
+                owner._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
     return module.eval()
 
 

@@ -19,6 +19,7 @@ from cineray.pipeline.loading.prepare import (
     compile_blocks,
     expert_transformers,
     fuse_loras,
+    keep_encoders_on_host,
     other_scheduler,
     quantize,
     set_attention,
@@ -106,7 +107,10 @@ def _load(
     dtype = DTYPES[options.dtype_name]
     skipped = [name for name in skip_components if name in checkpoint.parts]
     # tensor by tensor onto the GPU, else a copy of all weights stands in host memory first, for each rank
-    is_straight = options.device == "cuda" and options.offload == "none" and not options.lora and not stays_on_host
+    encoders = {*checkpoint.model.encoder_parts} - {*skip_components}
+    parts_encoders = options.text_encoders == "host" and bool(encoders) and not stays_on_host
+    goes_whole = options.offload == "none" and not stays_on_host and not parts_encoders
+    is_straight = options.device == "cuda" and goes_whole and not options.lora
     pipe = checkpoint.pipeline_type.from_pretrained(
         folder,
         device_map=options.device if is_straight else None,
@@ -122,7 +126,7 @@ def _load(
     transformers = expert_transformers(pipe, checkpoint.model.denoiser_parts)
     if transformers:
         fuse_loras(pipe, options.lora)
-    if options.offload == "none" and not is_straight and not stays_on_host:
+    if goes_whole and not is_straight:
         pipe.to(options.device)
     check_finite(pipe.components)  # on the device, where it is fastest, and before parts of it are offloaded
     for transformer in transformers:
@@ -133,6 +137,8 @@ def _load(
     if options.scheduler != "auto":
         pipe.register_modules(scheduler=other_scheduler(pipe.scheduler, options.scheduler))
     checkpoint.adapter.loaded(pipe, options.device)
+    if parts_encoders:
+        keep_encoders_on_host(pipe, encoders, torch.device(options.device))
     _offload(pipe, options)
     return pipe
 

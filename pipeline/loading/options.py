@@ -18,6 +18,7 @@ Offload = Literal["none", "model", "sequential", "group"]
 Attention = Literal["auto", "native", "flash", "flash3", "cudnn", "sage", "xfuser"]
 Quantize = Literal["none", "fp8", "int8"]
 EXPERTS = ("high", "low", "both")  # of Wan 2.2, as pairs of LoRAs are named: of high noise and of low noise
+TextEncoders = Literal["auto", "gpu", "host"]
 QUANTIZED_ATTENTION = ("sage",)  # kernels that change more than the last bits
 
 # what a kernel needs beside a GPU: the module to import, and the package that brings it
@@ -106,6 +107,8 @@ class LoadOptions:
         quantize: the transformer's linear layers hold their weights in 8 bits.
         compile: the transformer's repeated blocks are compiled (torch.compile); the first step takes a minute.
         lora: fused into the transformer, in order.
+        text_encoders: "host": their weights stay in host memory, and each layer is on the GPU only while it runs;
+            "gpu": all of them stay there; "auto": in host memory where a finisher shares its GPU with a rank.
         scheduler: class of diffusers in the place of the checkpoint's own, with its settings; "auto": its own.
     """
 
@@ -119,6 +122,7 @@ class LoadOptions:
     compile: bool = False
     lora: tuple[Lora, ...] = ()
     scheduler: str = "auto"
+    text_encoders: TextEncoders = "auto"
 
     def __post_init__(self) -> None:
         _one_of("device", self.device, ("cpu", "cuda"))
@@ -130,6 +134,11 @@ class LoadOptions:
         _one_of("quantize", self.quantize, get_args(Quantize))
         if self.offload != "none" and self.device != "cuda":
             raise InputError(f"offload {self.offload} moves weights between CPU and GPU; it needs --device cuda")
+        _one_of("text-encoders", self.text_encoders, get_args(TextEncoders))
+        if self.text_encoders == "host" and self.device != "cuda":
+            raise InputError("text-encoders host keeps weights off a GPU; it needs --device cuda")
+        if self.text_encoders == "host" and self.offload != "none":
+            raise InputError(f"text-encoders host does not go with offload {self.offload}, which moves them, too")
         if self.attention not in ("auto", "native") and self.device != "cuda":
             raise InputError(f"attention {self.attention} is a kernel of GPUs; it needs --device cuda")
         if self.quantize != "none" and self.offload == "sequential":
@@ -139,6 +148,15 @@ class LoadOptions:
     def gang_attention(self) -> Literal["native", "xfuser"]:
         """Who attends across ranks: xfuser, or our own exchange around the kernel."""
         return "xfuser" if self.attention == "xfuser" else "native"
+
+    def encoders_on_host(self, shares_gpu: bool) -> bool:
+        """Whether the text encoders stay in host memory and visit the GPU layer by layer.
+
+        Args:
+            shares_gpu: who loads them is a finisher on a rank's GPU.
+        """
+        is_automatic = self.text_encoders == "auto" and self.device == "cuda" and self.offload == "none"
+        return self.text_encoders == "host" or (is_automatic and shares_gpu)
 
     @property
     def dtype_name(self) -> str:

@@ -1,9 +1,10 @@
-"""What is done once weights are there: LoRA, quantization, attention kernel, compilation, another scheduler."""
+"""What is done once weights are there: LoRA, quantization, attention, compilation, scheduler, who stays off the GPU."""
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +117,28 @@ def other_scheduler(own: Any, name: str) -> Any:
     if "shift" in inspect.signature(kind).parameters:
         return kind.from_config(own.config, shift=shift)
     return kind.from_config(own.config, flow_shift=shift, prediction_type="flow_prediction", use_flow_sigmas=True)
+
+
+def keep_encoders_on_host(pipe: Any, names: Collection[str], device: torch.device) -> None:
+    """Has the text encoders' weights wait in host memory: each layer goes to the device, runs, and leaves it again.
+
+    What is computed is what encoders on the device compute, bit for bit; a prompt waits for the copies. A rank beside
+    them is at its steps meanwhile, so that encoders that came back whole would have to find their room all the same.
+
+    Args:
+        names: of the encoders; what of them is not in the pipeline is left out.
+        device: where they run; all that is no encoder goes there and stays.
+    """
+    from accelerate import cpu_offload
+
+    for name, part in pipe.components.items():
+        if not isinstance(part, torch.nn.Module):
+            continue
+        if name in names:
+            # as diffusers' enable_sequential_cpu_offload: buffers of a module with weights of its own go with them
+            cpu_offload(part, execution_device=device, offload_buffers=bool(part._parameters))
+        else:
+            part.to(device)
 
 
 def expert_transformers(pipe: Any, names: tuple[str, ...]) -> list[nn.Module]:

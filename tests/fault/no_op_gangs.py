@@ -44,8 +44,12 @@ class NoOpFinisher(Finisher):
     def __init__(self, name: str, _spec: RunSpec) -> None:
         self._name = name
 
-    def load(self) -> None:
-        pass
+    def load(self, shares_gpu: bool) -> None:
+        self._shares_gpu = shares_gpu
+
+    def is_told_that_it_shares(self) -> bool:
+        """Whether a rank is on its GPU, as it was told."""
+        return self._shares_gpu
 
 
 @dataclass
@@ -108,6 +112,10 @@ class NoOpBatch:
 
     def finisher_places(self) -> list[WorkerLocation]:
         return ray.get([finisher._actor.place.remote() for finisher in self.slots.finishers])
+
+    def finishers_sharing(self) -> list[bool]:
+        """Whether each finisher was told that a rank is on its GPU."""
+        return ray.get([finisher._actor.is_told_that_it_shares.remote() for finisher in self.slots.finishers])
 
     def end(self) -> None:
         self.slots.destroy()

@@ -175,7 +175,7 @@ def work(tmp_path, checkpoint_folder):
     )
     rank, finisher = RankWork(spec), FinisherWork(spec)
     rank.join(0, *rank.open_rendezvous("127.0.0.1"))
-    finisher.load()
+    finisher.load(shares_gpu=False)
 
     def queued(*requests):
         queue = ClipQueue(iter(requests), folder, checkpoint, identify(checkpoint), spec)

@@ -52,7 +52,7 @@ def stages(checkpoint_folder, tmp_path, new_request):
     )
     rank, finisher = RankWork(spec), FinisherWork(spec)
     rank.join(0, *rank.open_rendezvous("127.0.0.1"))
-    finisher.load()
+    finisher.load(shares_gpu=False)
     task = Task(request=new_request(num_inference_steps=3), fingerprint="0123456789ab", prompt_key="k" * 32)
     yield rank, finisher, task
     rank._gang.close()
@@ -174,8 +174,8 @@ class ShortRank(actors.GangRank):
 class ShortFinisher(actors.Finisher):
     """Has too little memory for the first clip, even in tiles."""
 
-    def load(self):
-        super().load()
+    def load(self, shares_gpu):
+        super().load(shares_gpu)
         self._work._model.pipe.vae.decoder.register_forward_pre_hook(shortage(3))
 
 

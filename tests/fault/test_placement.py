@@ -80,6 +80,7 @@ def check_places(batch):
         assert gang == sorted(gang, key=int)
     finishers = [place.device for place in batch.finisher_places()]
     apart, hosted = finishers[: batch.fleet.num_apart], finishers[batch.fleet.num_apart :]
+    assert batch.finishers_sharing() == [device in of_ranks for device in finishers]
     assert not set(apart) & set(of_ranks)
     assert len(set(apart)) == len(apart)
     for number, device in enumerate(hosted, batch.fleet.num_apart):

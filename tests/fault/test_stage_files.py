@@ -33,7 +33,7 @@ def stages(checkpoint_folder, tmp_path):
         run=RunOptions(checkpoint_s=1e9, hang_s=30.0),
     )
     finisher, rank = FinisherWork(spec), RankWork(spec)
-    finisher.load()
+    finisher.load(shares_gpu=False)
     rank.join(0, *rank.open_rendezvous(LOCALHOST))
     yield finisher, rank, folder
     rank._gang.close()

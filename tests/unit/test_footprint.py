@@ -70,12 +70,14 @@ def test_weights_that_can_be_held_in_8_bits_are_as_many_as_the_blocks_have(model
 def rows() -> Iterator[dict]:
     """A few of the table's: each family, with and without ranks, with a cache."""
     decoded = ((WAN, "decode"), (HUNYUAN, "decode"), (HUNYUAN, "tiled"))  # Wan's many small tiles take half a minute
+    denoised = ((WAN, "denoise"), (HUNYUAN, "denoise"))
+    encoded = ((WAN, "encode-text-host"), (HUNYUAN, "encode-text-host"))
     for row in read_table():
         size = (row["width"], row["height"], row["frames"])
-        if row["part"] == "denoise" and row["model"] in (WAN, HUNYUAN):
-            if size == (1280, 720, 81) and row["layout"] in ("1", "ring2xulysses4") and row["cache"] != "none":
-                yield row
-        elif (row["model"], row["part"]) in decoded and size == (832, 480, 33) and row["layout"] != "ulysses2":
+        what = (row["model"], row["part"])
+        is_denoised = what in denoised and size == (1280, 720, 81) and row["layout"] in ("1", "ring2xulysses4")
+        is_decoded = what in decoded and size == (832, 480, 33) and row["layout"] != "ulysses2"
+        if (is_denoised and row["cache"] != "none") or is_decoded or what in encoded:
             yield row
 
 
@@ -90,6 +92,17 @@ def test_peaks_operations_and_waits_are_no_more_than_the_table_says(row):
     assert now["flop"] <= 1.02 * row["flop"]
     for name in ("cache_bytes", "num_host_reads", "num_masked", "num_exchanges"):
         assert now.get(name, 0) <= row.get(name, 0), name
+
+
+@pytest.mark.parametrize("model", [WAN, "wan2.1-i2v-14b-720p", HUNYUAN])
+def test_encoders_on_the_host_leave_the_gpu_and_do_the_same_work(model):
+    (there,), (away,) = (
+        [row for row in read_table() if (row["model"], row["part"]) == (model, part)]
+        for part in ("encode-text", "encode-text-host")
+    )
+    assert away["weights"] < 4096  # buffers such as rotary frequencies
+    assert away["phases"]["encode"] < 0.2 * there["weights"]
+    assert away["flop"] == there["flop"]
 
 
 def denoise(model, layout, cache, size=(272, 144, 9)):

@@ -140,7 +140,7 @@ STUDY = {
         ([*WAN, "--cache", "foo"], "unknown policy 'foo'"),
         ([*WAN, "--layout", "ulysses3", "--num-gpus", "3"], "40 attention heads"),
         ([*WAN, "--layout", "ulysses4", "--num-gpus", "2"], "takes 1 x 4 GPUs"),
-        ([*WAN[:3], "l40s", "--layout", "1"], "--layout 1 does not fit: it needs"),
+        ([*WAN[:3], "rtx4090", "--layout", "1"], "--layout 1 does not fit: it needs"),
         (["--model", "tiny-wan", "--gpu", "h100"], "has no forecast here; these have: wan2.1-t2v-1.3b"),
         ([*WAN, "--study", "study.json"], "is of hunyuan-video, not of wan2.1-t2v-14b"),
         ([*WAN, "--study", "no.json"], "--study no.json: No such file"),
