@@ -20,9 +20,10 @@ from rich.progress import track
 from cineray.jobs.run_options import RunOptions, decodes_on_gang
 from cineray.pipeline.footprint.cases import Case, cases, run
 from cineray.pipeline.footprint.fit import Setup, demands, fits, nearest_fit
-from cineray.pipeline.footprint.forecast import forecast
+from cineray.pipeline.footprint.forecast import forecast, with_margin
 from cineray.pipeline.footprint.laws import TABLE, errors_of, read_table
 from cineray.pipeline.footprint.published import published_checkpoint
+from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.options import LoadOptions
 from cineray.pipeline.request import ClipRequest
 
@@ -89,7 +90,7 @@ CARDS = (("24 GB", 25.3), ("48 GB", 48.3), ("80 GB", 85.0), ("141 GB", 151.0))  
 
 def markdown() -> str:
     """The tables of the document: errors of the laws, then memory by model, size, layout, policy and way to decode."""
-    return f"{errors()}\n\n{fullest_cards()}\n\n{memory_by_part()}"
+    return f"{errors()}\n\n{fullest_cards()}\n\n{on_four_small_cards()}\n\n{memory_by_part()}"
 
 
 def errors() -> str:
@@ -138,22 +139,60 @@ def fullest_cards() -> str:
             shares_gpu=True,
             decodes_on_gang=decodes_on_gang(run, options, known.model),
         )
-        clip = ClipRequest(
-            id="1",
-            prompt="a",
-            width=width,
-            height=height,
-            num_frames=frames,
-            num_inference_steps=50,
-            guidance_scale=known.defaults.guidance_scale,
-            fps=16,
-            cache="dicache",
-            image="first.png" if known.size_rule.takes_image else None,
-        )
+        clip = _clip(known, width, height, frames)
         now = max(demand.tensor_bytes for demand in demands(known, clip, setup)) / 1e9
         said = [_options(known, clip, setup, size, ulysses) for _, size in sizes]
         then = "" if before is None else f"{before:.1f}"
         lines.append(f"| {model}, {width}x{height}, {frames} | {ulysses} | {then} | {now:.1f} | {' | '.join(said)} |")
+    return "\n".join(lines)
+
+
+def _clip(known: Checkpoint, width: int, height: int, frames: int) -> ClipRequest:
+    return ClipRequest(
+        id="1",
+        prompt="a",
+        width=width,
+        height=height,
+        num_frames=frames,
+        num_inference_steps=50,
+        guidance_scale=known.defaults.guidance_scale,
+        fps=16,
+        cache="dicache",
+        image="first.png" if known.size_rule.takes_image else None,
+    )
+
+
+SMALL_CARDS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+    ("none", {}, {}),
+    ("`--text-encoders gpu --shard-weights`", {"shards_weights": True}, {"text_encoders": "gpu"}),
+    ("`--shard-weights`", {"shards_weights": True}, {}),
+    ("`--quantize fp8`", {}, {"quantize": "fp8"}),
+    ("`--quantize int8`", {}, {"quantize": "int8"}),
+)
+
+
+def on_four_small_cards() -> str:
+    """What the fullest of four cards of 24 GB takes of Wan 14B at 480p, by how its weights are held."""
+    lines = [
+        "| options with `--sp 4` | transformer | step | cache | VAE | text | sum | with margin | 24 GB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    known, room = published_checkpoint("wan2.1-t2v-14b"), round(dict(CARDS)["24 GB"] * 1e9)
+    clip = _clip(known, 832, 480, 81)
+    for name, changes, options in SMALL_CARDS:
+        setup = Setup(
+            options=LoadOptions(device="cuda", **options),
+            layout=RunOptions(sp=4).layout,
+            has_finishers=True,
+            shares_gpu=True,
+            decodes_on_gang=True,
+            **changes,
+        )
+        fullest = max(demands(known, clip, setup), key=lambda demand: demand.tensor_bytes)
+        parts = [fullest.parts.get(part, 0) for part in ("transformer", "step", "cache", "VAE", "text encoders")]
+        sums = (fullest.tensor_bytes, with_margin(fullest.tensor_bytes))
+        numbers = " | ".join(f"{part / 1e9:.1f}" for part in (*parts, *sums))
+        lines.append(f"| {name} | {numbers} | {'fits' if fits(known, clip, setup, room) else 'no'} |")
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from cineray.distributed.layout import parse_layout
 from cineray.pipeline.adapters import MODELS
@@ -14,8 +14,11 @@ from cineray.pipeline.footprint.fake_gpu import fake_gpu
 from cineray.pipeline.footprint.measure import decode_on, denoise_on, encode_text_on
 from cineray.pipeline.footprint.published import published, published_checkpoint
 from cineray.pipeline.footprint.subject import CUDA, load_fake
+from cineray.pipeline.loading.options import Quantize, check_installed
+from cineray.pipeline.loading.prepare import quantize
 from cineray.pipeline.request import ClipRequest
 
+Weights = Literal["whole", "sharded", "fp8", "int8"]
 Part = Literal["load", "denoise", "decode", "tiled", "encode-image", "encode-text", "encode-text-host"]
 NUM_LAYERS = 2  # of each list; a test compares with more
 # Skips what it may: two computed steps, one that is skipped after a probe, and the last, computed with a full cache.
@@ -32,6 +35,7 @@ class Case:
         model: a named checkpoint; those that are alike but for their default size share its rows.
         part: what runs.
         layout: for "denoise" the gang's; for "decode" ulysses over as many ranks as share the rows.
+        weights_as: of "denoise": how the transformer's blocks hold them; "sharded" over the ranks of the layout.
         is_held_out: no law is made from it; it tells how far the laws are off.
     """
 
@@ -42,13 +46,16 @@ class Case:
     frames: int = 0
     layout: str = "1"
     cache: str = "none"
+    weights_as: Weights = "whole"
     is_held_out: bool = False
 
     @property
     def key(self) -> str:
         size = f" {self.width}x{self.height}x{self.frames}" if self.frames else ""
         layout = f" {self.layout}" if self.layout != "1" else ""
-        return f"{self.model} {self.part}{size}{layout}{' cached' if self.cache != 'none' else ''}"
+        cached = " cached" if self.cache != "none" else ""
+        weights = f" {self.weights_as}" if self.weights_as != "whole" else ""
+        return f"{self.model} {self.part}{size}{layout}{cached}{weights}"
 
 
 def request_of(case: Case, image: str | None = None) -> ClipRequest:
@@ -70,7 +77,11 @@ def request_of(case: Case, image: str | None = None) -> ClipRequest:
 
 
 def run(case: Case, num_layers: int | None = NUM_LAYERS) -> dict[str, Any]:
-    """Runs a case on a fake GPU; gives a row of the table."""
+    """Runs a case on a fake GPU; gives a row of the table.
+
+    Raises:
+        InputError: weights in 8 bits, and torchao is not installed.
+    """
     row, known = asdict(case), published_checkpoint(case.model)
     with fake_gpu() as gpu, tempfile.TemporaryDirectory() as folder:
         if case.part in ("decode", "tiled"):
@@ -97,10 +108,18 @@ def run(case: Case, num_layers: int | None = NUM_LAYERS) -> dict[str, Any]:
 
 
 def _denoise(gpu: Any, case: Case, model: Any, request: ClipRequest) -> dict[str, Any]:
-    taken = denoise_on(gpu, model, request, parse_layout(case.layout), encodes_image=case.part == "encode-image")
-    if case.part == "encode-image":
+    is_sharded, encodes_image = case.weights_as == "sharded", case.part == "encode-image"
+    if case.weights_as in get_args(Quantize):
+        options = replace(CUDA, quantize=case.weights_as)
+        check_installed(options)
+        quantize(model.pipe.transformer, options)
+    taken = denoise_on(
+        gpu, model, request, parse_layout(case.layout), encodes_image=encodes_image, shards_weights=is_sharded
+    )
+    if encodes_image:
         return {"phases": {"prepare": taken.prepare_bytes}, "flop": taken.prepare_flop}
     return {
+        **({} if case.weights_as == "whole" else {"weights_bytes": taken.weights_bytes}),
         "phases": taken.phase_bytes,
         "cache_bytes": taken.cache_bytes,
         "flop": taken.flop_of(is_computed=True),
@@ -138,6 +157,7 @@ def cases() -> Iterator[Case]:
         yield Case(model=model, part="encode-text")
         yield Case(model=model, part="encode-text-host")
         yield from _denoise_cases(model)
+        yield from _other_weights_cases(model)
     for model in ("wan2.1-t2v-14b", "hunyuan-video"):
         yield from _decode_cases(model)
     for size, is_held_out in (
@@ -157,8 +177,12 @@ def cases() -> Iterator[Case]:
         )
 
 
+def _wide(model: str) -> str:
+    return "ulysses4" if model == "wan2.1-t2v-1.3b" else "ulysses8"  # 1.3B has 12 heads
+
+
 def _denoise_cases(model: str) -> Iterator[Case]:
-    wide = "ulysses4" if model == "wan2.1-t2v-1.3b" else "ulysses8"  # 1.3B has 12 heads
+    wide = _wide(model)
     for cache in ("none", ALWAYS_SKIPS):
         for width, height, frames in (_SMALL, _LARGE):
             for layout in ("1", "ulysses2", wide, "ring2", "ring2xulysses4"):
@@ -197,6 +221,23 @@ def _denoise_cases(model: str) -> Iterator[Case]:
                 layout=layout,
                 cache=cache,
                 is_held_out=True,
+            )
+
+
+def _other_weights_cases(model: str) -> Iterator[Case]:
+    """Each has a twin with whole weights."""
+    width, height, frames = _SMALL
+    for weights in ("sharded", "fp8", "int8"):
+        for layout in ("ulysses2", _wide(model)):
+            yield Case(
+                model=model,
+                part="denoise",
+                width=width,
+                height=height,
+                frames=frames,
+                layout=layout,
+                cache=ALWAYS_SKIPS,
+                weights_as=weights,
             )
 
 

@@ -39,6 +39,7 @@ class Exchange:
 _SHARE = {
     "allreduce_": lambda n: 2 * (n - 1) / n,
     "allgather_": lambda n: n - 1,
+    "_allgather_base_": lambda n: n - 1,
     "broadcast_": lambda n: 1 / n,  # the first rank sends it once, on average
     "send": lambda _: 1,
 }
@@ -51,7 +52,7 @@ def read_exchange(name: str, args: Any) -> Exchange | None:
         return None
     process_group = dist.ProcessGroup.unbox(group)
     ranks, here = tuple(dist.get_process_group_ranks(process_group)), process_group.rank()
-    given = args[1] if name.startswith(("allgather", "alltoall")) else args[0]
+    given = args[1] if name.startswith(("allgather", "_allgather", "alltoall")) else args[0]
     tensors = [t for t in tree_flatten(given)[0] if isinstance(t, torch.Tensor)]
     num_bytes = sum(t.numel() * t.element_size() for t in tensors)
     dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else ""

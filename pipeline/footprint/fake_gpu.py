@@ -2,13 +2,13 @@
 
 Tensors are PyTorch's own fake ones, which have a shape, a type and the device `cuda:0`, and no values. What a machine
 without a GPU lacks is lent for a while, and taken back on the way out: a device guard, a process group whose ranks are
-pretended, and the choice of an attention kernel.
+pretended, streams, and the choice of an attention kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
+from torch.utils._python_dispatch import _disable_current_modes
 
 from cineray.pipeline.footprint.device_guard import cuda_guard_that_does_nothing
 from cineray.pipeline.footprint.ledger import Ledger
@@ -56,6 +58,12 @@ def fake_gpu() -> Iterator[FakeGPU]:
         undo.enter_context(_replaced(FakeTensor, "tolist", lambda tensor: gpu.ledger.read(tensor)))
         undo.enter_context(_replaced(FakeTensor, "numpy", _no_pixels))
         undo.enter_context(_replaced(FakeTensor, "__deepcopy__", _deep_copy))
+        for name in ("Stream", "Event", "current_stream"):
+            undo.enter_context(_replaced(torch.cuda, name, _Stream))
+        undo.enter_context(_replaced(torch.cuda, "stream", nullcontext))
+        undo.enter_context(_replaced(DeviceMesh, "from_group", _with_values(DeviceMesh.from_group)))
+        undo.enter_context(_replaced(nn.Module, "_apply", _apply))
+        undo.enter_context(_replaced(torch.UntypedStorage, "resize_", _resizing(gpu.ledger)))
         undo.enter_context(_replaced(accelerate.hooks, "set_module_tensor_to_device", _move))
         undo.enter_context(_replaced(dist, "new_group", _new_fake_group(dist.new_group)))
         undo.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -85,6 +93,51 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 def _deep_copy(tensor: FakeTensor, memo: dict[int, Any]) -> torch.Tensor:
     """As a tensor's own, which looks for memory to copy."""
     return memo.setdefault(id(tensor), tensor.clone())
+
+
+class _Stream:
+    """A stream of the GPU, or an event on one: all is done in the order in which it is asked for."""
+
+    device = GPU
+
+    def __init__(self, *_: Any, **_more: Any) -> None:
+        pass
+
+    def __getattr__(self, _: str) -> Any:
+        return lambda *_, **_more: None
+
+
+def _with_values(real: Any) -> Any:
+    """A function whose tensors have values: it looks into them."""
+
+    def call(*arguments: Any, **more: Any) -> Any:
+        with _disable_current_modes(), unset_fake_temporarily():
+            return real(*arguments, **more)
+
+    return staticmethod(call)
+
+
+def _apply(module: nn.Module, change: Any, recurse: bool = True) -> nn.Module:
+    """As a module's own, which swaps tensors in place and cannot swap fake ones."""
+    for child in module.children() if recurse else ():
+        child._apply(change)
+    for name, own in list(module._parameters.items()):
+        if own is not None and (new := change(own)) is not own:
+            module._parameters[name] = nn.Parameter(new, requires_grad=own.requires_grad)
+    for name, own in list(module._buffers.items()):
+        module._buffers[name] = own if own is None else change(own)
+    return module
+
+
+def _resizing(ledger: Ledger) -> Any:
+    real = torch.UntypedStorage.resize_
+
+    def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        out = real(storage, size)
+        ledger.resize(storage)
+        return out
+
+    return resize_
 
 
 def _move(module: nn.Module, name: str, device: Any, value: torch.Tensor | None = None, **_more: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from cineray.distributed.layout import Layout, check_layout
 from cineray.pipeline.footprint.forecast import Parts, parts_of, with_margin
-from cineray.pipeline.footprint.laws import forecast_checkpoint, forecast_names
+from cineray.pipeline.footprint.laws import forecast_checkpoint, forecast_names, laws_of
 from cineray.pipeline.footprint.published import published
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.device import check_device, gpu_memory_bytes
@@ -259,20 +259,21 @@ def _in_types(known: Checkpoint, options: LoadOptions, parts: Parts) -> Parts:
 
 
 def _transformer_weights(known: Checkpoint, setup: Setup, weights: int) -> int:
-    """Bytes of the transformer, or of the experts, that are on a GPU while it runs."""
-    options, num_experts = setup.options, known.num_experts
+    """Bytes of the transformer, or of the experts, that are on a GPU while it runs.
+
+    What is gathered or widened for a block at work counts here, though a step's fullest moment may be another one.
+    """
+    options, num_experts, beside = setup.options, known.num_experts, laws_of(known.name).beside_weights
     if options.offload in ("group", "sequential"):
         return min(weights, _leaf_bytes(known)["transformer"])
     if options.offload == "model":  # one expert at a time
         weights, num_experts = weights // num_experts, 1
     linear = num_experts * block_linear_parameters(known.configs.transformer)
     if options.quantize != "none":
-        return weights - linear * (_ELEMENT_BYTES[options.dtype_name] - 1)
+        return weights - linear * (_ELEMENT_BYTES[options.dtype_name] - 1) + beside[options.quantize]
     if setup.shards_weights:
         size = linear * _ELEMENT_BYTES[options.dtype_name]
-        num_blocks = num_experts * sum(known.configs.transformer[name] for name in known.model.layout.counts)
-        # its own part, and two blocks that are gathered: one at work and one on its way
-        return weights - size + size // setup.layout.sequence_ranks + 2 * size // num_blocks
+        return weights - size + size // setup.layout.sequence_ranks + beside["sharded"]
     return weights
 
 

@@ -9,7 +9,7 @@ off it is.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from cineray.text import shorten
 
 TABLE = Path(__file__).parent / "table.json"
 Row = dict[str, Any]
+_TWINS = ("width", "height", "frames", "layout", "cache")
 _LATENT_FRAME = 4  # frames of video that a latent frame stands for, in both VAEs
 
 
@@ -38,6 +39,8 @@ class Laws:
         text_host_bytes: the same of encoders whose weights stay in host memory: the layer that is at work.
         text_flop: operations of encoding one prompt.
         vae_weights: bytes.
+        beside_weights: what blocks take, beside the weights that they hold, where these are not whole: gathered from
+            other ranks ("sharded"), or widened to compute with ("fp8", "int8").
     """
 
     rank_weights: int
@@ -45,6 +48,7 @@ class Laws:
     text_host_bytes: int
     text_flop: float
     vae_weights: int
+    beside_weights: Mapping[str, int]
     _steps: tuple[Row, ...]
     _decodes: tuple[Row, ...]
     _images: tuple[Row, ...]
@@ -124,6 +128,7 @@ class _Rows:
     text: Row
     text_host: Row
     steps: list[Row]
+    others: list[Row]
     decodes: list[Row]
     images: list[Row]
 
@@ -146,7 +151,8 @@ def _rows_of(model: str) -> _Rows | None:
         load=next(iter(alike("transformer", "load")), {}),
         text=text("encode-text"),
         text_host=text("encode-text-host"),
-        steps=alike("transformer", "denoise"),
+        steps=[row for row in alike("transformer", "denoise") if row["weights_as"] == "whole"],
+        others=[row for row in alike("transformer", "denoise") if row["weights_as"] != "whole"],
         decodes=alike("vae", "decode", "tiled"),
         images=alike("vae", "encode-image") if takes_image else [],
     )
@@ -169,10 +175,21 @@ def laws_of(model: str) -> Laws:
         text_host_bytes=rows.text_host["weights"] + max(rows.text_host["phases"].values()),
         text_flop=text["flop"],
         vae_weights=decodes[0]["weights"],
+        beside_weights=_beside_weights(rows),
         _steps=tuple(_with_tokens(row) for row in rows.steps),
         _decodes=tuple(_with_how(row) for row in decodes),
         _images=tuple(rows.images),
     )
+
+
+def _beside_weights(rows: _Rows) -> dict[str, int]:
+    """The most that a run took more than its twin with whole weights."""
+    found: dict[str, int] = {}
+    for row in rows.others:
+        twin = next(whole for whole in rows.steps if all(whole[name] == row[name] for name in _TWINS))
+        more = max(row["phases"].values()) - max(twin["phases"].values())
+        found[row["weights_as"]] = max(found.get(row["weights_as"], 0), more)
+    return found
 
 
 def errors_of(row: Row) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
@@ -55,6 +55,9 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if any(is_traceable_wrapper_subclass(a) for a in tree_iter((args, kwargs))):
+            # of parts, a sharded tensor's or a quantized one's: it does the same to them, which is what takes memory
+            return NotImplemented
         self.num_operations += 1
         if func is torch.ops.aten._local_scalar_dense.default:
             return self.read(args[0])
@@ -99,11 +102,24 @@ class Ledger(TorchDispatchMode):
         key = storage._cdata
         if key in self._sizes:
             return
-        size = -(-storage.nbytes() // _BLOCK) * _BLOCK
+        size = _rounded(storage.nbytes())
         self._sizes[key] = size
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         weakref.finalize(storage, self._remove, key)
 
+    def resize(self, storage: torch.UntypedStorage) -> None:
+        """A storage has grown or shrunk in place, as FSDP does to what it gathers."""
+        key = storage._cdata
+        if key in self._sizes:
+            size = _rounded(storage.nbytes())
+            self.live_bytes += size - self._sizes[key]
+            self._sizes[key] = size
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
     def _remove(self, key: int) -> None:
         self.live_bytes -= self._sizes.pop(key, 0)
+
+
+def _rounded(num_bytes: int) -> int:
+    return -(-num_bytes // _BLOCK) * _BLOCK

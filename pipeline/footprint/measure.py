@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from cineray.pipeline.footprint.subject import DTYPE
 from cineray.pipeline.gang import SOLO, Gang
 from cineray.pipeline.loading.model import LoadedModel
 from cineray.pipeline.media.picture import first_frame
-from cineray.pipeline.render import PreparedClip, denoise_prepared, prepare_clip, to_frames
+from cineray.pipeline.render import denoise_prepared, prepare_clip, to_frames
 from cineray.pipeline.request import ClipRequest
 
 
@@ -124,18 +124,28 @@ def denoise_on(
     layout: Layout,
     rank: int = 0,
     encodes_image: bool = True,
+    shards_weights: bool = False,
 ) -> DenoiseTaken:
     """Denoises a clip as `render_clip_on_gang` does, as one rank of a gang; call it within `fake_gpu`.
 
     Args:
         model: with its transformer (and, for image-to-video, VAE and image encoder) on the fake GPU.
         encodes_image: False leaves out the VAE's encoding of a first frame, which is most of the work here.
+        shards_weights: this rank keeps a part of the model's weights, as with `--shard-weights`.
 
     Raises:
         ValueError: the layout does not fit.
     """
+    with joined(layout, rank) if layout.world_size > 1 else nullcontext(SOLO) as gang:
+        if shards_weights:
+            gang.shard_weights(model)
+        return _denoise_on(gpu.ledger, model, request, gang, encodes_image)
+
+
+def _denoise_on(
+    ledger: Ledger, model: LoadedModel, request: ClipRequest, gang: Gang, encodes_image: bool
+) -> DenoiseTaken:
     gc.collect()
-    ledger = gpu.ledger
     weights = ledger.live_bytes
     ledger.begin()
     prepared = prepare_clip(model, request, _encoded(model, request, encodes_image))
@@ -148,7 +158,7 @@ def denoise_on(
         ledger.flop, ledger.num_host_reads, ledger.exchanges = 0, 0, []
 
     with _Phases(ledger, _around_blocks(model.pipe.transformer), "loop") as phases:
-        trace = _denoise(model, request, prepared, layout, rank, on_step)
+        trace = denoise_prepared(model, request, prepared, on_step, gang=gang).trace
     entries = trace.entries if trace is not None else []
     held = trace.held_bytes if trace is not None else 0
     skipping = {entry.step for entry in entries if not entry.compute}
@@ -166,15 +176,6 @@ def denoise_on(
         num_unmasked=ledger.num_unmasked,
         peak_at=phases.peaks["blocks"][1],
     )
-
-
-def _denoise(
-    model: LoadedModel, request: ClipRequest, prepared: PreparedClip, layout: Layout, rank: int, on_step: Any
-) -> Any:
-    if layout.world_size == 1:
-        return denoise_prepared(model, request, prepared, on_step).trace
-    with joined(layout, rank) as gang:
-        return denoise_prepared(model, request, prepared, on_step, gang=gang).trace
 
 
 @contextmanager

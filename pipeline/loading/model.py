@@ -11,7 +11,7 @@ import torch
 
 from cineray.pipeline.adapters import Adapter
 from cineray.pipeline.loading.checkpoint import Checkpoint
-from cineray.pipeline.loading.device import check_device
+from cineray.pipeline.loading.device import check_device, gpu_memory_bytes
 from cineray.pipeline.loading.errors import LoadingError, is_passing
 from cineray.pipeline.loading.loaded_weights import check_finite, check_names, check_scheduler, check_vocabulary
 from cineray.pipeline.loading.options import LoadOptions, check_installed
@@ -106,10 +106,12 @@ def _load(
 ) -> Any:
     dtype = DTYPES[options.dtype_name]
     skipped = [name for name in skip_components if name in checkpoint.parts]
-    # tensor by tensor onto the GPU, else a copy of all weights stands in host memory first, for each rank
     encoders = {*checkpoint.model.encoder_parts} - {*skip_components}
-    parts_encoders = options.text_encoders == "host" and bool(encoders) and not stays_on_host
-    goes_whole = options.offload == "none" and not stays_on_host and not parts_encoders
+    goes_there = options.offload == "none" and not stays_on_host
+    parts_encoders = goes_there and options.text_encoders == "host" and bool(encoders)
+    is_shrunk = goes_there and options.quantize != "none" and not _has_room(folder, checkpoint, skipped, options)
+    goes_whole = goes_there and not parts_encoders and not is_shrunk
+    # tensor by tensor onto the GPU, else a copy of all weights stands in host memory first, for each rank
     is_straight = options.device == "cuda" and goes_whole and not options.lora
     pipe = checkpoint.pipeline_type.from_pretrained(
         folder,
@@ -130,7 +132,7 @@ def _load(
         pipe.to(options.device)
     check_finite(pipe.components)  # on the device, where it is fastest, and before parts of it are offloaded
     for transformer in transformers:
-        quantize(transformer, options)
+        quantize(transformer, options, torch.device(options.device) if is_shrunk else None)
         set_attention(transformer, options)
         if options.compile:
             compile_blocks(transformer)
@@ -139,8 +141,18 @@ def _load(
     checkpoint.adapter.loaded(pipe, options.device)
     if parts_encoders:
         keep_encoders_on_host(pipe, encoders, torch.device(options.device))
+    elif is_shrunk:
+        pipe.to(options.device)
     _offload(pipe, options)
     return pipe
+
+
+def _has_room(folder: Path, checkpoint: Checkpoint, skipped: Sequence[str], options: LoadOptions) -> bool:
+    """Whether a GPU has room for the weights as their files have them, which is what they take in 16 bits or more."""
+    if options.device != "cuda":
+        return True
+    files = (file for name in {*checkpoint.parts} - {*skipped} for file in (folder / name).glob("*.safetensors"))
+    return sum(file.stat().st_size for file in files) < gpu_memory_bytes()[0]
 
 
 def vae_dtype_name(checkpoint: Checkpoint, options: LoadOptions) -> str:

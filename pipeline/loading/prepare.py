@@ -78,10 +78,14 @@ def _fuse(pipe: Any, lora: Lora, component: str, name: str) -> None:
         logging.set_verbosity(before)
 
 
-def quantize(transformer: nn.Module, options: LoadOptions) -> None:
+def quantize(transformer: nn.Module, options: LoadOptions, device: torch.device | None = None) -> None:
     """Holds the weights of the blocks' linear layers in 8 bits, by torchao; what stands outside the blocks stays.
 
     "fp8" stores float8 e4m3, "int8" a signed byte with a scale for each row; both compute in the transformer's type.
+
+    Args:
+        device: where each layer goes right before, from the host, so that no more than one is there whole; None: all
+            stay where they are.
     """
     if options.quantize == "none":
         return
@@ -94,7 +98,7 @@ def quantize(transformer: nn.Module, options: LoadOptions) -> None:
     config = Float8WeightOnlyConfig() if options.quantize == "fp8" else Int8WeightOnlyConfig()
     blocks = [module for module in transformer.children() if isinstance(module, torch.nn.ModuleList)]
     for block in blocks:
-        quantize_(block, config)
+        quantize_(block, config, device=device)
 
 
 def compile_blocks(transformer: nn.Module) -> None:

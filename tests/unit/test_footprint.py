@@ -3,6 +3,7 @@
 Few blocks of each list: neither a step's transients nor the order of its exchanges depend on how many there are.
 """
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -13,14 +14,16 @@ from cineray.distributed.consensus import GangConsensus
 from cineray.distributed.layout import parse_layout
 from cineray.pipeline.footprint.cases import ALWAYS_SKIPS, NUM_LAYERS, Case, request_of, run
 from cineray.pipeline.footprint.exchange_log import Exchange, disagreement
-from cineray.pipeline.footprint.fake_gpu import fake_gpu
+from cineray.pipeline.footprint.fake_gpu import GPU, fake_gpu
 from cineray.pipeline.footprint.fit import block_linear_parameters
 from cineray.pipeline.footprint.laws import read_table
 from cineray.pipeline.footprint.layer_caches import layer_cache_bytes
 from cineray.pipeline.footprint.measure import denoise_on
 from cineray.pipeline.footprint.operations import forward_flop
 from cineray.pipeline.footprint.published import published, published_checkpoint, published_names
-from cineray.pipeline.footprint.subject import empty_part, load_fake, num_parameters
+from cineray.pipeline.footprint.subject import empty_part, fake_weights, load_fake, num_parameters
+from cineray.pipeline.loading.options import LoadOptions
+from cineray.pipeline.loading.prepare import quantize
 
 pytestmark = pytest.mark.slow
 
@@ -76,12 +79,13 @@ def rows() -> Iterator[dict]:
         size = (row["width"], row["height"], row["frames"])
         what = (row["model"], row["part"])
         is_denoised = what in denoised and size == (1280, 720, 81) and row["layout"] in ("1", "ring2xulysses4")
+        is_denoised |= what in denoised and row["weights_as"] == "sharded" and row["layout"] == "ulysses8"
         is_decoded = what in decoded and size == (832, 480, 33) and row["layout"] != "ulysses2"
         if (is_denoised and row["cache"] != "none") or is_decoded or what in encoded:
             yield row
 
 
-FIELDS = ("model", "part", "width", "height", "frames", "layout", "cache")
+FIELDS = ("model", "part", "width", "height", "frames", "layout", "cache", "weights_as")
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row['model']}-{row['part']}-{row['layout']}")
@@ -169,6 +173,35 @@ def test_a_series_of_each_layer_holds_what_the_closed_form_says(model):
     plan = published_checkpoint(model).plan_cache("taylorseer(interval=2,order=1)")
     said = layer_cache_bytes(plan, config, here=3 * 9 * 17, num_branches=1 if model == HUNYUAN else 2)
     assert said == taken.cache_bytes
+
+
+@pytest.mark.parametrize("model", [WAN, HUNYUAN])
+def test_what_is_gathered_of_sharded_weights_does_not_depend_on_the_number_of_blocks(model):
+    case = Case(
+        model=model,
+        part="denoise",
+        width=832,
+        height=480,
+        frames=33,
+        layout="ulysses4",
+        cache=ALWAYS_SKIPS,
+        weights_as="sharded",
+    )
+    assert run(case, num_layers=2)["phases"] == run(case, num_layers=4)["phases"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_weights_are_never_whole_on_a_gpu_that_they_reach_in_8_bits(kind):
+    found = published(WAN)
+    transformer = empty_part(found, "transformer", "WanTransformer3DModel", num_layers=8)
+    with fake_gpu() as gpu:
+        fake_weights(transformer, torch.bfloat16, (), torch.device("cpu"))
+        whole = sum(parameter.nbytes for parameter in transformer.parameters())
+        quantize(transformer, LoadOptions(device="cuda", quantize=kind), GPU)
+        transformer.to(GPU)
+        assert gpu.ledger.live_bytes < 0.55 * whole
+        assert gpu.ledger.peak_bytes < 0.65 * whole
 
 
 def test_transients_do_not_depend_on_the_number_of_blocks():

@@ -11,7 +11,7 @@ from cineray.distributed.layout import check_layout, parse_layout
 from cineray.pipeline.adapters import KNOWN_MODELS
 from cineray.pipeline.footprint.cases import Case, cases
 from cineray.pipeline.footprint.exchanges import step_exchanges
-from cineray.pipeline.footprint.fit import Setup, demands
+from cineray.pipeline.footprint.fit import Setup, block_linear_parameters, demands
 from cineray.pipeline.footprint.forecast import FIXED_BYTES, SAFETY_FACTOR, forecast
 from cineray.pipeline.footprint.laws import errors_of, forecast_names, laws_of, read_table
 from cineray.pipeline.footprint.published import published, published_checkpoint, published_names
@@ -19,13 +19,14 @@ from cineray.pipeline.loading.options import LoadOptions
 from cineray.pipeline.request import ClipRequest, InputError
 
 CLIP = {"width": 1280, "height": 720, "frames": 81, "cfg": 1, "ring": 1, "ulysses": 8, "cache": "dicache"}
-DENOISED = [row for row in read_table() if row["part"] == "denoise"]
+DENOISED = [row for row in read_table() if row["part"] == "denoise" and row["weights_as"] == "whole"]
+OTHER_WEIGHTS = [row for row in read_table() if row["weights_as"] != "whole"]
 HELD_OUT = [row for row in read_table() if row["is_held_out"]]
 
 
 def key(row):
     size = f"{row['width']}x{row['height']}x{row['frames']}"
-    return f"{row['model']}-{row['part']}-{size}-{row['layout']}-{row['cache'][:7]}"
+    return f"{row['model']}-{row['part']}-{size}-{row['layout']}-{row['cache'][:7]}-{row['weights_as']}"
 
 
 SHIPPED = {"tiny-wan", "tiny-hunyuan"}  # weights and all
@@ -102,7 +103,7 @@ def test_both_experts_are_held_unless_the_idle_one_is_put_off():
 
 
 def test_the_table_has_a_row_for_every_case():
-    fields = ("model", "part", "width", "height", "frames", "layout", "cache", "is_held_out")
+    fields = ("model", "part", "width", "height", "frames", "layout", "cache", "weights_as", "is_held_out")
     assert [Case(**{name: row[name] for name in fields}) for row in read_table()] == list(cases())
 
 
@@ -170,6 +171,31 @@ MAX_ERROR = {"denoise": (0.06, 0.0), "decode": (0.06, 0.10), "tiled": (0.10, 0.1
 def test_laws_hold_for_sizes_and_layouts_that_they_were_not_made_from(row):
     for error, largest in zip(errors_of(row), MAX_ERROR[row["part"]], strict=True):
         assert abs(error) <= largest
+
+
+@pytest.mark.parametrize("row", [row for row in OTHER_WEIGHTS if "i2v" not in row["model"]], ids=key)  # no CLIP there
+def test_weights_in_closed_form_are_those_that_the_harness_holds(row):
+    """With as few blocks as the row has; 8-bit types hold scales of rows beside them, a tenth of a percent."""
+    config = dict(published_checkpoint(row["model"]).configs.transformer)
+    counts = published_checkpoint(row["model"]).model.layout.counts
+    whole = next(r for r in read_table() if (r["model"], r["part"]) == (row["model"], "load"))["weights"]
+    linear = 2 * block_linear_parameters(config)
+    few = 2 * block_linear_parameters(config | {name: row["num_blocks"] // len(counts) for name in counts})
+    outside = whole - linear
+    kept = few // parse_layout(row["layout"]).sequence_ranks if row["weights_as"] == "sharded" else few // 2
+    # norms and biases of blocks stand in `outside`, for all of them
+    assert outside + kept >= row["weights_bytes"] >= 0.97 * (outside + kept)
+
+
+@pytest.mark.parametrize("model", ["wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "wan2.1-i2v-14b-720p", "hunyuan-video"])
+def test_what_blocks_take_beside_their_own_weights(model):
+    """Sharded: between one and two of the largest blocks that are gathered. In 8 bits: one layer's, wide."""
+    config, beside = published_checkpoint(model).configs.transformer, laws_of(model).beside_weights
+    names = ("num_layers", "num_single_layers")
+    alone = [config | dict.fromkeys(names, 0) | {name: 1} for name in names if name in config]
+    block = 2 * max(block_linear_parameters(one) for one in alone)
+    assert block < beside["sharded"] < 2.05 * block  # norms and modulations are gathered, too
+    assert 0 <= min(beside["int8"], beside["fp8"]) <= max(beside["int8"], beside["fp8"]) < block
 
 
 @pytest.mark.parametrize("row", [row for row in DENOISED if row["cache"] == "none"], ids=key)

@@ -2,6 +2,7 @@
 
 import importlib.util
 from dataclasses import replace
+from pathlib import Path
 
 import click
 import pytest
@@ -17,6 +18,7 @@ from cineray.pipeline.adapters.hunyuan_vae import attend_by_frame
 from cineray.pipeline.adapters.hunyuan_video import without_padding
 from cineray.pipeline.blocks import calling_without_mask
 from cineray.pipeline.gang import Gang
+from cineray.pipeline.loading import model as loading
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.model import load_model, vae_dtype_name
 from cineray.pipeline.loading.options import LoadOptions, Lora
@@ -317,3 +319,16 @@ def test_xfuser_s_groups_are_made_in_a_world_that_is_bound_to_no_device(monkeypa
         with pytest.raises(Recorded):
             Gang.join(parse_layout("ulysses2"), 0, 2, device="cuda:0", init_method="tcp://x", attention=attention)
     assert calls == [("nccl", torch.device("cuda:0")), ("nccl", None)]
+
+
+def test_weights_that_have_no_room_whole_are_held_in_8_bits_on_their_way_to_the_gpu(monkeypatch):
+    checkpoint = open_checkpoint("tiny-wan")
+    folder = Path(checkpoint.source)
+    size = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
+    options, of_encoder = LoadOptions(device="cuda"), (folder / "text_encoder" / "model.safetensors").stat().st_size
+    monkeypatch.setattr(loading, "gpu_memory_bytes", lambda: (size,))
+    assert not loading._has_room(folder, checkpoint, (), options)
+    assert loading._has_room(folder, checkpoint, ("text_encoder",), options)
+    monkeypatch.setattr(loading, "gpu_memory_bytes", lambda: (size - of_encoder,))
+    assert not loading._has_room(folder, checkpoint, ("text_encoder",), options)
+    assert loading._has_room(folder, checkpoint, (), LoadOptions())

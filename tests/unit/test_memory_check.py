@@ -243,3 +243,16 @@ def test_the_command_refuses_in_one_line_and_a_dry_run_shows_the_forecast(tmp_pa
     assert main([*command, *large, "--offload", "group", "--dry-run"]) == 0
     assert "memory, by forecast: 23.9 GB of the GPU (transformer 0.3" in capsys.readouterr().out
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"), [({"shards_weights": True}, {}), ({}, {"quantize": "int8"}), ({}, {"quantize": "fp8"})]
+)
+def test_wan_14b_at_480p_fits_four_cards_of_24_gb_whose_weights_are_shared_or_in_8_bits(changes, options):
+    """`--sp 4 --shard-weights`, or `--quantize int8`: the gang decodes by itself, text encoders wait in host memory."""
+    clip = replace(CLIP, width=832, height=480)
+    setup = replace(on_ray("ulysses4", **options), decodes_on_gang=True, **changes)
+    assert fits(WAN, clip, setup, RTX4090)
+    assert not fits(WAN, clip, replace(setup, options=replace(setup.options, text_encoders="gpu")), RTX4090)
+    whole = replace(on_ray("ulysses4"), decodes_on_gang=True)
+    assert any(shortage(d, RTX4090) for d in demands(WAN, clip, whole))
