@@ -43,8 +43,7 @@ class MemoryCheck:
 
     def __call__(self, request: ClipRequest) -> str | None:
         """Why a clip that the model can render cannot fit, and what would; None where it can, or nobody knows."""
-        is_guided = request.guidance_scale > 1
-        kind = (request.width, request.height, request.num_frames, request.cache, is_guided)
+        kind = _kind(request)
         if kind not in self._kinds and len(self._kinds) < MAX_KINDS:
             self._kinds[kind] = request, self._refusal(request)
         return self._kinds.get(kind, (request, None))[1]
@@ -75,6 +74,15 @@ class MemoryCheck:
                     found[demand.place] = demand
         return tuple(found.values())
 
+    def of(self, request: ClipRequest, shares_gpu: bool) -> tuple[Demand, ...]:
+        """What a clip that was seen takes of each kind of GPU; nothing of one that nobody looked at.
+
+        Args:
+            shares_gpu: a finisher stands on a rank's GPU.
+        """
+        known = self._kinds.get(_kind(request))
+        return () if known is None else demands(self._known, known[0], replace(self._setup, shares_gpu=shares_gpu))
+
     def _refusal(self, request: ClipRequest) -> str | None:
         try:
             needed = demands(self._known, request, self._setup)
@@ -103,6 +111,12 @@ class MemoryCheck:
         options, setup = found
         most = max(d.tensor_bytes for d in demands(self._known, request, setup))
         return f"with {options} it takes {most / 1e9:.1f} GB and fits"
+
+
+def _kind(request: ClipRequest) -> tuple[object, ...]:
+    """Equal for clips that take the same memory."""
+    is_guided = request.guidance_scale > 1
+    return request.width, request.height, request.num_frames, request.cache, is_guided
 
 
 def _size(request: ClipRequest) -> str:

@@ -30,3 +30,7 @@ class Outlook:
     def demands(self, shares_gpu: bool | None = None) -> tuple[Demand, ...]:
         """As `MemoryCheck.largest`; none where nothing is known."""
         return self.memory.largest(shares_gpu) if self.memory else ()
+
+    def demands_of(self, request: ClipRequest, shares_gpu: bool) -> tuple[Demand, ...]:
+        """As `MemoryCheck.of`, of a clip that was checked; none where nothing is known."""
+        return self.memory.of(without_idle_cache(request), shares_gpu) if self.memory else ()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -291,7 +292,7 @@ def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
             lossless=asked.lossless,
             run=options,
             decodes_on_gang=decodes_on_gang(options, asked.load_options, asked.checkpoint.model),
-            # gangs that start before the clips are checked know of none
+            # gangs that start before the clips are checked know of none, and are told with each clip
             demands=() if start_now else asked.outlook.demands(shares_gpu),
         )
         larger = asked.larger if fleet.group.num_nodes == 1 else ()
@@ -307,7 +308,8 @@ def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
 
         def render(work: Work) -> RunReport:
             results = ResultLog()
-            queue = ClipQueue(work.requests, work.folder, asked.checkpoint, identity, spec)
+            demands_of = partial(asked.outlook.demands_of, shares_gpu=shares_gpu) if start_now else None
+            queue = ClipQueue(work.requests, work.folder, asked.checkpoint, identity, spec, demands_of)
             with GangProgress(work.num_clips) as progress:
                 if missing:
                     progress.say(f"{missing}; waiting: an autoscaler may bring one")

@@ -20,7 +20,7 @@ class RunSpec:
         options: how the weights are loaded.
         file_format: of the clips, as `Checkpoint.written_as` takes it.
         decodes_on_gang: the ranks decode; finishers encode prompts, and make videos of frames.
-        demands: what the clips take of each kind of GPU at most, by forecast, where that is known.
+        demands: what the clips take of each kind of GPU at most, by forecast, where that is known before actors start.
     """
 
     model: str
@@ -41,6 +41,7 @@ class Task:
         warnings: what was asked for and the pixels will not show.
         ranks: what its ranks computed on, where they have in this run.
         layout: of the gang that denoised it to its end, where it is another than the run's.
+        demands: what the clip takes of each kind of GPU, by forecast, where actors came up before that was known.
     """
 
     request: ClipRequest
@@ -49,6 +50,7 @@ class Task:
     warnings: tuple[str, ...] = ()
     ranks: tuple[Mapping[str, Any], ...] = ()
     layout: Layout | None = None
+    demands: tuple[Demand, ...] = ()
 
     @property
     def name(self) -> str:

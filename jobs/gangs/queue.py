@@ -1,7 +1,7 @@
 """The manifest as a driver reads it: a few clips ahead, with what the output folder knows of each."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -13,6 +13,7 @@ from cineray.jobs.output.failure_record import MAX_REASON_CHARS, MAX_REASONS, Fa
 from cineray.jobs.output.folder import OutputError, OutputFolder
 from cineray.jobs.output.record import clip_warnings, fingerprint_of, render_options
 from cineray.jobs.output.results import ClipResult
+from cineray.pipeline.footprint.fit import Demand
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.weights import Identity
 from cineray.pipeline.media.inputs import Pictures
@@ -28,6 +29,7 @@ class ClipQueue:
 
     Args:
         requests: a stream; read only as far as it is asked for.
+        demands_of: what a clip takes of GPUs, for the actors to compare; None where they know already.
 
     Attributes:
         tasks: of the clips in hand, by name.
@@ -41,8 +43,10 @@ class ClipQueue:
         checkpoint: Checkpoint,
         identity: Identity,
         spec: RunSpec,
+        demands_of: Callable[[ClipRequest], tuple[Demand, ...]] | None = None,
     ) -> None:
         self._requests = requests
+        self._demands_of = demands_of
         self._folder = folder
         self._checkpoint = checkpoint
         self._identity = identity
@@ -134,7 +138,8 @@ class ClipQueue:
         digest = self._identity.digest
         fingerprint = fingerprint_of(request, self._checkpoint, digest, self._options)
         key = prompt_key(self._checkpoint.adapter.encode_inputs(request), digest, self._spec.options.dtype_name)
-        return Task(request=request, fingerprint=fingerprint, prompt_key=key)
+        demands = self._demands_of(request) if self._demands_of else ()
+        return Task(request=request, fingerprint=fingerprint, prompt_key=key, demands=demands)
 
     def _earlier_strikes(self, task: Task) -> list[str]:
         """The strikes from a run that was cut short; one that ended by quarantining the clip leaves none."""

@@ -20,7 +20,7 @@ from cineray.jobs.output.hardware import begin_peak, hardware
 from cineray.jobs.output.step_keeper import ClipPreempted, StepKeeper
 from cineray.jobs.threads import loading_threads, rank_threads
 from cineray.pipeline.denoise import StepDone
-from cineray.pipeline.footprint.fit import RANK, SHARED, check_own_gpu
+from cineray.pipeline.footprint.fit import RANK, SHARED, check_own_gpu, own_shortage
 from cineray.pipeline.gang import Gang
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.model import LoadedModel, load_model
@@ -38,6 +38,7 @@ from cineray.pipeline.resume.encoded_prompts import EncodedPrompt, read_encoded
 from cineray.pipeline.resume.tensor_file import TensorFileError
 
 LOCALHOST = "127.0.0.1"  # a node's address in a Ray that listens there alone
+HAS_ROOM = "has room"
 JOIN_TIMEOUT_S = 600.0  # ranks load their weights before they meet; a 28 GB checkpoint from a slow disk
 
 
@@ -106,6 +107,9 @@ class RankWork:
         assert self._gang is not None
         assert self._model is not None
         began = time.monotonic()
+        no_room = self._no_room(task)
+        if no_room is not None:
+            return ClipFault(reason=f"it does not fit, by forecast: {no_room} GB", fault="memory")
         begin_peak(self._spec.options.device)
         steps = task.request.num_inference_steps
         self.step_count = StepCount(fingerprint=task.fingerprint, step=0, num_steps=steps)
@@ -138,6 +142,14 @@ class RankWork:
         except Exception as reason:  # noqa: BLE001  # `_fault` says whose it is
             return _fault(reason, folder, f"clip {task.request.id} was denoised", of_clip=("input",))
         return Denoised(busy_s=time.monotonic() - began, hardware=hardware(self._spec.options.device))
+
+    def _no_room(self, task: Task) -> str | None:
+        """Why the clip does not fit into a GPU of this gang; the same answer on every rank, as in `_encoded`."""
+        assert self._gang is not None
+        if not task.demands:
+            return None
+        said = own_shortage(self._spec.options.device, task.demands, (RANK, SHARED))
+        return next((text for text in self._gang.exchange_text(said or HAS_ROOM) if text != HAS_ROOM), None)
 
     def _denoise(self, task: Task, prepared: PreparedClip, on_step: StepDone, folder: OutputFolder) -> None:
         """The steps, from where the clip was left on; the first rank keeps the latents."""

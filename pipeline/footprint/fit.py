@@ -164,6 +164,14 @@ def check_room(wanted: Iterable[Demand], places: tuple[str, ...], memory_bytes: 
             raise LoadingError(f"the batch does not fit, by forecast: {said} GB; see `cineray render --dry-run`")
 
 
+def own_shortage(device: str, wanted: Iterable[Demand], places: tuple[str, ...]) -> str | None:
+    """Why an actor's GPU has not the room for these places; None where it has, nobody knows, or it is a CPU."""
+    if device != "cuda":
+        return None
+    memory_bytes = gpu_memory_bytes()[0]
+    return next((said for d in wanted if d.place in places and (said := shortage(d, memory_bytes))), None)
+
+
 def check_own_gpu(device: str, wanted: Iterable[Demand], places: tuple[str, ...]) -> None:
     """Checks before weights are read that an actor's GPU works and has the room; nothing on a CPU.
 

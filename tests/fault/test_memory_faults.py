@@ -18,6 +18,8 @@ from cineray.jobs.gangs.messages import ClipFault, Denoised, RunSpec, Task
 from cineray.jobs.gangs.rank_work import RankWork
 from cineray.jobs.output.folder import OutputFolder
 from cineray.jobs.run_options import RunOptions
+from cineray.pipeline.footprint import fit
+from cineray.pipeline.footprint.fit import FINISHER, RANK, Demand
 from cineray.pipeline.loading.options import LoadOptions
 
 pytestmark = [pytest.mark.ranks, pytest.mark.process]
@@ -85,6 +87,30 @@ def test_a_second_shortage_is_told_and_is_nobodys_fault(stages):
     assert rank.denoise(task) == ClipFault(reason=SAID, fault="memory")
     hook.remove()
     assert isinstance(rank.denoise(task), Denoised)
+
+
+def test_a_clip_that_does_not_fit_is_given_back_before_its_first_step(stages, monkeypatch):
+    """A gang that came up before the clips were checked hears with each clip what it takes."""
+    rank, finisher, task = stages
+    finisher.encode(task)
+    calls = []
+    hook = rank._model.pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    whole = replace(
+        task, demands=(Demand(place=FINISHER, parts={"VAE": 10**12}), Demand(place=RANK, parts={"step": 10}))
+    )
+    on_cpu, on_cuda = rank._spec, replace(rank._spec, options=LoadOptions(device="cuda"))
+    monkeypatch.setattr(fit, "gpu_memory_bytes", lambda: (9,))
+    rank._spec = on_cuda
+    found = rank.denoise(whole)
+    assert isinstance(found, ClipFault)
+    assert found.fault == "memory"
+    assert "does not fit, by forecast: it takes 0.0 GB of a rank's GPU" in found.reason
+    assert not calls
+    monkeypatch.setattr(fit, "gpu_memory_bytes", lambda: (10,))
+    assert rank._no_room(whole) is None  # a finisher's GPU is another one
+    rank._spec = on_cpu
+    assert isinstance(rank.denoise(whole), Denoised)
+    hook.remove()
 
 
 def test_a_decode_goes_on_in_tiles_and_then_elsewhere(stages):

@@ -6,6 +6,7 @@ from cineray.jobs.gangs.messages import RunSpec
 from cineray.jobs.gangs.queue import ClipQueue
 from cineray.jobs.output.folder import OutputFolder
 from cineray.jobs.run_options import RunOptions
+from cineray.pipeline.footprint.fit import RANK, Demand
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.options import LoadOptions
 from cineray.pipeline.loading.weights import identify
@@ -33,3 +34,21 @@ def test_a_picture_that_is_broken_when_its_clip_is_due_fails_that_clip_alone(che
     picture = queue.tasks[new.name].request.picture
     assert picture is not None
     assert (picture.width, queue.is_exhausted) == (32, True)
+
+
+def test_actors_that_came_up_early_are_told_with_each_clip_what_it_takes(new_request, tmp_path):
+    checkpoint = open_checkpoint("tiny-wan")
+    spec = RunSpec(model=checkpoint.name, options=LoadOptions(), out=tmp_path / "out", lossless=False, run=RunOptions())
+    told = (Demand(place=RANK, parts={"step": 7}),)
+
+    def demands_of(request):
+        return told if request.id == "large" else ()
+
+    requests, folder = [new_request(id="large"), new_request(id="small", seed=1)], OutputFolder(spec.out)
+    queue = ClipQueue(iter(requests), folder, checkpoint, identify(checkpoint), spec, demands_of)
+    (large, small), _ = queue.read(4)
+    assert queue.tasks[large.name].demands == told
+    assert queue.tasks[small.name].demands == ()
+    queue = ClipQueue(iter(requests), folder, checkpoint, identify(checkpoint), spec)
+    (large, _), _ = queue.read(4)
+    assert queue.tasks[large.name].demands == ()

@@ -10,6 +10,7 @@ from cineray.jobs import memory_check as memory_check_module
 from cineray.jobs.cli.main import main
 from cineray.jobs.manifest.check import RunDefaults, check_manifest, check_prompts
 from cineray.jobs.memory_check import MemoryCheck, memory_check
+from cineray.jobs.outlook import Outlook
 from cineray.jobs.run_options import RunOptions
 from cineray.pipeline.footprint.fit import (
     FINISHER,
@@ -199,6 +200,22 @@ def test_an_actor_refuses_what_its_gpu_cannot_hold():
     check_room(wanted, (FINISHER,), RTX4090)
     with pytest.raises(LoadingError, match=r"takes 53.7 GB of a GPU with a rank and a finisher .*which has 48.3 GB"):
         check_room(wanted, (RANK, SHARED), L40S)
+
+
+def test_a_clip_that_was_checked_is_told_with_what_it_takes():
+    """For gangs that came up while the manifest was checked still."""
+    check = MemoryCheck(WAN, on_ray("ulysses8"), None)
+    small = replace(CLIP, width=832, height=480)
+    assert check(CLIP) is check(small) is None
+    assert check.of(replace(CLIP, id="7", prompt="a dog", seed=3), shares_gpu=True) == check.largest()
+    assert check.of(small, shares_gpu=True) == demands(WAN, small, on_ray("ulysses8"))
+    assert [d.place for d in check.of(small, shares_gpu=False)] == [RANK, FINISHER]
+    assert check.of(replace(CLIP, num_frames=49), shares_gpu=True) == ()
+    outlook = Outlook(check)
+    idle = replace(CLIP, num_inference_steps=4)
+    assert outlook(idle) is None
+    assert outlook.demands_of(idle, shares_gpu=True) == demands(WAN, replace(idle, cache="none"), on_ray("ulysses8"))
+    assert Outlook().demands_of(CLIP, shares_gpu=True) == ()
 
 
 def test_a_folder_that_is_built_like_a_published_checkpoint_is_known_as_it():
