@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from cineray.caching.observation import BRANCH_ORDER
+from cineray.caching.plan import CachePlan
 from cineray.caching.trace import Trace, TraceEntry
 from cineray.distributed.attention import NativeAttention, SequenceAttention
 from cineray.distributed.consensus import GangConsensus, Mode
@@ -136,6 +137,7 @@ class Gang:
         clip: Denoising,
         on_step: StepDone,
         keeper: Keeper | None = None,
+        plan: CachePlan | None = None,
     ) -> tuple[torch.Tensor, Trace | None]:
         """Latents of the clip, on every rank; the trace is that of all branches.
 
@@ -144,6 +146,7 @@ class Gang:
         Args:
             clip: the same on every rank.
             keeper: keeps step states; one per rank, and all act alike.
+            plan: of the cache, the same on every rank; None for the one that the request names.
 
         Raises:
             ValueError: the gang's layout does not fit the model or the request.
@@ -151,18 +154,18 @@ class Gang:
         num_branches, models = len(clip.branches), by_transformer(model.checkpoint.model)
         for transformer in clip.transformers:
             check_layout(self.mesh.layout, num_heads(transformer.config), num_branches)
-        plan = model.checkpoint.plan_cache(request.cache)
+        planned = plan or model.checkpoint.plan_cache(request.cache)
         is_sharded = self.mesh.sequence.size > 1
         consensus = self.consensus
         if is_sharded and self._holds_all_tokens(model, request):
             is_sharded, consensus = False, replace(consensus, mesh=self.mesh.with_whole_sequences())
         with ExitStack() as attached:
             cache = None
-            if plan is not None:
+            if planned is not None:
                 # branches that stand in the batch are seen there
                 calls = None if model.checkpoint.model.stacked else num_branches
                 cache = attached.enter_context(
-                    attach_cache(clip.transformers, plan, calls, consensus=consensus, models=models)
+                    attach_cache(clip.transformers, planned, calls, consensus=consensus, models=models)
                 )
             for transformer in clip.transformers if not clip.hides_text else ():
                 attached.enter_context(calling_without_mask(transformer, model.checkpoint.model.layout))

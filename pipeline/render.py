@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from cineray.caching.plan import CachePlan
 from cineray.caching.trace import Trace
 from cineray.pipeline.adapters import Denoising
 from cineray.pipeline.denoise import StepDone
@@ -128,10 +129,15 @@ def denoise_prepared(
     *,
     gang: Gang = SOLO,
     keeper: Keeper | None = None,
+    plan: CachePlan | None = None,
 ) -> DenoisedClip:
-    """The loop over steps, the same on every rank of a gang."""
+    """The loop over steps, the same on every rank of a gang.
+
+    Args:
+        plan: of the cache, in the place of the one that the request names.
+    """
     began = time.monotonic()
-    latents, trace = gang.denoise(model, request, prepared.denoising, on_step, keeper)
+    latents, trace = gang.denoise(model, request, prepared.denoising, on_step, keeper, plan)
     check_finite(latents, "latents", "denoising", request.id, request.cache)
     return DenoisedClip(latents=latents, trace=trace, encode_s=prepared.encode_s, denoise_s=time.monotonic() - began)
 

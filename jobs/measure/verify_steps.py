@@ -3,8 +3,9 @@
 What may differ is measured, not set: the same steps on one rank with another attention kernel, which is as right.
 """
 
+import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,17 @@ from typing import Any
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cineray.caching.observation import BRANCH_ORDER
 from cineray.distributed.layout import Layout
-from cineray.jobs.measure.forced_steps import Recording, Teacher, keep_decisions, with_decisions
+from cineray.jobs.measure.forced_steps import (
+    Judged,
+    Recording,
+    Teacher,
+    following_plan,
+    keep_decisions,
+    recorded_judgments,
+    recorded_plan,
+)
 from cineray.jobs.measure.local_ranks import run_on_local_ranks
 from cineray.jobs.measure.verify import MIN_PSNR_DB, GangOptions, encode_on_rank, joined, prompt_path
 from cineray.pipeline.finite import NotFiniteError
@@ -32,12 +42,51 @@ MAX_RATIO = 3.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ComparedDecision:
+    """What a cache wanted at one place on a layout, against what it did on one rank.
+
+    Args:
+        is_pure: the layout's policy wants what was recorded of the change that was recorded.
+        recorded, here, other_kernel: the relative change that was judged: on one rank, on the layout, and on one rank
+            with another kernel; None where none was seen.
+    """
+
+    step: int
+    branch: int
+    sample: int
+    is_equal: bool
+    is_pure: bool
+    recorded: float | None
+    here: float | None
+    other_kernel: float | None
+
+    @property
+    def error(self) -> float:
+        """0 where neither saw a change, infinite where one alone did."""
+        return _distance(self.here, self.recorded)
+
+    @property
+    def floor(self) -> float:
+        """The same between two kernels on one rank."""
+        return _distance(self.other_kernel, self.recorded)
+
+    def is_apart(self, bound: float) -> bool:
+        """It differs, and not because its change is on the threshold's other side, as near as two right runs are."""
+        return not self.is_pure or not (self.is_equal or self.error <= bound)
+
+    @property
+    def text(self) -> str:
+        return f"step {self.step} branch {BRANCH_ORDER[self.branch]}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class VerifiedSteps:
     """One clip's steps on one layout against the same steps on one rank.
 
     Args:
         errors: of each step's output, relative to its norm, in float64.
         floors: the same between two kernels on one rank.
+        decisions: of a cache that judges, each from the same past.
         psnr_db: of the frames that the layout decodes of the same latents.
     """
 
@@ -46,14 +95,25 @@ class VerifiedSteps:
     ranks: int
     errors: tuple[float, ...]
     floors: tuple[float, ...]
+    decisions: tuple[ComparedDecision, ...] = ()
     psnr_db: float
     denoise_s: float
 
     @property
     def bounds(self) -> tuple[float, ...]:
         """Of each step: a multiple of its floor; a step whose floor is below most has that of most."""
-        middle = statistics.median(self.floors)
-        return tuple(MAX_RATIO * max(floor, middle) for floor in self.floors)
+        return _bounds(self.floors)
+
+    @property
+    def apart(self) -> tuple[ComparedDecision, ...]:
+        """Decisions that differ for another reason than the last bits of what they were judged by."""
+        bounds = _bounds(tuple(decision.floor for decision in self.decisions))
+        return tuple(d for d, bound in zip(self.decisions, bounds, strict=True) if d.is_apart(bound))
+
+    @property
+    def num_near(self) -> int:
+        """Decisions that differ within the distance of two right runs: the change was at the threshold."""
+        return sum(not decision.is_equal for decision in self.decisions) - len(self.apart)
 
     @property
     def worst_step(self) -> int:
@@ -64,7 +124,7 @@ class VerifiedSteps:
     @property
     def ok(self) -> bool:
         are_within = all(error <= bound for error, bound in zip(self.errors, self.bounds, strict=True))
-        return are_within and self.psnr_db >= MIN_PSNR_DB
+        return are_within and not self.apart and self.psnr_db >= MIN_PSNR_DB
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison for JSON, which has no infinity."""
@@ -77,10 +137,48 @@ class VerifiedSteps:
             "worst_step": step,
             "step_error": self.errors[step],
             "step_bound": self.bounds[step],
+            "decisions": len(self.decisions),
+            "decisions_near": self.num_near,
+            "decisions_apart": [decision.text for decision in self.apart],
             "psnr_db": None if self.psnr_db == float("inf") else round(self.psnr_db, 2),
             "denoise_s": round(self.denoise_s, 3),
             "ok": self.ok,
         }
+
+
+def _bounds(floors: tuple[float, ...]) -> tuple[float, ...]:
+    middle = statistics.median(floors) if floors else 0.0
+    return tuple(MAX_RATIO * max(floor, middle) for floor in floors)
+
+
+def compare_decisions(
+    recorded: Sequence[Judged], other_kernel: Sequence[Judged], here: Sequence[Judged]
+) -> tuple[ComparedDecision, ...]:
+    """Every decision of the recorded clip against that on a layout.
+
+    Args:
+        here: of all ranks; each judges the branches that it computes.
+    """
+    ours, theirs = ({one.place: one for one in judged} for judged in (here, other_kernel))
+    return tuple(
+        ComparedDecision(
+            step=one.step,
+            branch=one.branch,
+            sample=one.sample,
+            is_equal=ours[one.place].compute == one.compute,
+            is_pure=ours[one.place].compute_of_recorded == one.compute,
+            recorded=one.change,
+            here=ours[one.place].change,
+            other_kernel=theirs[one.place].change,
+        )
+        for one in recorded
+    )
+
+
+def _distance(change: float | None, other: float | None) -> float:
+    if change is None or other is None:
+        return 0.0 if change is other else math.inf
+    return 0.0 if change == other else abs(change - other)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,21 +222,34 @@ def verify_steps(
         for frames in recorded:
             if isinstance(frames, NotFiniteError):
                 raise frames
-        (floors,) = run_on_local_ranks(_step_with_another_kernel, 1, job, timeout_s=timeout_s, device=device)
+        (others,) = run_on_local_ranks(_step_with_another_kernel, 1, job, timeout_s=timeout_s, device=device)
+        judged = [recorded_judgments(_clip_folder(job, number)) for number in range(len(requests))]
         for layout in layouts:
             on_layout = replace(job, layout=layout)
             ranks = run_on_local_ranks(_step_on_rank, layout.world_size, on_layout, timeout_s=timeout_s, device=device)
-            for request, floor, frames, stepped in zip(requests, floors, recorded, ranks[0], strict=True):
-                errors, denoise_s, decoded = stepped
+            for number, request in enumerate(requests):
+                first, other = ranks[0][number], others[number]
+                here = [one for rank in ranks for one in rank[number].judged]
                 yield VerifiedSteps(
                     id=request.id,
                     layout=layout.text,
                     ranks=layout.world_size,
-                    errors=errors,
-                    floors=floor,
-                    psnr_db=psnr_db(decoded, frames),
-                    denoise_s=denoise_s,
+                    errors=first.errors,
+                    floors=other.errors,
+                    decisions=compare_decisions(judged[number], other.judged, here),
+                    psnr_db=psnr_db(first.frames, recorded[number]),
+                    denoise_s=first.denoise_s,
                 )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Stepped:
+    """A clip's steps on one rank; `frames` are those that a layout's first rank decodes of the recorded latents."""
+
+    errors: tuple[float, ...]
+    judged: tuple[Judged, ...]
+    denoise_s: float
+    frames: Any = None
 
 
 def _record_on_rank(rank: int, num_ranks: int, init_method: str, job: _Job) -> list[Any]:
@@ -152,8 +263,9 @@ def _record_on_rank(rank: int, num_ranks: int, init_method: str, job: _Job) -> l
             recording = Recording(prepared.denoising.advance, folder)
             prepared = replace(prepared, denoising=replace(prepared.denoising, advance=recording))
             try:
-                clip = denoise_prepared(model, request, prepared, lambda *_: None, gang=gang)
-                keep_decisions(clip.trace, folder)
+                plan, policy = recorded_plan(request, model.checkpoint)
+                clip = denoise_prepared(model, request, prepared, lambda *_: None, gang=gang, plan=plan)
+                keep_decisions(clip.trace, policy, folder)
                 rendered = decode_clip_on_gang(gang, model, clip, request)
                 found.append(None if rendered is None else rendered.frames)
             except NotFiniteError as error:
@@ -161,8 +273,8 @@ def _record_on_rank(rank: int, num_ranks: int, init_method: str, job: _Job) -> l
         return found
 
 
-def _step_with_another_kernel(_rank: int, _num_ranks: int, _init_method: str, job: _Job) -> list[tuple[float, ...]]:
-    """Each clip's errors with another attention kernel, on one rank."""
+def _step_with_another_kernel(_rank: int, _num_ranks: int, _init_method: str, job: _Job) -> list[_Stepped]:
+    """Each clip with another attention kernel, on one rank."""
     # of the kernels that need no more memory than the clip has: the formula would hold every score of a real clip
     options = replace(job.options, attention="native")
     with joined(job.layout, 0, 1, "", job.model_name, options, job.gang) as (_, model), another_kernel(options.device):
@@ -174,27 +286,27 @@ def another_kernel(device: str) -> AbstractContextManager[Any]:
     return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH] if device == "cuda" else [SDPBackend.MATH])
 
 
-def _step_on_rank(rank: int, num_ranks: int, init_method: str, job: _Job) -> list[tuple[tuple[float, ...], float, Any]]:
-    """Each clip's (errors, seconds, frames that this layout decodes of the recorded latents)."""
+def _step_on_rank(rank: int, num_ranks: int, init_method: str, job: _Job) -> list[_Stepped]:
     with joined(job.layout, rank, num_ranks, init_method, job.model_name, job.options, job.gang) as (gang, model):
         found = []
         for number, request in enumerate(job.requests):
-            errors, clip = _forced(gang, model, job, number, request)
+            stepped, clip = _forced(gang, model, job, number, request)
             rendered = decode_clip_on_gang(gang, model, clip, request)
-            found.append((errors, clip.denoise_s, None if rendered is None else rendered.frames))
+            found.append(replace(stepped, frames=None if rendered is None else rendered.frames))
         return found
 
 
 def _forced(
     gang: Gang, model: LoadedModel, job: _Job, number: int, request: ClipRequest
-) -> tuple[tuple[float, ...], DenoisedClip]:
-    """(errors, the clip) of steps that begin at the recorded latents each; so the clip's latents are the recorded."""
+) -> tuple[_Stepped, DenoisedClip]:
+    """Steps that begin at the recorded latents each, and the clip, whose latents are the recorded ones."""
     folder = _clip_folder(job, number)
-    request = replace(request, cache=with_decisions(request, model.checkpoint, folder))
+    plan, policy = following_plan(request, model.checkpoint, folder)
     prepared, teacher = _prepared(job, model, number, request), Teacher(folder)
     prepared = replace(prepared, denoising=replace(prepared.denoising, advance=teacher))
-    clip = denoise_prepared(model, request, prepared, lambda *_: None, gang=gang)
-    return tuple(teacher.errors), clip
+    clip = denoise_prepared(model, request, prepared, lambda *_: None, gang=gang, plan=plan)
+    judged = tuple(policy.judged) if policy is not None else ()
+    return _Stepped(errors=tuple(teacher.errors), judged=judged, denoise_s=clip.denoise_s), clip
 
 
 def _prepared(job: _Job, model: LoadedModel, number: int, request: ClipRequest) -> Any:
