@@ -66,7 +66,8 @@ def settle(plan: "RunPlan", requests: Iterable[ClipRequest], studies: Sequence[P
         return replace(settled, options=_on(options, Layout())) if options.picks_layout else settled
     machines = _machines(options, plan.load_options.device)
     seconds = _seconds(plan, machines, studies)
-    layouts = _layouts(plan, machines, kinds, seconds, min(num_tokens.values()))
+    shared = min(num_tokens.values()) if checkpoint.model.sharded is not None else 1  # tokens that ranks may share
+    layouts = _layouts(plan, machines, kinds, seconds, shared)
     if options.picks_layout:
         choice, layout, why = _chosen(plan, machines, kinds, seconds, layouts)
         num_clips = sum(kinds.values())

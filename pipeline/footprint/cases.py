@@ -160,6 +160,7 @@ def cases() -> Iterator[Case]:
         yield from _other_weights_cases(model)
     for model in ("wan2.1-t2v-14b", "hunyuan-video"):
         yield from _decode_cases(model)
+    yield from _alone_cases()
     for size, is_held_out in (
         ((480, 272, 17), False),
         ((832, 480, 33), False),
@@ -222,6 +223,47 @@ def _denoise_cases(model: str) -> Iterator[Case]:
                 cache=cache,
                 is_held_out=True,
             )
+
+
+def _alone_cases() -> Iterator[Case]:
+    """Wan 2.2 TI2V-5B, whose tokens no two ranks share; its sides are multiples of 32."""
+    model, last = "wan2.2-ti2v-5b", (960, 544, 61)
+    yield Case(model=model, part="load")
+    for cache in ("none", ALWAYS_SKIPS):
+        for width, height, frames in (_SMALL, (1280, 704, 121), last):
+            yield Case(
+                model=model,
+                part="denoise",
+                width=width,
+                height=height,
+                frames=frames,
+                cache=cache,
+                is_held_out=(width, height, frames) == last,
+            )
+    for weights in ("fp8", "int8"):
+        width, height, frames = _SMALL
+        yield Case(
+            model=model,
+            part="denoise",
+            width=width,
+            height=height,
+            frames=frames,
+            cache=ALWAYS_SKIPS,
+            weights_as=weights,
+        )
+    for width, height, frames in ((480, 288, 33), (832, 480, 33), (832, 480, 81), (1280, 704, 33), last):
+        is_last = (width, height, frames) == last
+        for layout in ("1", "ulysses4") if is_last else ("1", "ulysses2", "ulysses8"):
+            yield Case(
+                model=model,
+                part="decode",
+                width=width,
+                height=height,
+                frames=frames,
+                layout=layout,
+                is_held_out=is_last,
+            )
+        yield Case(model=model, part="tiled", width=width, height=height, frames=frames, is_held_out=is_last)
 
 
 def _other_weights_cases(model: str) -> Iterator[Case]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cineray.distributed.layout import Layout
 from cineray.pipeline.adapters import MODELS
-from cineray.pipeline.footprint.operations import HUNYUAN_TEXT_TOKENS
+from cineray.pipeline.footprint.operations import joint_text_tokens
 from cineray.pipeline.loading.checkpoint import Checkpoint
 
 _BYTES = 2  # bfloat16
@@ -47,7 +47,7 @@ def step_exchanges(
     channels = config["num_attention_heads"] * config["attention_head_dim"]
     if num_blocks is None:
         num_blocks = sum(config[name] for name in model.layout.counts)
-    text = HUNYUAN_TEXT_TOKENS if model.family == "hunyuan-video" else 0  # in joint attention
+    text = joint_text_tokens(config)
     here = -(-num_tokens // ranks)
     group = min(num_tokens, here * ulysses)  # image tokens of a ulysses group
     sent, count = 0.0, 0
@@ -65,7 +65,7 @@ def step_exchanges(
     if ranks > 1:  # the output's tokens
         patch = config["patch_size"]
         volume = patch**2 if isinstance(patch, int) else patch[0] * patch[1] * patch[2]
-        sent += (ranks - 1) * here * volume * config["out_channels"]
+        sent += (ranks - 1) * here * volume * (config.get("out_channels") or config["in_channels"])
         count += 1
     sent, count = (len(model.branches) // layout.cfg) * sent, (len(model.branches) // layout.cfg) * count
     if layout.cfg > 1:  # the other branch's velocity

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cineray.distributed.layout import Layout, check_layout
-from cineray.pipeline.footprint.forecast import Parts, parts_of, with_margin
+from cineray.distributed.layout import Layout
+from cineray.pipeline.footprint.forecast import Parts, check_model_layout, parts_of, with_margin
 from cineray.pipeline.footprint.laws import forecast_checkpoint, forecast_names, laws_of
+from cineray.pipeline.footprint.operations import FLUX_MLP_RATIO
 from cineray.pipeline.footprint.published import published
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.device import check_device, gpu_memory_bytes
@@ -112,11 +113,7 @@ def demands(known: Checkpoint, request: ClipRequest, setup: Setup) -> tuple[Dema
     Raises:
         InputError: the layout or the cache does not fit the model.
     """
-    config = known.configs.transformer
-    try:
-        check_layout(setup.layout, config["num_attention_heads"], len(known.model.branches))
-    except ValueError as error:
-        raise InputError(f"model {known.name}: {error}") from None
+    check_model_layout(known, setup.layout)
     options, takes_image = setup.options, known.size_rule.takes_image
     decode = "gang" if setup.decodes_on_gang else "tiled" if options.vae_tiling else "finisher"
     parts = _in_types(known, options, parts_of(known, request, setup.layout, decode))
@@ -289,9 +286,10 @@ def _leaf_bytes(known: Checkpoint) -> dict[str, int]:
     """The two largest layers, in 16 bits: what offloading by layers keeps on a GPU, one at work and one on its way."""
     config = known.configs.transformer
     dim = config["num_attention_heads"] * config["attention_head_dim"]
-    inner = config.get("ffn_dim") or round(config["mlp_ratio"] * dim)
-    text = published(known.name).config("text_encoder")
-    table = text["vocab_size"] * text.get("d_model", text.get("hidden_size"))
+    inner = config.get("ffn_dim") or round(config.get("mlp_ratio", FLUX_MLP_RATIO) * dim)
+    found = published(known.name)
+    texts = [found.config(part) for part in known.model.encoder_parts if found.has(part)]
+    table = max(text.get("vocab_size", 0) * text.get("d_model", text.get("hidden_size", 0)) for text in texts)
     return {"transformer": 2 * 2 * dim * inner, "text encoders": 2 * 2 * table}
 
 
@@ -301,7 +299,7 @@ def block_linear_parameters(config: Mapping[str, Any]) -> int:
     if config["_class_name"] == "WanTransformer3DModel":
         picture = 2 * (config["added_kv_proj_dim"] or 0) * dim
         return config["num_layers"] * (8 * dim * dim + 2 * dim * config["ffn_dim"] + picture)
-    mlp = round(config["mlp_ratio"] * dim)
+    mlp = round(config.get("mlp_ratio", FLUX_MLP_RATIO) * dim)
     double = 8 * dim * dim + 4 * dim * mlp + 12 * dim * dim  # both streams: attention, feed-forward, modulation
     single = 3 * dim * dim + dim * mlp + (dim + mlp) * dim + 3 * dim * dim
     return config["num_layers"] * double + config["num_single_layers"] * single

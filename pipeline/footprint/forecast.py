@@ -109,9 +109,9 @@ def with_margin(num_bytes: int) -> int:
     return round(num_bytes * SAFETY_FACTOR) + FIXED_BYTES
 
 
-def way_to_decode(decode: str, layout: Layout) -> tuple[str, int]:
-    """(the law's name for a way to decode, number of ranks that share it)."""
-    num_ranks = layout.ranks_per_gang if decode == "gang" else 1
+def way_to_decode(checkpoint: Checkpoint, decode: str, layout: Layout) -> tuple[str, int]:
+    """(the law's name for a way to decode, number of ranks that share it): one where the model has no rows to share."""
+    num_ranks = layout.ranks_per_gang if decode == "gang" and checkpoint.model.row_convolutions else 1
     how = _HOW[decode]
     return ("whole" if how == "rows" and num_ranks == 1 else how), num_ranks
 
@@ -143,7 +143,7 @@ def parts_of(checkpoint: Checkpoint, request: ClipRequest, layout: Layout, decod
         step=laws.step_bytes(here, num_tokens, layout, is_cached=plan is not None),
         cache=held,
         vae_weights=laws.vae_weights,
-        decoding=laws.decode_bytes(*size, *way_to_decode(decode, layout)),
+        decoding=laws.decode_bytes(*size, *way_to_decode(checkpoint, decode, layout)),
         image_encoding=laws.image_encode_bytes(*size),
         text_encoder=laws.text_encoder_bytes,
         text_host=laws.text_host_bytes,
@@ -190,7 +190,7 @@ def forecast(
     laws, plan = laws_of(model), _plan(checkpoint, cache)
     if decode == "auto":
         decode = "tiled" if checkpoint.adapter.tiles_on_gpus else "finisher"
-    how, num_ranks = way_to_decode(decode, layout)
+    how, num_ranks = way_to_decode(checkpoint, decode, layout)
     parts = parts_of(checkpoint, request, layout, decode)
     step_and_cache, decoding = parts.step + parts.cache, max(parts.decoding, parts.image_encoding)
     beside = max(step_and_cache, decoding) if decode == "gang" else step_and_cache + decoding
@@ -206,7 +206,13 @@ def forecast(
     num_tokens = checkpoint.adapter.num_tokens(checkpoint.configs, request)
     here = -(-num_tokens // layout.sequence_ranks)
     num_calls = len(MODELS[config["_class_name"]].branches) // cfg
-    forward = forward_flop(config, here=here, everywhere=num_tokens, sequence_ranks=layout.sequence_ranks)
+    forward = forward_flop(
+        config,
+        here=here,
+        everywhere=num_tokens,
+        sequence_ranks=layout.sequence_ranks,
+        is_per_token=checkpoint.configs.index.get("expand_timesteps") is True,
+    )
     depth = plan.probe_depth if isinstance(plan, CachePlan) else None
     exchanged = step_exchanges(checkpoint, layout, num_tokens, width, height, frames)
     work = Work(
@@ -246,10 +252,19 @@ def _request(checkpoint: Checkpoint, width: int, height: int, frames: int, cache
 
 
 def _layout(checkpoint: Checkpoint, cfg: int, ring: int, ulysses: int) -> Layout:
-    config = checkpoint.configs.transformer
     try:
         layout = Layout(cfg=cfg, ring=ring, ulysses=ulysses)
-        check_layout(layout, config["num_attention_heads"], len(MODELS[config["_class_name"]].branches))
     except ValueError as error:
         raise InputError(f"model {checkpoint.name}: {error}") from None
+    check_model_layout(checkpoint, layout)
     return layout
+
+
+def check_model_layout(checkpoint: Checkpoint, layout: Layout) -> None:
+    """Raises InputError where the ranks of a layout cannot share the model's clips."""
+    if checkpoint.model.sharded is None and layout.sequence_ranks > 1:
+        raise InputError(f"model {checkpoint.name}: its tokens cannot be shared by ranks, got {layout.text}")
+    try:
+        check_layout(layout, checkpoint.num_heads, len(checkpoint.model.branches))
+    except ValueError as error:
+        raise InputError(f"model {checkpoint.name}: {error}") from None

@@ -8,7 +8,7 @@ from typing import Any
 from cineray.caching.policies.smoothcache import LayerPlan
 from cineray.caching.policies.taylorseer import SeriesPlan
 from cineray.pipeline.adapters import MODELS
-from cineray.pipeline.footprint.operations import HUNYUAN_TEXT_TOKENS
+from cineray.pipeline.footprint.operations import FLUX_MLP_RATIO, joint_text_tokens
 
 
 def layer_cache_bytes(
@@ -40,9 +40,10 @@ def _outputs(config: Mapping[str, Any], here: int, is_series: bool) -> list[tupl
     if MODELS[config["_class_name"]].family == "wan":
         blocks = [[(name, here * channels) for name in ("attn1", "attn2", "ffn")]] * config["num_layers"]
     else:
-        text, joint = HUNYUAN_TEXT_TOKENS * channels, (here + HUNYUAN_TEXT_TOKENS) * channels
+        num_text = joint_text_tokens(config)
+        text, joint = num_text * channels, (here + num_text) * channels
         double = [("attn", joint), ("ff", here * channels), ("ff_context", text)]
-        single = [("attn", joint), ("proj_mlp", round(config["mlp_ratio"] * joint))]
+        single = [("attn", joint), ("proj_mlp", round(config.get("mlp_ratio", FLUX_MLP_RATIO) * joint))]
         single = [("proj_out", joint)] if is_series else single
         blocks = [double] * config["num_layers"] + [single] * config["num_single_layers"]
     return [(number, name, size) for number, block in enumerate(blocks) for name, size in block]

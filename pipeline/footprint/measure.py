@@ -19,13 +19,15 @@ from cineray.pipeline.adapters import MODELS, wan
 from cineray.pipeline.footprint.exchange_log import Exchange
 from cineray.pipeline.footprint.fake_gpu import GPU, FakeGPU, join_fake_world
 from cineray.pipeline.footprint.ledger import Ledger
-from cineray.pipeline.footprint.operations import HUNYUAN_TEXT_TOKENS, WAN_TEXT_TOKENS
+from cineray.pipeline.footprint.operations import HUNYUAN_TEXT_TOKENS, WAN_TEXT_TOKENS, joint_text_tokens
 from cineray.pipeline.footprint.subject import DTYPE
 from cineray.pipeline.gang import SOLO, Gang
 from cineray.pipeline.loading.model import LoadedModel
 from cineray.pipeline.media.picture import first_frame
 from cineray.pipeline.render import denoise_prepared, prepare_clip, to_frames
 from cineray.pipeline.request import ClipRequest
+
+CLIP_TOKENS = 77  # that CLIP's text encoders read
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,11 +203,7 @@ def decode_on(gpu: FakeGPU, model: LoadedModel, request: ClipRequest, num_ranks:
     gc.collect()
     weights = gpu.ledger.live_bytes
     gpu.ledger.begin()
-    scale = model.pipe.vae_scale_factor_spatial
-    num_frames = (request.num_frames - 1) // model.pipe.vae_scale_factor_temporal + 1
-    config = model.pipe.vae.config
-    channels = config.z_dim if "z_dim" in config else config.latent_channels
-    latents = torch.empty(1, channels, num_frames, request.height // scale, request.width // scale, device=GPU)
+    latents = torch.empty(_latent_shape(model, request), device=GPU)
     middle = model.pipe.vae.decoder.mid_block
     with _Phases(gpu.ledger, [(middle, True, "middle"), (middle, False, "rows")], "rows") as phases:
         if num_ranks == 1:
@@ -217,6 +215,16 @@ def decode_on(gpu: FakeGPU, model: LoadedModel, request: ClipRequest, num_ranks:
         if video is not None:
             to_frames(video)
     return _taken(gpu.ledger, weights, phases)
+
+
+def _latent_shape(model: LoadedModel, request: ClipRequest) -> tuple[int, ...]:
+    config = model.pipe.vae.config
+    channels = config.z_dim if "z_dim" in config else config.latent_channels
+    if model.checkpoint.model.family == "flux":  # packed: four of a channel in one token
+        return 1, model.adapter.num_tokens(model.checkpoint.configs, request), 4 * channels
+    scale = model.pipe.vae_scale_factor_spatial
+    num_frames = (request.num_frames - 1) // model.pipe.vae_scale_factor_temporal + 1
+    return 1, channels, num_frames, request.height // scale, request.width // scale
 
 
 def encode_text_on(gpu: FakeGPU, model: LoadedModel) -> Taken:
@@ -236,7 +244,11 @@ def _encode_text(model: LoadedModel) -> None:
         num_tokens = HUNYUAN_TEXT_TOKENS + DEFAULT_PROMPT_TEMPLATE["crop_start"]
         ids, mask = _tokens(num_tokens)
         model.pipe.text_encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-        model.pipe.text_encoder_2(_tokens(77)[0], output_hidden_states=False)
+        model.pipe.text_encoder_2(_tokens(CLIP_TOKENS)[0], output_hidden_states=False)
+    elif model.checkpoint.model.family == "flux":
+        model.pipe.text_encoder(_tokens(CLIP_TOKENS)[0], output_hidden_states=False)
+        num_tokens = joint_text_tokens(model.checkpoint.configs.transformer)
+        model.pipe.text_encoder_2(_tokens(num_tokens)[0], output_hidden_states=False)
     else:
         model.pipe.text_encoder(*_tokens(WAN_TEXT_TOKENS))
 
@@ -258,7 +270,7 @@ def _taken(ledger: Ledger, weights: int, phases: _Phases) -> Taken:
 def _encoded(model: LoadedModel, request: ClipRequest, encodes_image: bool) -> dict[str, torch.Tensor]:
     """The table of the adapter's `encode`: texts that are encoded already, and the first frame, encoded or not."""
     pipe, config = model.pipe, model.pipe.transformer.config
-    dim = config.get("text_dim") or config["text_embed_dim"]
+    dim = config.get("text_dim") or config.get("text_embed_dim") or config["joint_attention_dim"]
 
     def text(num_tokens: int) -> torch.Tensor:
         return torch.empty(1, num_tokens, dim, dtype=DTYPE, device=GPU)
@@ -267,6 +279,9 @@ def _encoded(model: LoadedModel, request: ClipRequest, encodes_image: bool) -> d
         pooled = torch.empty(1, config.pooled_projection_dim, dtype=DTYPE, device=GPU)
         mask = torch.ones(1, HUNYUAN_TEXT_TOKENS, dtype=DTYPE, device=GPU)  # the longest prompt: no padding
         return {"text": text(HUNYUAN_TEXT_TOKENS), "pooled": pooled, "mask": mask}
+    if model.checkpoint.model.family == "flux":
+        pooled = torch.empty(1, config.pooled_projection_dim, dtype=DTYPE, device=GPU)
+        return {"text": text(joint_text_tokens(config)), "pooled": pooled}
     encoded = {"cond": text(WAN_TEXT_TOKENS), "uncond": text(WAN_TEXT_TOKENS)}
     if request.image is None:
         return encoded

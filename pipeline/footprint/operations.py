@@ -11,9 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cineray.pipeline.adapters.flux import DEV_TOKENS, SCHNELL_TOKENS
+
 WAN_TEXT_TOKENS = 512
 WAN_IMAGE_TOKENS = 257  # CLIP ViT-H/14: 16 x 16 patches and the class token
 HUNYUAN_TEXT_TOKENS = 256
+FLUX_MLP_RATIO = 4  # its class's own, which no configuration says
+
+
+def joint_text_tokens(config: Mapping[str, Any]) -> int:
+    """Text tokens that attend beside the image's in a transformer's blocks; 0 where they have their own attention."""
+    if config["_class_name"] == "FluxTransformer2DModel":
+        return DEV_TOKENS if config.get("guidance_embeds") else SCHNELL_TOKENS
+    return HUNYUAN_TEXT_TOKENS if config["_class_name"] == "HunyuanVideoTransformer3DModel" else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,26 +47,31 @@ class ForwardFlop:
         return self.around + sum(self.blocks[:probe_depth])
 
 
-def forward_flop(config: Mapping[str, Any], *, here: int, everywhere: int, sequence_ranks: int) -> ForwardFlop:
+def forward_flop(
+    config: Mapping[str, Any], *, here: int, everywhere: int, sequence_ranks: int, is_per_token: bool = False
+) -> ForwardFlop:
     """Operations of one forward with a batch of one.
 
     Args:
         config: of the transformer.
         here, everywhere: image tokens of this rank, and of all ranks of the sequence.
         sequence_ranks: that share the attention.
+        is_per_token: each token has a timestep of its own, which is embedded (Wan 2.2 TI2V).
     """
-    count = {"WanTransformer3DModel": _wan, "HunyuanVideoTransformer3DModel": _hunyuan}[config["_class_name"]]
+    if config["_class_name"] == "WanTransformer3DModel":
+        return _wan(config, here, everywhere, sequence_ranks, everywhere if is_per_token else 1)
+    count = {"FluxTransformer2DModel": _flux, "HunyuanVideoTransformer3DModel": _hunyuan}[config["_class_name"]]
     return count(config, here, everywhere, sequence_ranks)
 
 
-def _wan(config: Mapping[str, Any], here: int, everywhere: int, sequence_ranks: int) -> ForwardFlop:
+def _wan(config: Mapping[str, Any], here: int, everywhere: int, sequence_ranks: int, num_timesteps: int) -> ForwardFlop:
     d, text, s = config["num_attention_heads"] * config["attention_head_dim"], WAN_TEXT_TOKENS, here
     volume = config["patch_size"][0] * config["patch_size"][1] * config["patch_size"][2]
     block = 8 * s * d * d + 4 * everywhere * everywhere * d / sequence_ranks  # self-attention
     block += 4 * s * d * d + 4 * text * d * d + 4 * s * text * d  # cross-attention
     block += 4 * s * d * config["ffn_dim"]
     around = 2 * everywhere * volume * config["in_channels"] * d + 2 * s * d * volume * config["out_channels"]
-    around += 2 * text * d * (config["text_dim"] + d) + 2 * d * (config["freq_dim"] + 7 * d)
+    around += 2 * text * d * (config["text_dim"] + d) + 2 * num_timesteps * d * (config["freq_dim"] + 7 * d)
     if config["image_dim"] is not None:
         block += 4 * WAN_IMAGE_TOKENS * config["added_kv_proj_dim"] * d + 4 * s * WAN_IMAGE_TOKENS * d
         around += 2 * WAN_IMAGE_TOKENS * config["image_dim"] * (config["image_dim"] + d)
@@ -75,4 +90,14 @@ def _hunyuan(config: Mapping[str, Any], here: int, everywhere: int, sequence_ran
     patch = config["patch_size"] ** 2 * config["patch_size_t"]
     around = 2 * everywhere * patch * config["in_channels"] * d + 2 * s * d * patch * config["out_channels"]
     around += refiner + 2 * text * config["text_embed_dim"] * d
+    return ForwardFlop(around, (double,) * config["num_layers"] + (single,) * config["num_single_layers"])
+
+
+def _flux(config: Mapping[str, Any], here: int, everywhere: int, sequence_ranks: int) -> ForwardFlop:
+    d, text = config["num_attention_heads"] * config["attention_head_dim"], joint_text_tokens(config)
+    joint, mlp = here + text, FLUX_MLP_RATIO
+    attention = 4 * (everywhere + text) ** 2 * d / sequence_ranks
+    double = 8 * joint * d * d + 4 * mlp * joint * d * d + attention + 24 * d * d
+    single = (6 + 2 * mlp + 2 * (1 + mlp)) * joint * d * d + attention + 6 * d * d
+    around = 2 * (everywhere + here) * config["in_channels"] * d + 2 * text * config["joint_attention_dim"] * d
     return ForwardFlop(around, (double,) * config["num_layers"] + (single,) * config["num_single_layers"])
