@@ -49,6 +49,12 @@ SHIPPED = {"tiny-wan", "tiny-hunyuan", "tiny-wan2.2", "tiny-dit"}  # weights and
 NOT_FORECAST = {
     "hunyuan-video-i2v",
     "hunyuan-video-i2v-33ch",
+    "hunyuan-video-1.5-t2v-480p",
+    "hunyuan-video-1.5-t2v-720p",
+    "hunyuan-video-1.5-i2v-480p",
+    "hunyuan-video-1.5-i2v-720p",
+    "wan2.1-vace-1.3b",
+    "wan2.1-vace-14b",
     "flux.1-dev",
     "flux.1-schnell",
     "stable-audio-open-1.0",
