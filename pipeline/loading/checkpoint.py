@@ -148,7 +148,8 @@ def open_checkpoint(model: str, models: Models = MODELS) -> Checkpoint:
     is_local = _is_folder(source)
     if not is_local and source.count("/") != 1:
         raise InputError(
-            f"model {shorten(model, 200)} is neither a folder nor a hub id owner/name nor one of: {', '.join(names)}"
+            f"model {shorten(model, 200)} is neither a folder nor a hub id owner/name nor one of those that "
+            "`cineray models` lists"
         )
 
     def read(file: str) -> dict[str, Any]:

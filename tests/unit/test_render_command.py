@@ -200,7 +200,7 @@ def test_a_manifest_with_hunyuan_video(render, tmp_path):
         (["a", "--image", "x.png"], "image cannot be used"),
         (["a", "--image-fit", "crop"], "image_fit cannot be used: this model renders from text alone"),
         (["a", "--image-fit", "zoom"], "'zoom' is not one of 'stretch', 'crop', 'pad'"),
-        (["a", "--model", "no-such-model"], "neither a folder nor a hub id owner/name nor one of: tiny-"),
+        (["a", "--model", "no-such-model"], "neither a folder nor a hub id owner/name nor one of those"),
         (["a", "--typo"], "No such option '--typo'"),
     ],
 )
