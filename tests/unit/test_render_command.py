@@ -26,6 +26,7 @@ def render(checkpoint_folder, tmp_path, capsys):
     def run(*arguments: str, model: str = "wan", small: bool = True):
         out = tmp_path / "out"
         command = ["render", "--out", str(out), "--model", str(checkpoint_folder(model)), *(SMALL if small else [])]
+        capsys.readouterr()  # whoever asks for a folder first sees it being written
         code = main([*command, *arguments])
         captured = capsys.readouterr()
         return code, captured.out, captured.err, out
