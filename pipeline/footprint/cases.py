@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -161,21 +161,14 @@ def cases() -> Iterator[Case]:
     for model in ("wan2.1-t2v-14b", "hunyuan-video"):
         yield from _decode_cases(model)
     yield from _alone_cases()
-    for size, is_held_out in (
-        ((480, 272, 17), False),
-        ((832, 480, 33), False),
-        ((480, 272, 81), False),
-        ((640, 368, 49), True),
-    ):
-        width, height, frames = size
-        yield Case(
-            model="wan2.1-i2v-14b-720p",
-            part="encode-image",
-            width=width,
-            height=height,
-            frames=frames,
-            is_held_out=is_held_out,
-        )
+    for size in ((480, 272, 17), (832, 480, 33), (480, 272, 81)):
+        yield _case("wan2.1-i2v-14b-720p", "encode-image", size)
+    yield _case("wan2.1-i2v-14b-720p", "encode-image", (640, 368, 49), is_held_out=True)
+
+
+def _case(model: str, part: Part, size: tuple[int, int, int], **more: Any) -> Case:
+    width, height, frames = size
+    return Case(model=model, part=part, width=width, height=height, frames=frames, **more)
 
 
 def _wide(model: str) -> str:
@@ -183,46 +176,19 @@ def _wide(model: str) -> str:
 
 
 def _denoise_cases(model: str) -> Iterator[Case]:
-    wide = _wide(model)
     for cache in ("none", ALWAYS_SKIPS):
-        for width, height, frames in (_SMALL, _LARGE):
-            for layout in ("1", "ulysses2", wide, "ring2", "ring2xulysses4"):
-                yield Case(
-                    model=model,
-                    part="denoise",
-                    width=width,
-                    height=height,
-                    frames=frames,
-                    layout=layout,
-                    cache=cache,
-                )
+        for size in (_SMALL, _LARGE):
+            for layout in ("1", "ulysses2", _wide(model), "ring2", "ring2xulysses4"):
+                yield _case(model, "denoise", size, layout=layout, cache=cache)
         for layout in ("ring4", "ring2xulysses2"):
-            width, height, frames = _SMALL
-            yield Case(
-                model=model,
-                part="denoise",
-                width=width,
-                height=height,
-                frames=frames,
-                layout=layout,
-                cache=cache,
-            )
-        for layout, (width, height, frames) in (
+            yield _case(model, "denoise", _SMALL, layout=layout, cache=cache)
+        for layout, size in (
             ("1", (960, 544, 61)),
             ("ulysses4", (960, 544, 129)),
             ("ring4", (1280, 720, 121)),
             ("ring2xulysses2", (640, 368, 49)),
         ):
-            yield Case(
-                model=model,
-                part="denoise",
-                width=width,
-                height=height,
-                frames=frames,
-                layout=layout,
-                cache=cache,
-                is_held_out=True,
-            )
+            yield _case(model, "denoise", size, layout=layout, cache=cache, is_held_out=True)
 
 
 def _alone_cases() -> Iterator[Case]:
@@ -230,65 +196,33 @@ def _alone_cases() -> Iterator[Case]:
     model, last = "wan2.2-ti2v-5b", (960, 544, 61)
     yield Case(model=model, part="load")
     for cache in ("none", ALWAYS_SKIPS):
-        for width, height, frames in (_SMALL, (1280, 704, 121), last):
-            yield Case(
-                model=model,
-                part="denoise",
-                width=width,
-                height=height,
-                frames=frames,
-                cache=cache,
-                is_held_out=(width, height, frames) == last,
-            )
+        for size in (_SMALL, (1280, 704, 121), last):
+            yield _case(model, "denoise", size, cache=cache, is_held_out=size == last)
     for weights in ("fp8", "int8"):
-        width, height, frames = _SMALL
-        yield Case(
-            model=model,
-            part="denoise",
-            width=width,
-            height=height,
-            frames=frames,
-            cache=ALWAYS_SKIPS,
-            weights_as=weights,
-        )
-    for width, height, frames in ((480, 288, 33), (832, 480, 33), (832, 480, 81), (1280, 704, 33), last):
-        is_last = (width, height, frames) == last
-        for layout in ("1", "ulysses4") if is_last else ("1", "ulysses2", "ulysses8"):
-            yield Case(
-                model=model,
-                part="decode",
-                width=width,
-                height=height,
-                frames=frames,
-                layout=layout,
-                is_held_out=is_last,
-            )
-        yield Case(model=model, part="tiled", width=width, height=height, frames=frames, is_held_out=is_last)
+        yield _case(model, "denoise", _SMALL, cache=ALWAYS_SKIPS, weights_as=weights)
+    for size in ((480, 288, 33), (832, 480, 33), (832, 480, 81), (1280, 704, 33)):
+        yield from _decodes(model, size, ("1", "ulysses2", "ulysses8"))
+    yield from _decodes(model, last, ("1", "ulysses4"), is_held_out=True)
 
 
 def _other_weights_cases(model: str) -> Iterator[Case]:
     """Each has a twin with whole weights."""
-    width, height, frames = _SMALL
     for weights in ("sharded", "fp8", "int8"):
         for layout in ("ulysses2", _wide(model)):
-            yield Case(
-                model=model,
-                part="denoise",
-                width=width,
-                height=height,
-                frames=frames,
-                layout=layout,
-                cache=ALWAYS_SKIPS,
-                weights_as=weights,
-            )
+            yield _case(model, "denoise", _SMALL, layout=layout, cache=ALWAYS_SKIPS, weights_as=weights)
 
 
 def _decode_cases(model: str) -> Iterator[Case]:
-    for width, height, frames in ((480, 272, 33), (832, 480, 33), (832, 480, 81), (1280, 720, 33)):
-        for layout in ("1", "ulysses2", "ulysses8"):
-            yield Case(model=model, part="decode", width=width, height=height, frames=frames, layout=layout)
-        yield Case(model=model, part="tiled", width=width, height=height, frames=frames)
-    for layout in ("1", "ulysses4"):
-        yield Case(model=model, part="decode", width=960, height=544, frames=61, layout=layout, is_held_out=True)
-    yield Case(model=model, part="tiled", width=960, height=544, frames=61, is_held_out=True)
-    yield Case(model=model, part="decode", width=1280, height=720, frames=81, is_held_out=True)
+    for size in ((480, 272, 33), (832, 480, 33), (832, 480, 81), (1280, 720, 33)):
+        yield from _decodes(model, size, ("1", "ulysses2", "ulysses8"))
+    yield from _decodes(model, (960, 544, 61), ("1", "ulysses4"), is_held_out=True)
+    yield _case(model, "decode", _LARGE, is_held_out=True)
+
+
+def _decodes(
+    model: str, size: tuple[int, int, int], layouts: Sequence[str], *, is_held_out: bool = False
+) -> Iterator[Case]:
+    """Whole on one rank, by rows on several, and in tiles."""
+    for layout in layouts:
+        yield _case(model, "decode", size, layout=layout, is_held_out=is_held_out)
+    yield _case(model, "tiled", size, is_held_out=is_held_out)
