@@ -342,6 +342,16 @@ def fingerprint(
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def picture_inputs(request: ClipRequest) -> dict[str, object]:
+    """What a first frame is encoded from: the picture, by what it holds where that is known, and the clip's size."""
+    picture = request.picture
+    return {
+        "image": request.image if picture is None else picture.sha256,
+        "image_fit": request.image_fit,
+        "size": [request.width, request.height],
+    }
+
+
 def control_inputs(request: ClipRequest) -> dict[str, object]:
     """What the files of `control_files` change, of a request that is `pinned`; empty where there are none."""
     if not request.control_files:

@@ -21,13 +21,14 @@ from cineray.pipeline.adapters.protocol import (
     Expert,
     ModelConfigs,
     TextLimit,
+    beside_noise,
     cut_message,
     draw_noise,
     new_schedule,
     without_gradients,
 )
 from cineray.pipeline.media.picture import first_frame
-from cineray.pipeline.request import ClipRequest, SizeRule
+from cineray.pipeline.request import ClipRequest, SizeRule, picture_inputs
 
 if TYPE_CHECKING:
     import torch
@@ -172,10 +173,6 @@ class HunyuanVideo15:
             num_tokens = 0 if trims else pipe.vision_num_semantic_tokens
             size = (1, num_tokens, transformer.config.image_embed_dim)
             seen = torch.zeros(size, dtype=transformer.dtype, device=device)
-        beside = torch.zeros(1, noise.shape[1] + 1, *noise.shape[2:], device=device)
-        if "image" in encoded:
-            beside[:, :-1, :1] = encoded["image"].to(device, beside.dtype)
-            beside[:, -1:, :1] = 1  # the mask of frames that are given
         return Denoising(
             latents=noise,
             scheduler=scheduler,
@@ -192,7 +189,7 @@ class HunyuanVideo15:
                 if f"{branch}_text" in encoded
             ),
             experts=(Expert(transformer=transformer, guidance_scale=request.guidance_scale),),
-            channel_condition=beside,
+            channel_condition=beside_noise(noise, encoded.get("image")),
             model_input=partial(_model_input, transformer.dtype),
             hides_text=not trims,
         )
@@ -215,13 +212,7 @@ class HunyuanImageToVideo15(HunyuanVideo15):
 
     def encode_inputs(self, request: ClipRequest) -> dict[str, Any]:
         """The picture, and the size in which its encoders see it, beside the prompts."""
-        picture = request.picture
-        return {
-            **super().encode_inputs(request),
-            "image": request.image if picture is None else picture.sha256,
-            "image_fit": request.image_fit,
-            "size": [request.width, request.height],
-        }
+        return super().encode_inputs(request) | picture_inputs(request)
 
     @without_gradients
     def encode(self, pipe: Any, request: ClipRequest) -> dict[str, torch.Tensor]:

@@ -22,13 +22,14 @@ from cineray.pipeline.adapters.protocol import (
     Expert,
     ModelConfigs,
     TextLimit,
+    beside_noise,
     cut_message,
     draw_noise,
     scheduler_step,
     without_gradients,
 )
 from cineray.pipeline.media.picture import first_frame
-from cineray.pipeline.request import ClipRequest, SizeRule
+from cineray.pipeline.request import ClipRequest, SizeRule, picture_inputs
 
 if TYPE_CHECKING:
     import torch
@@ -109,13 +110,7 @@ class HunyuanImageToVideo(HunyuanVideo):
 
     def encode_inputs(self, request: ClipRequest) -> dict[str, Any]:
         """The picture, and the size in which the VAE sees it, beside the prompt."""
-        picture = request.picture
-        return {
-            **super().encode_inputs(request),
-            "image": request.image if picture is None else picture.sha256,
-            "image_fit": request.image_fit,
-            "size": [request.width, request.height],
-        }
+        return super().encode_inputs(request) | picture_inputs(request)
 
     @without_gradients
     def encode(self, pipe: Any, request: ClipRequest) -> dict[str, torch.Tensor]:
@@ -166,10 +161,7 @@ class HunyuanImageToVideo(HunyuanVideo):
         )
         if self.condition == REPLACE:
             return replace(clip, model_input=partial(_with_first, image), advance=partial(_behind_first, image))
-        beside = torch.zeros(1, image.shape[1] + 1, *noise.shape[2:], device=noise.device)
-        beside[:, :-1, :1] = image
-        beside[:, -1:, :1] = 1  # the mask of frames that are given
-        return replace(clip, channel_condition=beside)
+        return replace(clip, channel_condition=beside_noise(noise, image))
 
     @without_gradients
     def decode(

@@ -48,6 +48,11 @@ class BlockLayout:
     hinted: str | None = None
     unread: tuple[str, ...] = ()
 
+    @property
+    def all_lists(self) -> tuple[str, ...]:
+        """`lists`, and `hints` behind them."""
+        return self.lists if self.hints is None else (*self.lists, self.hints)
+
     def num_hints(self, config: Mapping[str, Any]) -> int:
         """Blocks of `hints`."""
         return 0 if self.hinted is None else len(config[self.hinted])

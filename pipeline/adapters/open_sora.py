@@ -36,7 +36,7 @@ from cineray.pipeline.adapters.protocol import (
 )
 from cineray.pipeline.media.control import last_frames
 from cineray.pipeline.media.picture import first_frame
-from cineray.pipeline.request import ClipRequest, SizeRule, control_inputs
+from cineray.pipeline.request import ClipRequest, SizeRule, control_inputs, picture_inputs
 
 if TYPE_CHECKING:
     import torch
@@ -110,9 +110,7 @@ class OpenSora:
     def encode_inputs(self, request: ClipRequest) -> dict[str, Any]:
         inputs: dict[str, Any] = {"prompt": prompt_text(request.prompt)}
         if request.image is not None:
-            picture = request.picture
-            inputs["image"] = request.image if picture is None else picture.sha256
-            inputs |= {"image_fit": request.image_fit, "size": [request.width, request.height]}
+            inputs |= picture_inputs(request)
         if request.control_video is not None:
             inputs |= {**control_inputs(request), "size": [request.width, request.height]}
         return inputs

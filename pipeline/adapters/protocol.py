@@ -352,3 +352,15 @@ def draw_noise(pipe: Any, request: ClipRequest, num_channels: int, generator: to
         request.width // pipe.vae_scale_factor_spatial,
     )
     return randn_tensor(shape, generator=generator, device=pipe._execution_device, dtype=torch.float32)
+
+
+def beside_noise(noise: torch.Tensor, image: torch.Tensor | None) -> torch.Tensor:
+    """HunyuanVideo's condition of image to video, float32 on the noise's device [1, C + 1, F, H, W]: latents of the
+    frames that are given [1, C, 1, H, W], which is the first or none, and a mask of these."""
+    import torch
+
+    beside = torch.zeros(1, noise.shape[1] + 1, *noise.shape[2:], device=noise.device)
+    if image is not None:
+        beside[:, :-1, :1] = image.to(beside.device, beside.dtype)
+        beside[:, -1:, :1] = 1
+    return beside

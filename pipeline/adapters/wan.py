@@ -40,7 +40,7 @@ from cineray.pipeline.adapters.protocol import (
     without_gradients,
 )
 from cineray.pipeline.media.picture import first_frame
-from cineray.pipeline.request import ClipRequest, SizeRule
+from cineray.pipeline.request import ClipRequest, SizeRule, picture_inputs
 
 if TYPE_CHECKING:
     import torch
@@ -273,13 +273,8 @@ class WanImageToVideo(WanTextToVideo):
 
     def encode_inputs(self, request: ClipRequest) -> dict[str, Any]:
         """The picture, and the size in which the VAE sees it, beside the prompts."""
-        picture = request.picture
-        return {
-            **_prompt_inputs(request),
-            "image": request.image if picture is None else picture.sha256,
-            "image_fit": request.image_fit,
-            "size": [request.width, request.height, request.num_frames],
-        }
+        size = [request.width, request.height, request.num_frames]
+        return _prompt_inputs(request) | picture_inputs(request) | {"size": size}
 
     def encode(self, pipe: Any, request: ClipRequest) -> dict[str, torch.Tensor]:
         """Text embeddings by branch, and the picture."""

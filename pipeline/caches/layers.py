@@ -34,7 +34,7 @@ def check_blocks_not_compiled(transformer: nn.Module, layout: BlockLayout) -> No
     Raises:
         ValueError: a block is compiled.
     """
-    for blocks in (*layout.lists, *filter(None, (layout.hints,))):
+    for blocks in layout.all_lists:
         if any(is_compiled(block) for block in getattr(transformer, blocks).children()):
             raise ValueError(
                 f"cache: smoothcache and taylorseer work within blocks, and {blocks} are compiled; use a policy that "
@@ -48,7 +48,7 @@ def layers_of(transformer: nn.Module, layout: BlockLayout) -> Iterator[tuple[str
     Those that make hints come last.
     """
     number = 0
-    for blocks in (*layout.lists, *filter(None, (layout.hints,))):
+    for blocks in layout.all_lists:
         number = 0 if layout.interleaved else number
         for block in getattr(transformer, blocks).children():
             for layer, attribute in _attributes(layout, blocks):

@@ -87,9 +87,7 @@ def last_frames(request: ClipRequest, num_frames: int) -> list[Image.Image]:
         PictureError: as `control_frames`.
     """
     assert request.control_video is not None
-    path = request.control_video
-    skip = max(0, (video_facts(path).num_frames or 0) - num_frames)
-    return _read(request, path, num_frames, skip)
+    return _read(request, request.control_video, num_frames, at_end=True)
 
 
 def too_few_frames(path: str, num_frames: int, num_needed: int) -> str | None:
@@ -111,12 +109,13 @@ def _picture(path: str, digest: str | None) -> Image.Image:
 
 
 def _frames(request: ClipRequest, path: str) -> list[Image.Image]:
-    return _read(request, path, request.num_frames, 0)
+    return _read(request, path, request.num_frames, at_end=False)
 
 
-def _read(request: ClipRequest, path: str, num_frames: int, skip: int) -> list[Image.Image]:
-    _check_unchanged(path, dict(_named_digests(request)).get(path), lambda: _digest(path))
+def _read(request: ClipRequest, path: str, num_frames: int, *, at_end: bool) -> list[Image.Image]:
     try:
+        _check_unchanged(path, dict(_named_digests(request)).get(path), lambda: _digest(path))
+        skip = max(0, count_frames(path, MAX_FRAMES) - num_frames) if at_end else 0
         frames: np.ndarray = read_video(path, num_frames, skip)
     except (OSError, VideoError) as error:
         raise PictureError(f"video {shorten(path)} cannot be used: {_reason(error)}") from None
