@@ -10,17 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from cineray.files import MAX_JSON_BYTES, parse_json, read_regular
+from cineray.files import read_regular
 from cineray.pipeline.media.ffmpeg import EXTRA, VideoError, file_url, run_ffmpeg
-from cineray.pipeline.media.video import metadata_file
+from cineray.pipeline.media.video import metadata_file, read_metadata
 from cineray.pipeline.request import InputError
 
 MAX_FLAC_BYTES = 2**30
-_MAGIC = b"fLaC"
-_STREAMINFO, _VORBIS_COMMENT = 0, 4  # kinds of metadata blocks: RFC 9639, section 8
-_STREAMINFO_BYTES = 34
+_INPUT = ("-protocol_whitelist", "file", "-format_whitelist", "flac", "-f", "flac")
+# RFC 9639, section 8: the first metadata block, of kind 0 (above it a bit of the last one), and its length, is always
+# what the stream says of itself
+_HEADS = tuple(b"fLaC" + bytes((is_last << 7, 0, 0, 34)) for is_last in (False, True))
+_STREAMINFO = slice(8, 42)
 _BLOCK_SAMPLES = 4096  # what the format's own program takes at 44.1 kHz; ffmpeg would take too few at low rates
-_COMMENT = b"DESCRIPTION"  # what ffmpeg calls `comment` in a Vorbis comment (libavformat/vorbiscomment.c)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ def read_flac(path: Path) -> tuple[np.ndarray, int]:
     info, pcm = read_stream_info(path), bytearray()
     run_ffmpeg(
         [
-            *("-protocol_whitelist", "file", "-format_whitelist", "flac", "-f", "flac", "-i", file_url(path)),
+            *(*_INPUT, "-i", file_url(path)),
             *("-map", "0:a:0", "-f", "s16le", "pipe:1"),
         ],
         pcm.extend,
@@ -116,10 +117,11 @@ def read_stream_info(path: Path) -> StreamInfo:
         VideoError: it is no FLAC of 16 bits.
     """
     try:
-        block = next((body for kind, body in _blocks(path) if kind == _STREAMINFO), b"")
+        head = read_regular(path, MAX_FLAC_BYTES)[: _STREAMINFO.stop]
     except (OSError, ValueError) as error:
         raise VideoError(" ".join(str(error).split()) or type(error).__name__) from None
-    if len(block) != _STREAMINFO_BYTES:
+    block = head[_STREAMINFO]
+    if not head.startswith(_HEADS) or len(head) != _STREAMINFO.stop:
         raise VideoError("it is no FLAC")
     packed = int.from_bytes(block[10:18], "big")  # 20 bits rate, 3 channels less one, 5 bits less one, 36 samples
     num_bits = (packed >> 36 & 0x1F) + 1
@@ -135,42 +137,4 @@ def read_stream_info(path: Path) -> StreamInfo:
 
 def read_flac_metadata(path: Path) -> dict[str, Any]:
     """The JSON of the comment; empty where there is none that can be used."""
-    try:
-        for kind, body in _blocks(path):
-            if kind == _VORBIS_COMMENT:
-                for name, text in _comments(body):
-                    if name == _COMMENT and len(text) <= MAX_JSON_BYTES:
-                        found = parse_json(text)
-                        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
-        pass
-    return {}
-
-
-def _blocks(path: Path) -> list[tuple[int, bytes]]:
-    """(kind, body) of the metadata blocks in front of the sound; none of what is no FLAC."""
-    content = read_regular(path, MAX_FLAC_BYTES)
-    found: list[tuple[int, bytes]] = []
-    at, is_last = len(_MAGIC), content[: len(_MAGIC)] != _MAGIC
-    while not is_last and at + 4 <= len(content):
-        is_last, length = bool(content[at] & 0x80), int.from_bytes(content[at + 1 : at + 4], "big")
-        found.append((content[at] & 0x7F, content[at + 4 : at + 4 + length]))
-        at += 4 + length
-    return found
-
-
-def _comments(body: bytes) -> list[tuple[bytes, bytes]]:
-    """(NAME, text) of a Vorbis comment, whose lengths are little endian."""
-
-    def piece(at: int) -> tuple[bytes, int]:
-        length = int.from_bytes(body[at : at + 4], "little")
-        return body[at + 4 : at + 4 + length], at + 4 + length
-
-    _, at = piece(0)  # who wrote it
-    num_comments, at = int.from_bytes(body[at : at + 4], "little"), at + 4
-    found = []
-    while len(found) < num_comments and at + 4 <= len(body):
-        text, at = piece(at)
-        name, _, value = text.partition(b"=")
-        found.append((name.upper(), value))
-    return found
+    return read_metadata(path, _INPUT)

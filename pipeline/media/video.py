@@ -7,7 +7,7 @@ Videos without tags, as earlier versions wrote them, are read by ffmpeg's rule f
 import json
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -218,8 +218,12 @@ def read_fps(path: Path | str) -> float:
     return float(found[1])
 
 
-def read_metadata(path: Path | str) -> dict[str, Any]:
-    """The JSON that `write_video` put into the comment tag; empty where there is none that can be used."""
+def read_metadata(path: Path | str, source: Sequence[str] = _INPUT) -> dict[str, Any]:
+    """The JSON that `write_video` put into the comment tag; empty where there is none that can be used.
+
+    Args:
+        source: ffmpeg's options for reading the file.
+    """
     text = bytearray()
 
     def take(piece: bytes) -> None:
@@ -229,7 +233,7 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
 
     try:
         _check_regular(path)
-        run_ffmpeg([*_INPUT, "-i", file_url(path), "-f", "ffmetadata", "pipe:1"], take)
+        run_ffmpeg([*source, "-i", file_url(path), "-f", "ffmetadata", "pipe:1"], take)
         for line in _METADATA_LINE.finditer(text.decode()):
             if line[1].startswith("comment="):
                 record = parse_json(re.sub(r"\\(.)", r"\1", line[1].removeprefix("comment="), flags=re.DOTALL))
