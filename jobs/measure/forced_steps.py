@@ -181,7 +181,8 @@ def following_plan(
     plan = checkpoint.plan_cache(request.cache)
     if not isinstance(plan, CachePlan):
         return None, None
-    policy = FollowingPolicy(plan.policy, recorded_judgments(folder), _recorded_trace(folder))
+    content = _read(folder)
+    policy = FollowingPolicy(plan.policy, _judgments(content), trace_from(content["trace"]))
     return replace(plan, policy=policy), policy
 
 
@@ -189,11 +190,11 @@ def recorded_judgments(folder: Path) -> list[Judged]:
     """What the recorded clip's policy has judged; nothing without one."""
     if not (folder / _DECISIONS).is_file():
         return []
-    return [Judged(**row) for row in _read(folder)["judged"]]
+    return _judgments(_read(folder))
 
 
-def _recorded_trace(folder: Path) -> Trace:
-    return trace_from(_read(folder)["trace"])
+def _judgments(content: Any) -> list[Judged]:
+    return [Judged(**row) for row in content["judged"]]
 
 
 def _read(folder: Path) -> Any:
