@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cineray.files import read_regular
@@ -141,40 +140,16 @@ class DiCacheProfile(Profile):
 
 
 class FittedProfile(Profile):
-    """How a model's residuals move over the steps, for `fitted`; mean over the calibration's clips.
+    """Where over the steps of a clip the computed ones lie, for `fitted`.
 
     Args:
-        products: inner products of the residuals of steps i and j <= i, of the guided combination of the branches, in
-            units of the last step's.
-        weights: what an error of the residual costs at each step.
+        density: logarithm of how dense they lie, at the knots of `policies/fitted.py`.
+        length: over which clean latents stay alike, as a share of the steps.
     """
 
     policy: Literal["fitted"] = "fitted"
-    products: tuple[tuple[Finite, ...], ...]
-    weights: tuple[Finite, ...]
-
-    @model_validator(mode="after")
-    def _a_triangle(self) -> "FittedProfile":
-        if not 2 <= len(self.products) == len(self.weights) <= 1000:
-            raise ValueError("products and weights must have one row and one number for each of 2 to 1,000 steps")
-        if any(len(row) != number for number, row in enumerate(self.products, 1)):
-            raise ValueError("products must be a triangle: one number in the first row, two in the second, and so on")
-        if min(self.weights) < 0 or min(row[-1] for row in self.products) < 0:
-            raise ValueError("weights and squares must be 0 or more")
-        return self
-
-    def at(self, num_steps: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(products [T, T], weights [T]) for another number of steps, whose residuals lie on the lines between."""
-        known = len(self.weights)
-        products = np.zeros((known, known))
-        for number, row in enumerate(self.products):
-            products[number, : number + 1] = products[: number + 1, number] = row
-        places = np.linspace(0, known - 1, num_steps)
-        lower = np.minimum(places.astype(int), known - 2)
-        shares = np.zeros((num_steps, known))
-        shares[np.arange(num_steps), lower] = 1 - (places - lower)
-        shares[np.arange(num_steps), lower + 1] = places - lower
-        return shares @ products @ shares.T, shares @ np.array(self.weights)
+    density: Annotated[tuple[Annotated[Finite, Field(ge=-20, le=20)], ...], Field(min_length=7, max_length=7)]
+    length: Annotated[Finite, Field(gt=0.01, le=10)]
 
 
 class QualityPoint(BaseModel):

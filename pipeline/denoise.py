@@ -3,16 +3,29 @@
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers.models.cache_utils import CacheMixin
 
-from cineray.pipeline.adapters import Branch, Denoising
+from cineray.pipeline.adapters import Branch, Denoising, Expert
 from cineray.pipeline.resume.step_state import Beginning, Keeper, StepState, restore_scheduler, scheduler_state
 
 StepDone = Callable[[int, int], None]  # (steps done, steps in all)
 RunBranch = Callable[[Branch], torch.Tensor]
+RunBranches = Callable[[Sequence[Branch], RunBranch], list[torch.Tensor]]
+
+
+class LoopCache(Protocol):
+    """What a cache has to say in the loop; the rest it does within the transformers."""
+
+    def corrected(self, scheduler: Any, /) -> Any:
+        """A stepper to step with in the place of the clip's own scheduler."""
+        ...
+
+    def skips_step(self, transformer: Any, step_index: int, num_steps: int, /) -> bool:
+        """Whether the stepper needs no output of this transformer for the step to come."""
+        ...
 
 
 def run_here(branches: Sequence[Branch], run: RunBranch) -> list[torch.Tensor]:
@@ -24,9 +37,9 @@ def run_here(branches: Sequence[Branch], run: RunBranch) -> list[torch.Tensor]:
 def denoise(
     clip: Denoising,
     on_step: StepDone,
-    run_branches: Callable[[Sequence[Branch], RunBranch], list[torch.Tensor]] = run_here,
+    run_branches: RunBranches = run_here,
     keeper: Keeper | None = None,
-    correct: Callable[[Any], Any] | None = None,
+    cache: LoopCache | None = None,
 ) -> torch.Tensor:
     """Runs every step; equals the loop of diffusers' pipeline bit for bit, also where it resumes from a state.
 
@@ -34,7 +47,7 @@ def denoise(
         clip: before its first step; not changed.
         run_branches: runs each branch somewhere and returns all their outputs here.
         keeper: says where to begin, and is offered the state after each step but the last.
-        correct: puts a corrector around the clip's own scheduler.
+        cache: attached to the clip's transformers.
 
     Returns:
         Latents of the clip, float32, in the shape of its noise.
@@ -45,31 +58,42 @@ def denoise(
     if start is not None:
         restore_scheduler(scheduler, start.scheduler, latents.device)
         latents = start.latents.to(latents.device)
-    stepper = scheduler if correct is None else correct(scheduler)
+    stepper = scheduler if cache is None else cache.corrected(scheduler)
+    output: torch.Tensor | None = None
     for index in range(0 if start is None else start.step, num_steps):
         timestep = clip.timesteps[index]
         expert = clip.expert_at(index)
-        if clip.model_input is not None:
-            hidden_states, model_timestep = clip.model_input(latents, timestep, scheduler)
-        else:
-            hidden_states, model_timestep = latents, timestep.expand(latents.shape[0])
-        if clip.channel_condition is not None:
-            hidden_states = torch.cat([hidden_states, clip.channel_condition], dim=1)  # [B, C + C', F, H, W]
-        run = partial(
-            _output,
-            transformer=expert.transformer,
-            hidden_states=hidden_states,
-            timestep=model_timestep,
-            index=index,
-            num_steps=num_steps,
-            more={} if clip.step_arguments is None else clip.step_arguments(index),
-        )
-        output = clip.combine(run_branches(clip.branches, run), expert.guidance_scale)
+        # of a skipped step the stepper takes the last output's type and shape alone
+        if output is None or cache is None or not cache.skips_step(expert.transformer, index, num_steps):
+            output = _step_output(clip, expert, index, latents, scheduler, run_branches)
         latents = clip.advance(stepper, output, timestep, latents)
         on_step(index + 1, num_steps)
         if keeper is not None and index + 1 < num_steps:
             keeper.after_step(partial(_state, index + 1, num_steps, latents, scheduler, clip.scheduler))
     return latents if clip.finish is None else clip.finish(latents)
+
+
+def _step_output(
+    clip: Denoising, expert: Expert, index: int, latents: torch.Tensor, scheduler: Any, run_branches: RunBranches
+) -> torch.Tensor:
+    """What the branches' outputs for step `index` combine to, as `latents`."""
+    timestep = clip.timesteps[index]
+    if clip.model_input is not None:
+        hidden_states, model_timestep = clip.model_input(latents, timestep, scheduler)
+    else:
+        hidden_states, model_timestep = latents, timestep.expand(latents.shape[0])
+    if clip.channel_condition is not None:
+        hidden_states = torch.cat([hidden_states, clip.channel_condition], dim=1)  # [B, C + C', F, H, W]
+    run = partial(
+        _output,
+        transformer=expert.transformer,
+        hidden_states=hidden_states,
+        timestep=model_timestep,
+        index=index,
+        num_steps=clip.num_steps,
+        more={} if clip.step_arguments is None else clip.step_arguments(index),
+    )
+    return clip.combine(run_branches(clip.branches, run), expert.guidance_scale)
 
 
 def _beginning(clip: Denoising) -> Beginning:

@@ -172,7 +172,7 @@ class Gang:
             for transformer in clip.transformers if is_sharded else ():
                 attached.enter_context(ShardedTransformer(transformer, self.mesh, self.attention, models))
             kept = TraceKeeper(keeper, cache and cache.trace, self._whole_trace) if keeper else None
-            latents = denoise(clip, on_step, self._run_branches, kept, cache and cache.corrected)
+            latents = denoise(clip, on_step, self._run_branches, kept, cache)
         if cache is None:
             return latents, None
         trace = self._whole_trace(cache.trace)

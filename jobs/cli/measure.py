@@ -165,15 +165,17 @@ def dicache_skip_costs(asked: ClipArguments, trials: int, floor: float | None, o
     return EXIT_DONE
 
 
-@calibrate.command()
+@calibrate.command("fitted")
 @clip_options
+@click.option("--trials", type=int, default=60, show_default=True, metavar="N", help="Curves to try.")
 @_profile_out
 @json_option
-def fitted(asked: ClipArguments, out: Path, as_json: bool) -> int:
-    """Measures how a model's residuals move over the steps, and writes a profile.
+def fitted_schedule(asked: ClipArguments, trials: int, out: Path, as_json: bool) -> int:
+    """Searches where over the steps the computed ones keep clips best, and writes a profile.
 
-    Each clip is denoised once, uncached; two to six are enough. Use the profile with
-    --cache "fitted(profile=FILE.json,speedup=2.5)"; it serves every speed-up and other numbers of steps.
+    A trial denoises every clip twice, at 2x and 2.8x; four to eight clips are enough. Use the profile with
+    --cache "fitted(profile=FILE.json,speedup=2.5)"; it serves every speed-up and other numbers of steps. Stopped, the
+    same command resumes where it was (FILE.json.trials).
 
     \b
     Example:
@@ -182,10 +184,10 @@ def fitted(asked: ClipArguments, out: Path, as_json: bool) -> int:
     from cineray.jobs.measure.calibration import calibrate_fitted
 
     checkpoint, requests = _uncached_clips(asked)
-    profile = calibrate_fitted(checkpoint, load_options(asked, checkpoint), requests, out)
-    tell(f"{out}: {len(profile.weights)} steps, {len(requests)} clips")
+    profile, score, before = calibrate_fitted(checkpoint, load_options(asked, checkpoint), requests, trials, out)
+    tell(f"{out}: latents are kept to {score:.1f} dB, where the search began to {before:.1f} dB")
     if as_json:
-        print_json({"profile": str(out), "steps": len(profile.weights), "clips": len(requests)})
+        print_json({"profile": str(out), "score_db": score, "first_score_db": before, "density": profile.density})
     return EXIT_DONE
 
 

@@ -10,17 +10,26 @@ from tempfile import TemporaryDirectory
 
 from pydantic import ValidationError
 
+from cineray.caching.policies import fitted
 from cineray.caching.policies.smoothcache import LayerSchedule, dump_schedule
-from cineray.caching.profile import DiCacheProfile, FittedProfile, MagCacheProfile, TeaCacheFit, TeaCacheProfile
+from cineray.caching.profile import (
+    DiCacheProfile,
+    FittedProfile,
+    MagCacheProfile,
+    TeaCacheFit,
+    TeaCacheProfile,
+    generic_profile,
+    shipped_profile,
+)
 from cineray.jobs.console.measure import progress_bar
 from cineray.jobs.console.terminal import tell
 from cineray.jobs.measure.bench import measured_on
-from cineray.jobs.measure.trial_log import TrialLog
+from cineray.jobs.measure.trial_log import Point, TrialLog
 from cineray.jobs.out_file import check_out, ended_by_sigterm, replace_text
 from cineray.jobs.pixels import refuse_sounds
 from cineray.pipeline.adapters import MODELS, by_transformer, transformers_in
 from cineray.pipeline.calibrate.dicache import CURVE, MIN_STEPS, SPEEDUPS, CurvePoint, StepCostSearch
-from cineray.pipeline.calibrate.fitted import fit_residuals
+from cineray.pipeline.calibrate.fitted import SchedulePoint, ScheduleSearch
 from cineray.pipeline.calibrate.smoothcache import measure_layer_errors, smooth_schedule
 from cineray.pipeline.calibrate.teacache_magcache import StepChanges, fit_polynomial, magnitude_ratios, measure_steps
 from cineray.pipeline.loading.checkpoint import Checkpoint
@@ -123,21 +132,38 @@ def calibrate_magcache(
 
 
 def calibrate_fitted(
-    checkpoint: Checkpoint, options: LoadOptions, requests: list[ClipRequest], out: Path
-) -> FittedProfile:
-    """Measures how a model's residuals move and writes a profile to `out`, in one step.
+    checkpoint: Checkpoint, options: LoadOptions, requests: list[ClipRequest], num_trials: int, out: Path
+) -> tuple[FittedProfile, float, float]:
+    """Searches where the computed steps lie best and writes a profile to `out`, in one step.
+
+    Args:
+        num_trials: curves to try; each denoises all clips once at each of the search's speed-ups.
+
+    Returns:
+        The profile; its score in dB, and that of the curve that the search began with.
 
     Raises:
-        InputError: clips of different lengths, too few steps, an unsupported model, or `out` not writable.
+        InputError: no trials, clips of different lengths, too few steps, an unsupported model, or `out` not writable.
+
+    What was measured stands in OUT.trials until the profile is written; the same call resumes.
     """
-    if _number_of_steps(requests) < MIN_STEPS:
-        raise InputError(f"calibrate: fitted needs clips of {MIN_STEPS} or more steps")
-    with _measuring(out), progress_bar("clips", len(requests)) as on_done:
+    if num_trials < 0:
+        raise InputError(f"calibrate: trials must be 0 or more, got {num_trials}")
+    if _number_of_steps(requests) < fitted.MIN_STEPS:
+        raise InputError(f"calibrate: fitted needs clips of {fitted.MIN_STEPS} or more steps")
+    with _measuring(out), TemporaryDirectory(prefix="cineray-calibrate-") as folder:
         model = load_model(checkpoint, options)
-        names = family_of(checkpoint), identity_of(checkpoint), source_of(model, requests, "fitted")
-        profile = fit_residuals(model, requests, *names, on_done)
-        replace_text(out, profile.model_dump_json(indent=1) + "\n", "calibrate")
-    return profile
+        known = _trial_log(out, model, requests, SchedulePoint)
+        search = ScheduleSearch(model, requests, Path(folder), known)
+        family, identity = family_of(checkpoint), identity_of(checkpoint)
+        begin = shipped_profile(FittedProfile, family, identity) or generic_profile(FittedProfile)
+        names = {"family": family, "transformer": identity, "source": source_of(model, requests, "fitted")}
+        start = begin.model_copy(update=names)
+        with progress_bar("trials", num_trials + 1) as on_done:
+            found = search.run(start, num_trials, lambda done, best: on_done(done + 1, f"best so far {best:.1f} dB"))
+        replace_text(out, found.model_dump_json(indent=1) + "\n", "calibrate")
+        known.delete()  # not before the profile is there: hours would be lost with it
+    return found, search.score(found), search.score(start)
 
 
 def calibrate_dicache(
@@ -178,9 +204,7 @@ def calibrate_dicache(
         raise InputError(f"calibrate: dicache needs clips of {MIN_STEPS} or more steps")
     with _measuring(out), TemporaryDirectory(prefix="cineray-calibrate-") as folder:
         model = load_model(checkpoint, options)
-        known = TrialLog(out.with_name(f"{out.name}.trials"), json.dumps(measured_on(model, requests)))
-        if known:
-            tell(f"resuming from {len(known)} points of an earlier run")
+        known = _trial_log(out, model, requests, CurvePoint)
         search = StepCostSearch(model, requests, Path(folder), known)
         with progress_bar("trials", num_trials + 1) as on_done:
             start = search.first_guess(
@@ -206,6 +230,13 @@ def calibrate_dicache(
         replace_text(out, found.model_dump_json(indent=1) + "\n", "calibrate")
         known.delete()  # not before the profile is there: hours would be lost with it
     return found, points
+
+
+def _trial_log(out: Path, model: LoadedModel, requests: list[ClipRequest], kind: type[Point]) -> TrialLog[Point]:
+    known = TrialLog(out.with_name(f"{out.name}.trials"), json.dumps(measured_on(model, requests)), kind)
+    if known:
+        tell(f"resuming from {len(known)} points of an earlier run")
+    return known
 
 
 def _measure_steps(

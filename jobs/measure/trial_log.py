@@ -9,31 +9,35 @@ from collections.abc import Iterator, MutableMapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from pydantic import TypeAdapter
 
 from cineray.files import parse_json, read_regular, shaped
 from cineray.pipeline.calibrate.dicache import CurvePoint
+from cineray.pipeline.calibrate.fitted import SchedulePoint
 from cineray.pipeline.request import InputError
 
-_POINT = TypeAdapter(CurvePoint)
+Point = TypeVar("Point", CurvePoint, SchedulePoint)
 
 
-class TrialLog(MutableMapping[str, CurvePoint]):
+class TrialLog(MutableMapping[str, Point], Generic[Point]):
     """A mapping whose entries are lines of a file; `delete` it when the search is done.
 
     Lines of other searches are dropped, and so is a last line that was not written to its end.
 
     Args:
         search: what the points depend on beside their keys, as a short text.
+        kind: of the points.
 
     Raises:
         InputError: the file cannot be read or written.
     """
 
-    def __init__(self, path: Path, search: str) -> None:
+    def __init__(self, path: Path, search: str, kind: type[Point]) -> None:
         self._path, self._search = path, search
-        self._points: dict[str, CurvePoint] = {}
+        self._points: dict[str, Point] = {}
+        reads = TypeAdapter(kind)
         try:
             lines = read_regular(path, follow_links=False).split(b"\n")
         except FileNotFoundError:
@@ -43,16 +47,16 @@ class TrialLog(MutableMapping[str, CurvePoint]):
         for line in lines:
             try:
                 row = parse_json(line)
-                point = shaped(row["point"], _POINT)
+                point = shaped(row["point"], reads)
                 if row["search"] == search and isinstance(row["key"], str) and _is_finite(point):
                     self._points[row["key"]] = point
             except (ValueError, KeyError, TypeError):
                 continue  # torn, or not ours: measured again
 
-    def __getitem__(self, key: str) -> CurvePoint:
+    def __getitem__(self, key: str) -> Point:
         return self._points[key]
 
-    def __setitem__(self, key: str, point: CurvePoint) -> None:
+    def __setitem__(self, key: str, point: Point) -> None:
         self._points[key] = point
         row = {"search": self._search, "key": key, "point": asdict(point)}
         try:
@@ -82,5 +86,5 @@ class TrialLog(MutableMapping[str, CurvePoint]):
             self._path.unlink()
 
 
-def _is_finite(point: CurvePoint) -> bool:
+def _is_finite(point: CurvePoint | SchedulePoint) -> bool:
     return all(map(math.isfinite, asdict(point).values()))

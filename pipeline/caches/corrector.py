@@ -19,10 +19,13 @@ import torch
 from cineray.caching.trace import StepOutcome
 
 
-def can_correct(scheduler: Any) -> bool:
-    """Whether it steps along a flow: the clean latents are `sample - sigma * output` at each step."""
-    is_flow = "FlowMatch" in type(scheduler).__name__
-    return is_flow or getattr(scheduler.config, "prediction_type", None) == "flow_prediction"
+def is_flow(scheduler: Any) -> bool:
+    """Whether it steps along a flow: the clean latents are `sample - sigma * output` at each step. Others are not
+    corrected."""
+    return (
+        "FlowMatch" in type(scheduler).__name__
+        or getattr(scheduler.config, "prediction_type", None) == "flow_prediction"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +116,12 @@ class CorrectedScheduler:
             self._computed, self._open = {}, []
         if len(outcomes) != len(sample):  # the cache's samples are not the latents' rows
             outcomes = ["begun"] * len(sample)
-        sigma, found = self._sigma(timestep), dict[int, _Computed]()
+        sigma, found = sigma_now(self.inner, timestep), dict[int, _Computed]()
         for row, outcome in enumerate(outcomes):
             if outcome == "begun":
                 self._computed.pop(row, None)
             if outcome != "skipped":
-                found[row] = _Computed(self._num_steps, _wide(sample[row]) - sigma * _wide(model_output[row]))
+                found[row] = _Computed(self._num_steps, wide(sample[row]) - sigma * wide(model_output[row]))
         return found
 
     def _take_again(self, ended: dict[int, _Computed], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -146,22 +149,24 @@ class CorrectedScheduler:
         self, clean: dict[int, torch.Tensor], output: torch.Tensor, timestep: Any, sample: torch.Tensor
     ) -> torch.Tensor:
         """The output, in these rows exchanged for that which says that these latents lie at the end."""
-        sigma, output = self._sigma(timestep), output.clone()
+        sigma, output = sigma_now(self.inner, timestep), output.clone()
         for row, end in clean.items():
-            output[row] = ((_wide(sample[row]) - end) / sigma).to(output.dtype)
+            output[row] = ((wide(sample[row]) - end) / sigma).to(output.dtype)
         return output
 
-    def _sigma(self, timestep: Any) -> torch.Tensor:
-        """Of the step that comes now [], where the scheduler keeps it: a number on the CPU makes no GPU wait."""
-        index = self.inner.step_index
-        if index is None:
-            index = self.inner.begin_index
-        if index is None:
-            index = self.inner.index_for_timestep(timestep)
-        return _wide(self.inner.sigmas[index])
+
+def sigma_now(scheduler: Any, timestep: Any) -> torch.Tensor:
+    """Of the step that comes now [], where the scheduler keeps it: a number on the CPU makes no GPU wait."""
+    index = scheduler.step_index
+    if index is None:
+        index = scheduler.begin_index
+    if index is None:
+        index = scheduler.index_for_timestep(timestep)
+    return wide(scheduler.sigmas[index])
 
 
-def _wide(values: torch.Tensor) -> torch.Tensor:
+def wide(values: torch.Tensor) -> torch.Tensor:
+    """In float32 or more."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 

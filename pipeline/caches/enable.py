@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -13,18 +14,29 @@ from cineray.caching.plan import AnyPlan, CachePlan, PolicyConfig
 from cineray.caching.policies.smoothcache import LayerPlan
 from cineray.caching.policies.taylorseer import SeriesPlan
 from cineray.caching.spec import POLICIES, Policies
+from cineray.caching.step_controller import StepController
 from cineray.caching.trace import Trace
 from cineray.pipeline.adapters import MODELS, Model, Models, transformers_in
 from cineray.pipeline.adapters.cache_plan import plan_cache
 from cineray.pipeline.blocks import is_sharded
 from cineray.pipeline.caches.blocks import BlockRunner
 from cineray.pipeline.caches.clip_progress import ClipProgress
-from cineray.pipeline.caches.corrector import CorrectedScheduler, can_correct
+from cineray.pipeline.caches.corrector import CorrectedScheduler, is_flow
 from cineray.pipeline.caches.layers import check_blocks_not_compiled, run_schedule
 from cineray.pipeline.caches.other_caches import other_cache, switched_on
 from cineray.pipeline.caches.signals import SIGNAL_READERS, NewReader, signal_reader
+from cineray.pipeline.caches.step_forecaster import CleanHistory, ForecastingScheduler
 from cineray.pipeline.caches.step_tracker import Listener, StepTracker, check_not_compiled_whole, refuse_other_cache
 from cineray.pipeline.caches.taylorseer import run_series
+
+
+@dataclass(frozen=True, slots=True)
+class _Attached:
+    """A transformer with a cache; and who decides, where steps are skipped whole."""
+
+    transformer: nn.Module
+    tracker: StepTracker
+    controller: StepController | None
 
 
 class CacheHandle:
@@ -35,27 +47,41 @@ class CacheHandle:
         policy: the policy with all its options, as text.
     """
 
-    def __init__(self, plan: AnyPlan, trace: Trace, attached: Sequence[StepTracker]) -> None:
+    def __init__(self, plan: AnyPlan, trace: Trace, attached: Sequence[_Attached], history: CleanHistory) -> None:
         self.policy = plan.text
         self.trace = trace
         self._attached = attached
-        self._corrected: tuple[dict[str, Any], CorrectedScheduler] | None = None  # (a pipeline's attributes, its own)
+        self._history = history
+        self._corrected: tuple[dict[str, Any], Any] | None = None  # (a pipeline's attributes, the scheduler put there)
 
     def corrected(self, scheduler: Any) -> Any:
         """A scheduler to step with in place of this one: it corrects skipped steps, where the policy asks for that and
-        the scheduler allows it, and is this one otherwise. A pipeline's is exchanged by `enable_cache`."""
-        if not self.trace.forecasting.corrector or not can_correct(scheduler):
-            return scheduler
-        return CorrectedScheduler(scheduler, lambda: self.trace.last_outcomes)
+        the scheduler allows it, and forecasts them where the policy forecasts whole steps; else it is this one. A
+        pipeline's is exchanged by `enable_cache`."""
+        forecasting, stepper, flows = self.trace.forecasting, scheduler, is_flow(scheduler)
+        if forecasting.corrector and flows:
+            stepper = CorrectedScheduler(stepper, lambda: self.trace.last_outcomes)
+        if forecasting.target == "clean_latents":
+            stepper = ForecastingScheduler(stepper, flows, self._history, lambda: self.trace.entries[-1], self._holds)
+        return stepper
+
+    def skips_step(self, transformer: nn.Module, step_index: int, num_steps: int) -> bool:
+        """For a loop that steps with `corrected`: whether the step to come needs no call of this transformer, whose
+        output is then not read. If so, the step counts as taken."""
+        controller = next(one.controller for one in self._attached if one.transformer is transformer)
+        return controller is not None and controller.skips_step(step_index, num_steps)
+
+    def _holds(self, held_bytes: int) -> None:
+        self.trace.held_bytes = max(self.trace.held_bytes, held_bytes)
 
     def disable(self) -> None:
         """Takes the cache off; the transformer is as before. Again does nothing, whatever else is attached since."""
-        for tracker in self._attached:
-            tracker.detach()
+        for one in self._attached:
+            one.tracker.detach()
         if self._corrected is not None:
             attributes, corrected = self._corrected
             if attributes.get("scheduler") is corrected:
-                attributes["scheduler"] = corrected.inner
+                attributes["scheduler"] = _innermost(corrected)
             self._corrected = None
 
     def correct(self, pipe: Any) -> None:
@@ -190,18 +216,42 @@ def _attach(
         refuse_other_cache(other_cache(transformer), transformer)
         if not isinstance(plan, CachePlan):
             check_blocks_not_compiled(transformer, models[kind].layout)
-    trace = _new_trace(plans[0])
+    trace, history = _new_trace(plans[0]), CleanHistory()
     progress = ClipProgress()
-    attached = []
+    attached: list[_Attached] = []
     with ExitStack() as undo:
         for transformer, plan in zip(transformers, plans, strict=True):
             model = models[type(transformer).__name__]
             tracker = step_tracker_of(transformer, model, num_branches, scheduler, progress)
-            runner = _new_runner(transformer, model, plan, trace, consensus, tracker, signals)
+            skips = _step_controller(plan, trace, history)
+            runner = (
+                _new_runner(transformer, model, plan, trace, consensus, tracker, signals)
+                if skips is None
+                else BlockRunner(transformer, model.layout, skips, 0, None, tracker.where)
+            )
             undo.callback(tracker.detach)
-            attached.append(tracker.attach(runner))
+            attached.append(_Attached(transformer, tracker.attach(runner), skips))
         undo.pop_all()
-    return CacheHandle(plans[0], trace, attached)
+    return CacheHandle(plans[0], trace, attached, history)
+
+
+def _step_controller(plan: AnyPlan, trace: Trace, history: CleanHistory) -> StepController | None:
+    """Who decides, where whole steps are forecast."""
+    if not isinstance(plan, CachePlan) or plan.forecasting.target != "clean_latents":
+        return None
+    return StepController(
+        policy=plan.policy,
+        forecasting=plan.forecasting,
+        trace=trace,
+        last_stepped=lambda: history.last_stepped,
+        on_free=history.clear,
+    )
+
+
+def _innermost(scheduler: Any) -> Any:
+    while isinstance(scheduler, CorrectedScheduler | ForecastingScheduler):
+        scheduler = scheduler.inner
+    return scheduler
 
 
 def _new_trace(plan: AnyPlan) -> Trace:

@@ -1,101 +1,122 @@
-"""Calibrates `fitted`: how the blocks' residuals of a model move over the steps, from a few uncached clips."""
+"""Calibrates `fitted`: where over the steps of a clip the computed ones keep its latents best.
+
+Clips are denoised over and over, at a few speed-ups, with schedules that a curve with a few knots makes; a random
+search keeps what brings their last latents nearer to the uncached ones. Nothing is decoded.
+"""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from cineray.caching.call import CallPlan
-from cineray.caching.observation import BRANCH_ORDER
-from cineray.caching.policies.fitted import Numbers, step_weights
+from cineray.caching.plan import CachePlan
 from cineray.caching.profile import FittedProfile
-from cineray.pipeline.adapters import Denoising
-from cineray.pipeline.caches.blocks import BlockRunner
-from cineray.pipeline.caches.enable import step_tracker_of
-from cineray.pipeline.calibrate.recorder import Recorder
 from cineray.pipeline.loading.model import LoadedModel
 from cineray.pipeline.render import denoise_prepared, prepare_clip
 from cineray.pipeline.request import ClipRequest
 
-# Tokens of a clip that are kept, spread evenly: of Wan 14B 50 steps of two branches are 2 GB. All of the tiny models'.
-MAX_TOKENS = 512
+SPEEDUPS = (2.0, 2.8)  # at which curves are compared: one that is good at both is so from 1.5x to 4x (docs/caching.md)
+MAX_DB = 60.0  # latents that are nearer to each other give equal frames
+_WORST = 0.3  # share of the worst clip in a curve's score, beside the mean
+_FIRST_MOVE, _LEAST_MOVE, _MOST_MOVE = 0.5, 0.12, 1.0  # deviation of a trial's step, in log density
+_AFTER_GAIN, _AFTER_LOSS = 1.3, 0.93  # what a move becomes; of (1 + 1) evolution strategies, one gain in five trials
+
+OnTrial = Callable[[int, float], None]  # (trials done, best score so far in dB)
 
 
-class ResidualRecorder(Recorder):
-    """Keeps what the blocks added to some tokens."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulePoint:
+    """How far below the uncached latents the error of the last latents lies, over the calibration's clips."""
 
-    def __init__(self) -> None:
-        self._kept: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # branch -> (residual, output) by step
-
-    def begin_clip(self) -> None:
-        self._kept.clear()
-
-    def remember(self, plan: CallPlan, blocks_input: torch.Tensor, blocks_output: torch.Tensor) -> None:
-        every = math.ceil(blocks_input.shape[1] / MAX_TOKENS)
-        before, after = (values[:, ::every].float().cpu() for values in (blocks_input, blocks_output))
-        for row in plan.compute_rows:
-            branch, _ = plan.context.origin(row)
-            self._kept.setdefault(branch, []).append((after[row] - before[row], after[row].clone()))
-
-    def clip(self, guidance_scale: float) -> tuple[Numbers, Numbers]:
-        """(inner products of the last clip's residuals [T, T], norms of the blocks' output [T]), of the branches as
-        guidance combines them: forecasts of both take the same gammas, so that is what an error is made of."""
-        residuals, outputs = (self._guided(part, guidance_scale) for part in (0, 1))
-        return (residuals @ residuals.T).numpy(), outputs.norm(dim=1).numpy()
-
-    def _guided(self, part: int, scale: float) -> torch.Tensor:
-        cond, *uncond = (
-            torch.stack([kept[part].flatten() for kept in self._kept[branch]]).double()
-            for branch in BRANCH_ORDER
-            if branch in self._kept
-        )
-        return uncond[0] + scale * (cond - uncond[0]) if uncond else cond
+    mean_db: float
+    worst_db: float
 
 
-def fit_residuals(
-    model: LoadedModel,
-    requests: Sequence[ClipRequest],
-    family: str,
-    transformer: dict[str, object],
-    source: str,
-    on_clip: Callable[[int], None],
-) -> FittedProfile:
-    """Denoises the clips uncached and writes down how their residuals move.
+class ScheduleSearch:
+    """Denoises the calibration's clips over and over.
 
     Args:
         requests: all with the same number of steps.
-        on_clip: called with the number of clips done.
+        folder: for the profiles that are tried.
+        known: points that need not be measured; new ones are put there.
     """
-    recorder, known = ResidualRecorder(), model.checkpoint.model
-    products, sizes, steps = [], [], np.ones(1)
-    tracker = step_tracker_of(model.pipe.transformer, known, None, None)
-    tracker.attach(BlockRunner(model.pipe.transformer, known.layout, recorder, 0, None, tracker.where))
-    try:
-        for number, request in enumerate(requests, 1):
-            prepared = prepare_clip(model, request)
-            steps = _step_sizes(prepared.denoising)
-            denoise_prepared(model, request, prepared, lambda *_: None)
-            moved, size = recorder.clip(request.guidance_scale)
-            products.append(moved / moved[-1, -1])
-            sizes.append(size / math.sqrt(moved[-1, -1]))
-            on_clip(number)
-    finally:
-        tracker.detach()
-    weights = step_weights(np.mean(sizes, axis=0), steps)
-    return FittedProfile(
-        family=family,
-        transformer=transformer,
-        source=source,
-        # eight digits: forecasts rest on differences of neighbours
-        products=tuple(
-            tuple(float(f"{v:.8g}") for v in row[: number + 1]) for number, row in enumerate(np.mean(products, axis=0))
-        ),
-        weights=tuple(float(f"{w:.4g}") for w in weights / weights.max()),
-    )
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        requests: Sequence[ClipRequest],
+        folder: Path,
+        known: MutableMapping[str, SchedulePoint],
+    ) -> None:
+        self._model = model
+        self._requests = [replace(request, cache="none") for request in requests]
+        self._trial = folder / "trial.json"
+        self._known = known
+        self._prepared = [prepare_clip(model, request) for request in self._requests]
+        self._references = [self._latents(number, None) for number in range(len(requests))]
+
+    def run(self, start: FittedProfile, num_trials: int, on_trial: OnTrial) -> FittedProfile:
+        """The best curve that was found from this one on; the same one each time."""
+        return search_schedule(start, self.score, num_trials, on_trial)
+
+    def score(self, profile: FittedProfile) -> float:
+        """In dB, mean over `SPEEDUPS` of the clips' mean and worst."""
+        points = [self.point(profile, speedup) for speedup in SPEEDUPS]
+        return math.fsum((1 - _WORST) * p.mean_db + _WORST * p.worst_db for p in points) / len(points)
+
+    def point(self, profile: FittedProfile, speedup: float) -> SchedulePoint:
+        key = f"{profile.digest} {speedup!r}"
+        if key not in self._known:
+            self._trial.write_text(profile.model_dump_json())
+            plan = self._model.checkpoint.plan_cache(f"fitted(profile={self._trial},speedup={speedup!r})")
+            assert isinstance(plan, CachePlan)
+            decibels = [self._decibels(number, plan) for number in range(len(self._requests))]
+            mean = math.fsum(decibels) / len(decibels)
+            self._known[key] = SchedulePoint(mean_db=round(mean, 3), worst_db=round(min(decibels), 3))
+        return self._known[key]
+
+    def _decibels(self, number: int, plan: CachePlan) -> float:
+        reference = self._references[number].double()
+        error = (self._latents(number, plan).double() - reference).square().sum() / reference.square().sum()
+        return MAX_DB if error == 0 else min(MAX_DB, -10 * math.log10(error))
+
+    def _latents(self, number: int, plan: CachePlan | None) -> torch.Tensor:
+        prepared, request = self._prepared[number], self._requests[number]
+        return denoise_prepared(self._model, request, prepared, lambda *_: None, plan=plan).latents.cpu()
 
 
-def _step_sizes(clip: Denoising) -> Numbers:
-    """What the scheduler's sigma falls by at each step; all alike where it has none."""
-    sigmas = getattr(clip.scheduler, "sigmas", None)
-    return np.ones(clip.num_steps) if sigmas is None else np.abs(np.diff(np.asarray(sigmas, dtype=np.float64)))
+def search_schedule(
+    start: FittedProfile, score: Callable[[FittedProfile], float], num_trials: int, on_trial: OnTrial
+) -> FittedProfile:
+    """The profile of the highest score that a random search found: a (1 + 1) evolution strategy over the curve's knots
+    and the length (Rechenberg 1973; its rule for the size of a move).
+
+    Args:
+        num_trials: curves to try; the same ones each time.
+        on_trial: called for the start, as trial 0, and after each trial.
+    """
+    random = np.random.default_rng(0)
+    found, best, size = start, score(start), _FIRST_MOVE
+    on_trial(0, best)
+    for trial in range(1, num_trials + 1):
+        values = np.array([*found.density, math.log(found.length)])
+        moved = random.random(len(values)) < 0.5
+        moved[random.integers(len(values))] = True
+        tried = _profile_of(start, values + size * moved * random.normal(size=len(values)))
+        tried_score = score(tried)
+        if tried_score > best:
+            found, best, size = tried, tried_score, min(_MOST_MOVE, size * _AFTER_GAIN)
+        else:
+            size = max(_LEAST_MOVE, size * _AFTER_LOSS)
+        on_trial(trial, best)
+    return found
+
+
+def _profile_of(start: FittedProfile, values: np.ndarray) -> FittedProfile:
+    """The profile with this curve, its height taken out, and this logarithm of the length."""
+    density = np.clip(values[:-1] - values[:-1].mean(), -6, 6)
+    length = float(np.clip(np.exp(values[-1]), 0.05, 2))
+    return start.model_copy(update={"density": tuple(np.round(density, 3).tolist()), "length": round(length, 3)})

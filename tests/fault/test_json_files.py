@@ -78,7 +78,7 @@ READERS = {
     "failures": (TROUBLE, f"a.{MARK}.json", read_failure_record),
     "trace": (TRACE, "a.json", load_trace),
     "schedule": (SCHEDULE, "a.json", lambda path: load_schedule(path, ("attn1", "ffn"), 3)),
-    "trials": (TRIAL, "a.json", lambda path: TrialLog(path, "s")),
+    "trials": (TRIAL, "a.json", lambda path: TrialLog(path, "s", CurvePoint)),
     "run.json": (RUN, "a.json", lambda path: read_as_status(path, "run.json")),
 }
 
@@ -177,15 +177,15 @@ def test_whatever_lies_there_is_refused_in_one_line(tmp_path, name, kind):
 def test_a_trial_log_begins_anew_or_is_refused(tmp_path, kind):
     path = tmp_path / "a.trials"
     lay(path, kind)
-    said = refusal(lambda path: TrialLog(path, "s"), path)
+    said = refusal(lambda path: TrialLog(path, "s", CurvePoint), path)
     if said:
         assert "delete it to begin anew" in said
         return
-    log = TrialLog(path, "s")
+    log = TrialLog(path, "s", CurvePoint)
     assert len(log) == 0
     with suppress(InputError):  # a dangling link is not written through
         log["k"] = CurvePoint(threshold=1, speedup=2, psnr_db=3, worst_psnr_db=4)
-        assert len(TrialLog(path, "s")) == 1
+        assert len(TrialLog(path, "s", CurvePoint)) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
