@@ -2,13 +2,12 @@
 
 import json
 
-import numpy as np
 import pytest
 from measure_runs import MeasureRuns
 
-from cineray.caching.call import CallPlan, StepContext
-from cineray.caching.profile import FittedProfile, QualityProfile
-from cineray.pipeline.calibrate.fitted import MAX_TOKENS, ResidualRecorder
+from cineray.caching.profile import FittedProfile, QualityProfile, generic_profile
+from cineray.jobs.measure import calibration
+from cineray.pipeline.calibrate.fitted import search_schedule
 
 pytestmark = pytest.mark.slow
 
@@ -21,15 +20,14 @@ def run(checkpoint_folder, tmp_path, capsys):
 @pytest.mark.parametrize("model", ["wan", "hunyuan"])
 def test_a_profile_of_a_model_is_measured_and_used(run, tmp_path, model):
     out = tmp_path / "fitted.json"
-    code, result, _ = run("calibrate", "fitted", "--out", str(out), "--json", model=model, steps=16)
+    words = ("calibrate", "fitted", "--trials", "4", "--out", str(out), "--json")
+    code, result, _ = run(*words, model=model, steps=16)
     assert code == 0
-    assert result == {"profile": str(out), "steps": 16, "clips": 2}
+    assert result["score_db"] >= result["first_score_db"] > 0
     profile = FittedProfile.model_validate_json(out.read_text())
-    products, weights = profile.at(16)
-    assert products[-1, -1] == pytest.approx(1)
-    assert np.linalg.eigvalsh(products).min() > -1e-4
-    assert weights.max() == 1
-    assert weights.min() > 0
+    assert list(profile.density) == result["density"]
+    assert run(*words, model=model, steps=16)[1] == result
+    assert [path.name for path in tmp_path.iterdir()] == ["clips.jsonl", "fitted.json"]
     policy = f"fitted(speedup=2,profile={out})"
     _, rows, _ = run("bench", "quality", policy, "--json", model=model, steps=16)
     assert rows is not None
@@ -38,7 +36,7 @@ def test_a_profile_of_a_model_is_measured_and_used(run, tmp_path, model):
 
 def test_a_quality_profile_is_measured_once_and_promises_a_floor(run, tmp_path):
     fitted, out = tmp_path / "fitted.json", tmp_path / "quality.json"
-    run("calibrate", "fitted", "--out", str(fitted), steps=16)
+    run("calibrate", "fitted", "--trials", "0", "--out", str(fitted), steps=16)
     run.manifest.write_text("".join(json.dumps({"prompt": "a red circle", "seed": s}) + "\n" for s in (1, 2, 3)))
     words = ["calibrate", "quality", "--profile", str(fitted), "--out", str(out), "--json"]
     code, result, _ = run(*words, steps=16)
@@ -58,18 +56,39 @@ def test_too_few_clips_or_steps(run, tmp_path):
     assert run("calibrate", "quality", "--out", out, steps=16)[0] == 2
     code, _, said = run("calibrate", "fitted", "--out", out, steps=8)
     assert code == 2
-    assert "needs clips of 10 or more steps" in said
+    assert "needs clips of 16 or more steps" in said
 
 
-def test_few_tokens_of_a_long_clip_are_kept_and_branches_are_combined_as_guidance_does():
-    import torch
+def test_a_search_keeps_what_is_better_and_takes_the_same_way_each_time():
+    start = generic_profile(FittedProfile)
+    tried = []
 
-    recorder = ResidualRecorder()
-    values = torch.zeros(1, 3 * MAX_TOKENS, 2)
-    for branch, added in (("cond", 3.0), ("uncond", 1.0)):
-        context = StepContext(branch=branch, step_index=0, num_steps=2, num_branches=2)
-        plan = CallPlan(context=context, compute_rows=[0], skip_rows=[], gammas=[])
-        recorder.remember(plan, values, values + added)
-    products, sizes = recorder.clip(4.0)
-    assert products.tolist() == [[2 * MAX_TOKENS * 9.0**2]]  # 1 + 4 (3 - 1)
-    assert sizes[0] == pytest.approx((2 * MAX_TOKENS) ** 0.5 * 9)
+    def score(profile):
+        tried.append(profile)
+        return -sum(
+            abs(height - wanted) for height, wanted in zip(profile.density, (1, 2, 3, 0, -3, -2, -1), strict=True)
+        )
+
+    told = []
+    found = search_schedule(start, score, 200, lambda done, best: told.append((done, best)))
+    assert [done for done, _ in told] == list(range(201))
+    assert told[-1][1] == max(map(score, [*tried])) > told[0][1] / 3
+    assert found in tried
+    assert (found.family, found.source) == (start.family, start.source)
+    again = search_schedule(start, score, 200, lambda *_: None)
+    assert again == found
+
+
+def test_points_that_an_earlier_run_measured_are_not_measured_again(run, tmp_path, monkeypatch):
+    out = tmp_path / "fitted.json"
+    words = ("calibrate", "fitted", "--trials", "2", "--out", str(out))
+    with monkeypatch.context() as patched:
+        patched.setattr(calibration.TrialLog, "delete", lambda _: None)  # as if it had been stopped before
+        run(*words, steps=16)
+    first = out.read_text()
+    assert (tmp_path / "fitted.json.trials").exists()
+    code, _, said = run(*words, steps=16)
+    assert code == 0
+    assert "resuming from 6 points" in said
+    assert not (tmp_path / "fitted.json.trials").exists()
+    assert out.read_text() == first

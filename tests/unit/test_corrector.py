@@ -16,7 +16,7 @@ from every_model import call
 import cineray
 from cineray.caching.forecast import Forecasting
 from cineray.caching.trace import Trace, TraceEntry
-from cineray.pipeline.caches.corrector import CorrectedScheduler, can_correct
+from cineray.pipeline.caches.corrector import CorrectedScheduler, is_flow
 
 NUM_STEPS = 12
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
@@ -148,9 +148,9 @@ def test_it_is_the_inner_scheduler_in_all_else_and_can_be_copied():
 
 
 def test_only_flows_are_corrected():
-    assert all(can_correct(new()) for new in SCHEDULERS.values())
-    assert not can_correct(DDIMScheduler())
-    assert not can_correct(UniPCMultistepScheduler())
+    assert all(is_flow(new()) for new in SCHEDULERS.values())
+    assert not is_flow(DDIMScheduler())
+    assert not is_flow(UniPCMultistepScheduler())
 
 
 def entry(step, *, compute, branch="cond", reason="run", sample=0):

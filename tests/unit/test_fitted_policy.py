@@ -1,8 +1,7 @@
-"""`fitted`: schedules and forecasts from how residuals move over the steps."""
+"""`fitted`: where the computed steps lie, and forecasts of the clean latents between them."""
 
-import json
 from dataclasses import replace
-from itertools import combinations, pairwise
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,77 +11,79 @@ from every_model import call
 from test_dicache_policy import SEEN
 
 import cineray
+from cineray.caching.forecast import damped_gamma
 from cineray.caching.plan import CachePlan
-from cineray.caching.policies.fitted import MAX_SKIPS, NUGGET, FittedConfig, FittedPolicy, forecasts, schedule
+from cineray.caching.policies.fitted import KNOTS, FittedConfig, FittedPolicy, place_steps
 from cineray.caching.policy import Decision, Reason
-from cineray.caching.profile import FittedProfile, find_profile
+from cineray.caching.profile import FittedProfile, find_profile, generic_profile
 from cineray.pipeline.adapters.cache_plan import plan_cache
 
 WAN = {"num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16}
+EVEN = (0.0,) * len(KNOTS)
 
 
-def curve(num_steps=50, size=40, seed=0):
-    """Residuals [T, size] that move smoothly, faster at the end."""
-    random, time = np.random.default_rng(seed), np.linspace(0, 1, num_steps)[:, None]
-    start, slope, bend = random.normal(size=(3, size))
-    return start + slope * time + 2 * bend * time**4
-
-
-def products_of(residuals):
-    return residuals @ residuals.T
-
-
-def profile(residuals=None, **changes):
-    residuals = curve() if residuals is None else residuals
-    products = products_of(residuals)
-    rows = tuple(tuple(row[: number + 1]) for number, row in enumerate(products))
-    values = {"family": "wan", "transformer": {}, "source": "", "products": rows, "weights": (1.0,) * len(rows)}
+def profile(**changes):
+    values = {"family": "wan", "transformer": {}, "source": "", "density": EVEN, "length": 0.25}
     return FittedProfile(**(values | changes))
 
 
-def test_a_forecast_is_the_nearest_point_of_the_line_and_its_error_is_the_distance():
-    residuals = curve()
-    gammas, errors = forecasts(products_of(residuals))
-    for a, g, n in ((10, 1, 1), (20, 3, 2), (40, 5, 8)):
-        newest, older, now = residuals[a], residuals[a - g], residuals[a + n]
-        span = newest - older
-        best = np.linalg.lstsq(span[:, None], now - older, rcond=None)[0][0]
-        assert gammas[a, g, n] == pytest.approx(best)
-        assert errors[a, g, n] == pytest.approx(np.square(older + best * span - now).sum(), abs=1e-9)
+def test_steps_lie_where_the_curve_is_high():
+    early = place_steps((2.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0), 20, 50)
+    assert early[:8] == list(range(8))
+    gaps = [after - before for before, after in pairwise(early[10:])]
+    assert min(gaps) >= 2
+    late = place_steps((0.0, 0.0, 0.0, 0.0, 0.0, 2.0, 2.0), 20, 50)
+    assert late[-5:] == [45, 46, 47, 48, 49]
+    even = place_steps(EVEN, 20, 50)
+    assert max(after - before for before, after in pairwise(even)) <= 3
 
 
-def test_no_other_schedule_of_as_many_steps_has_a_smaller_error():
-    residuals = curve(num_steps=12)
-    products, weights = products_of(residuals), np.linspace(1, 2, 12)
-    _, errors = forecasts(products + np.diag(NUGGET**2 * np.diag(products)))
+@pytest.mark.parametrize("num_steps", [3, 16, 31, 50, 1000])
+def test_there_are_as_many_as_asked_for_with_both_ends_among_them(num_steps):
+    random = np.random.default_rng(0)
+    for density in (EVEN, *random.normal(scale=3, size=(20, len(KNOTS)))):
+        for number in (1, 3, num_steps // 4, num_steps // 2, num_steps - 1, num_steps, num_steps + 1):
+            steps = place_steps(density, number, num_steps)
+            # each of the three that are always computed may stand in for one that would be there anyway
+            assert abs(len(steps) - min(max(number, 3), num_steps)) <= 1
+            assert {0, 1, num_steps - 1} <= set(steps)
+            assert steps == sorted(set(steps))
 
-    def cost(computed):
-        total = 0.0
-        for (older, newest), (_, following) in pairwise(pairwise(computed)):
-            for step in range(newest + 1, following):
-                total += weights[step] ** 2 * errors[newest, newest - older, step - newest]
-        return total
 
-    found = [step for step in range(12) if step not in schedule(products, weights, 6)]
-    assert len(found) == 6
-    every = [cost([0, 1, *middle, 11]) for middle in combinations(range(2, 11), 3)]
-    assert cost(found) == pytest.approx(min(every))
+def test_a_faster_clip_leaves_steps_out_and_moves_few():
+    slow, fast = (set(place_steps(generic_profile(FittedProfile).density, n, 50)) for n in (25, 17))
+    assert set(range(6)) <= fast
+    assert set(range(8)) <= slow
+
+
+def test_a_forecast_is_the_mean_of_a_gaussian_process_that_goes_through_both_steps():
+    """Against the process' own conditional mean, with an unknown level: a constant of a large variance."""
+    length, noise, level = 12.0, 2.8e-4, 1e6
+    for older, newest, step in ((0, 1, 2), (3, 5, 6), (10, 14, 20), (10, 11, 19)):
+        at = np.array([older, newest, step], float)
+        covariance = np.exp(-0.5 * ((at[:, None] - at) / length) ** 2) + level + noise * np.eye(3)
+        weights = np.linalg.solve(covariance[:2, :2], covariance[:2, 2])
+        assert weights.sum() == pytest.approx(1, abs=1e-4)
+        assert damped_gamma(step, newest, older, length) == pytest.approx(weights[1], abs=1e-3)
+
+
+def test_close_by_it_goes_on_at_nearly_the_pace_and_far_away_it_is_the_mean():
+    assert damped_gamma(11, 10, 9, 5.0) == pytest.approx(2, abs=0.1)
+    ahead = [damped_gamma(10 + n, 10, 8, 12.0) - 1 for n in range(1, 12)]
+    paces = [gain / n for n, gain in enumerate(ahead, 1)]
+    assert paces == sorted(paces, reverse=True)
+    assert damped_gamma(1000, 10, 9, 5.0) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("speedup", [1.25, 2.0, 2.5, 3.3, 4.0])
 @pytest.mark.parametrize("num_steps", [16, 30, 50, 100])
 def test_a_speed_up_is_kept_whatever_the_number_of_steps(speedup, num_steps):
-    policy = FittedPolicy(speedup, profile())
-    computed, longest, run, decision = 0, 0, 0, Decision.compute_because(Reason.EMPTY)
+    policy = FittedPolicy(speedup, generic_profile(FittedProfile))
+    computed, decision = 0, Decision.compute_because(Reason.EMPTY)
     for step in range(num_steps):
-        seen = replace(SEEN, step_index=step, num_steps=num_steps, num_pairs=min(2, computed), num_skips_in_a_row=run)
-        decision = policy.decide(seen)
+        decision = policy.decide(replace(SEEN, step_index=step, num_steps=num_steps, num_pairs=min(2, computed)))
         computed += decision.compute
-        run = 0 if decision.compute else run + 1
-        longest = max(longest, run)
-        assert decision.compute or (decision.gamma is not None and decision.gamma >= 0)
-    assert computed == -(-num_steps // speedup)
-    assert longest <= MAX_SKIPS
+    assert abs(computed - -(-num_steps // speedup)) <= 1
     assert decision.reason == "last"
 
 
@@ -92,20 +93,13 @@ def test_clips_of_few_steps_and_a_speed_up_of_one_skip_nothing():
         assert {policy.decide(one).reason for one in seen} == {"off"}
 
 
-def test_residuals_of_another_number_of_steps_lie_on_the_lines_between():
-    residuals = curve(num_steps=5)
-    products, weights = profile(residuals, weights=(1, 2, 3, 4, 5)).at(9)
-    between = np.stack([residuals[i // 2] if i % 2 == 0 else residuals[i // 2 : i // 2 + 2].mean(0) for i in range(9)])
-    np.testing.assert_allclose(products, products_of(between), atol=1e-9)
-    np.testing.assert_allclose(weights, np.linspace(1, 5, 9))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weights": (1.0,)}, "one row and one number for each"),
-        ({"products": ((1.0,), (1.0,)), "weights": (1.0, 1.0)}, "must be a triangle"),
-        ({"weights": (-1.0,) * 50}, "0 or more"),
+        ({"density": (0.0,) * 6}, "at least 7 items"),
+        ({"density": (0.0,) * 6 + (float("nan"),)}, "finite number"),
+        ({"density": (0.0,) * 6 + (30.0,)}, "less than or equal to 20"),
+        ({"length": 0.0}, "greater than 0"),
     ],
 )
 def test_broken_profiles(changes, message):
@@ -126,7 +120,7 @@ def test_a_generic_profile_can_be_asked_for_by_name_and_one_of_another_model_can
     assert named is not None
     assert plan.text == named.text
     other = tmp_path / "other.json"
-    other.write_text(json.dumps(json.loads(profile(transformer={"num_layers": 7}).model_dump_json(by_alias=True))))
+    other.write_text(profile(transformer={"num_layers": 7}).model_dump_json())
     with pytest.raises(ValueError, match="is for another model: wan with num_layers 7"):
         find_profile(FittedProfile, str(other), "wan", WAN)
 
