@@ -18,7 +18,7 @@ Branches = Literal["separate", "joint"]
 Base = Literal["input", "probe"]
 # What is forecast: what all blocks add, or the clean latents that the step's output leads to
 Target = Literal["residual", "clean_latents"]
-# Of the variance of clean latents, what differs from step to step for itself: damps the pace between neighbours by 12 %.
+# What of the variance of clean latents is each step's own: slows the pace between neighbours by 12 %.
 # That of the searches on tiny-wan and tiny-hunyuan, which found the lengths
 _NOISE = 2.8e-4
 

@@ -1,6 +1,8 @@
 """How much memory a cache will hold, told before a clip is rendered."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from cineray.caching.plan import CachePlan
 from cineray.pipeline.loading.checkpoint import Checkpoint
@@ -29,8 +31,17 @@ def forecast_cache_bytes(
     if not isinstance(plan, CachePlan):
         return None
     config = checkpoint.configs.transformer
+    if plan.forecasting.target == "clean_latents":  # of two steps, whole on every rank, in float32
+        return 2 * checkpoint.adapter.num_tokens(checkpoint.configs, request) * _latents_per_token(config) * 4
     num_branches = len(checkpoint.model.branches) if request.guidance_scale > 1 else 1
     num_tokens = math.ceil(checkpoint.adapter.num_tokens(checkpoint.configs, request) / num_ranks)
     # STDiT3 says its channels; the others their heads
     num_channels = config.get("hidden_size") or config["num_attention_heads"] * config["attention_head_dim"]
     return round(held_tensors(plan) * num_tokens * num_channels * element_bytes * num_branches)
+
+
+def _latents_per_token(config: Mapping[str, Any]) -> int:
+    """Numbers of the latents that a token stands for: a patch's, of the channels that are not beside the latents."""
+    patch = config.get("patch_size") or 1
+    volume = math.prod(patch) if not isinstance(patch, int) else patch**2 * (config.get("patch_size_t") or 1)
+    return volume * min(config["in_channels"], config.get("out_channels") or config["in_channels"])

@@ -65,7 +65,8 @@ class Work:
 
     Args:
         computed_step_flop: of a step whose blocks run, on a rank; both guidance branches unless cfg splits them.
-        skipped_step_flop: of a step that the cache skips after a probe; without a probe it is yet less.
+        skipped_step_flop: of a step that the cache skips after a probe; without a probe it is yet less, and 0 where
+            whole steps are forecast.
         decode_flop: on one device; with a decode by rows, on each rank.
         text_flop: of encoding the clip's prompts, once, in one place.
         exchanged_bytes_per_computed_step: that a rank sends to other ranks.
@@ -213,11 +214,14 @@ def forecast(
         sequence_ranks=layout.sequence_ranks,
         is_per_token=checkpoint.configs.index.get("expand_timesteps") is True,
     )
-    depth = plan.probe_depth if isinstance(plan, CachePlan) else None
+    skipped = forward.total  # of policies by layer, unless told otherwise
+    if isinstance(plan, CachePlan):
+        is_whole = plan.forecasting.target == "clean_latents"
+        skipped = 0.0 if is_whole else forward.skipped(plan.probe_depth)
     exchanged = step_exchanges(checkpoint, layout, num_tokens, width, height, frames)
     work = Work(
         computed_step_flop=num_calls * forward.total,
-        skipped_step_flop=num_calls * (forward.total if depth is None else forward.skipped(depth)),
+        skipped_step_flop=num_calls * skipped,
         decode_flop=laws.decode_flop(width, height, frames, how, num_ranks),
         text_flop=laws.text_flop * len(MODELS[config["_class_name"]].branches),
         exchanged_bytes_per_computed_step=exchanged.sent_bytes,

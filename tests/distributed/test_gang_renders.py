@@ -11,7 +11,7 @@ from cineray.jobs.measure.local_ranks import RankFailed
 from cineray.pipeline.render import denoise_clip
 
 STEPS = 50
-POLICIES = ["dicache(threshold=0.05)", "dicache-paper(threshold=0.05)"]
+POLICIES = ["dicache(threshold=0.05)", "dicache-paper(threshold=0.05)", "fitted(speedup=2)"]
 UNEVEN = {"width": 48, "height": 80, "num_frames": 9}
 TOKENS = 45
 # Relative to the largest. Measured after 50 steps: 4e-7, both for gammas and latents; another processor's kernels may
@@ -65,7 +65,10 @@ def test_same_clip_and_same_decisions_bit_for_bit(ranks, twelve_heads, clips, la
         assert theirs.reasons == ours.reasons
         assert torch.equal(theirs.latents, ours.latents)
         assert (theirs.frames == ours.frames).all()
-        assert ours.held_bytes * TOKENS * degrees.cfg == theirs.held_bytes * longest_shard
+        if request.cache.startswith("fitted"):  # every rank holds the whole latents
+            assert ours.held_bytes == theirs.held_bytes
+        else:
+            assert ours.held_bytes * TOKENS * degrees.cfg == theirs.held_bytes * longest_shard
 
 
 @pytest.mark.parametrize("layout", ["ring3", "ring2xulysses2"])

@@ -169,10 +169,10 @@ def test_stages_that_hold_only_their_parts_make_the_same_clip(checkpoint_folder,
     assert np.array_equal(decode_clip(finisher, clip, request).frames, whole.frames)
 
 
-@pytest.mark.parametrize("cache", ["dicache(threshold=1.0)", "interval(interval=2)"])
+@pytest.mark.parametrize("cache", ["dicache(threshold=1.0)", "interval(interval=2)", "fitted(speedup=2)"])
 def test_a_clip_is_cached_and_as_before_without(loaded, new_request, tmp_path, name, cache):
     model = loaded(name)
-    request = clip_of(name, new_request, tmp_path, num_inference_steps=10)
+    request = clip_of(name, new_request, tmp_path, num_inference_steps=16)
     plain = denoise_clip(model, request, quiet).latents
     cached = denoise_clip(model, replace(request, cache=cache), quiet)
     assert cached.trace is not None
