@@ -153,12 +153,13 @@ class FittedProfile(Profile):
 
 
 class QualityPoint(BaseModel):
-    """What a speed-up of `fitted` keeps on the calibration's clips, in dB, clip by clip."""
+    """What a speed-up of `fitted` keeps on the calibration's clips, clip by clip: dB, and VMAF where it was known."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     speedup: Annotated[Finite, Field(ge=1)]
     psnr_db: Annotated[tuple[Finite, ...], Field(min_length=2, max_length=10_000)]
+    vmaf: Annotated[tuple[Finite, ...], Field(max_length=10_000)] = ()
 
 
 class QualityProfile(Profile):

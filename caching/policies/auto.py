@@ -1,8 +1,8 @@
-"""`auto(psnr>=30)`, `auto(speedup=2.5)`: the setting of `fitted` that a model's quality profile promises this of."""
+"""`auto(psnr>=30)`, `auto(vmaf>=95)`, `auto(speedup=2.5)`: the setting of `fitted` that a quality profile has for it."""
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,26 +14,31 @@ CONFIDENCE = 0.95  # that a clip which nobody has seen keeps the floor
 # A cliff: the next faster setting loses so much that the one before it may be at its edge. 12 dB for 0.01 of a
 # threshold have been seen (vllm-omni#5840); between neighbours of a profile of the tiny models it is 1 to 5 dB.
 CLIFF_DB = 8.0
+Scores = Callable[[QualityPoint], Sequence[float]]
+SCORES: Mapping[str, Scores] = {"psnr": lambda point: point.psnr_db, "vmaf": lambda point: point.vmaf}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AutoConfig:
-    """What is asked for: a floor or a speed, not both; neither is the speed that `fitted` has by itself.
+    """What is asked for: floors or a speed, not both; neither is the speed that `fitted` has by itself.
 
     Args:
         psnr: dB that a clip keeps against the uncached one, with a confidence of 95 %; written `psnr>=30`.
+        vmaf: the same of VMAF, 0 to 100; written `vmaf>=95`.
         speedup: steps divided by computed steps.
         profile: name of a shipped quality profile, or a file made by `cineray calibrate quality`; "" finds one that
             fits.
     """
 
     psnr: float | None = None
+    vmaf: float | None = None
     speedup: float | None = None
     profile: str = ""
 
     def __post_init__(self) -> None:
         floor, speedup = 1.0 if self.psnr is None else self.psnr, 1.0 if self.speedup is None else self.speedup
         check_field(self, "psnr", 0 < floor < math.inf, "a number of dB above 0")
+        check_field(self, "vmaf", self.vmaf is None or 0 < self.vmaf <= 100, "a number above 0 and up to 100")
         check_field(self, "speedup", 1 <= speedup <= MAX_SPEEDUP, f"1 to {MAX_SPEEDUP:g}")
 
     def plan(self, name: str, model: ModelFacts) -> CachePlan:
@@ -41,19 +46,27 @@ class AutoConfig:
         Raises:
             ValueError: both are given, no profile fits, or the floor cannot be kept.
         """
-        if self.psnr is not None and self.speedup is not None:
+        floors = {score: floor for score, floor in (("psnr", self.psnr), ("vmaf", self.vmaf)) if floor is not None}
+        if floors and self.speedup is not None:
             raise ValueError(f"cache: {name} takes a floor or a speed: {name}(psnr>=30) or {name}(speedup=2.5)")
-        if self.psnr is None:
+        if not floors:
             config = FittedConfig() if self.speedup is None else FittedConfig(speedup=self.speedup)
             return config.plan("fitted", model)
         profile = self._find(model.family, model.transformer)
-        speedup = fastest(profile.points, self.psnr)
-        if speedup is None:
-            best = max(lower_bound(point.psnr_db) for point in profile.points)
+        if self.vmaf is not None and not all(len(point.vmaf) == len(point.psnr_db) for point in profile.points):
             raise ValueError(
-                f"cache: {name}(psnr>={self.psnr:g}) cannot be kept: the slowest setting that was measured keeps "
-                f"{best:.1f} dB; ask for less, or render with --cache none"
+                f"cache: {name}(vmaf>={self.vmaf:g}): the quality profile was measured without VMAF; make one with "
+                "`cineray calibrate quality` where ffmpeg has libvmaf"
             )
+        allowed = {score: fastest(profile.points, floor, SCORES[score]) for score, floor in floors.items()}
+        for score, speedup in allowed.items():
+            if speedup is None:
+                best = max(lower_bound(SCORES[score](point)) for point in profile.points)
+                raise ValueError(
+                    f"cache: {name}({score}>={floors[score]:g}) cannot be kept: the slowest setting that was measured "
+                    f"keeps {best:.1f}{' dB' if score == 'psnr' else ''}; ask for less, or render with --cache none"
+                )
+        speedup = min(speedup for speedup in allowed.values() if speedup is not None)
         return FittedConfig(speedup=speedup, profile=profile.fitted).plan("fitted", model)
 
     def _find(self, family: str, transformer: Mapping[str, Any]) -> QualityProfile:
@@ -75,11 +88,11 @@ def lower_bound(values: Sequence[float]) -> float:
     return statistics.fmean(values) - float(quantile) * spread
 
 
-def fastest(points: Sequence[QualityPoint], floor_db: float) -> float | None:
+def fastest(points: Sequence[QualityPoint], floor: float, scores: Scores = SCORES["psnr"]) -> float | None:
     """The highest speed-up up to which every setting keeps the floor, and that is not at the edge of a cliff."""
     rows = sorted(points, key=lambda point: point.speedup)
-    bounds = [lower_bound(point.psnr_db) for point in rows]
-    number = next((i for i, bound in enumerate(bounds) if bound < floor_db), len(bounds))
+    bounds = [lower_bound(scores(point)) for point in rows]
+    number = next((i for i, bound in enumerate(bounds) if bound < floor), len(bounds))
     while 0 < number < len(bounds):
         here, beyond = (statistics.fmean(rows[i].psnr_db) for i in (number - 1, number))
         if here - beyond <= CLIFF_DB:

@@ -255,7 +255,7 @@ def quality(
     tables: Path | None,
     as_json: bool,
 ) -> int:
-    """Compares cached clips with uncached ones: PSNR, SSIM, cost and time of each policy.
+    """Compares cached clips with uncached ones: PSNR, SSIM, VMAF, cost and time of each policy.
 
     A policy is written as for --cache, or is fewer-steps(N): N uncached steps, the rival that every cache must beat; or
     a cache of diffusers: diffusers:taylorseer-lite(interval=3,order=1,before=12,after=48), taylorseer, seacache,
@@ -292,7 +292,7 @@ def _print_quality(rows: "list[BenchRow]") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("at", "by blocks", "by CPU time", "PSNR dB [95 %]", "worst clip dB", "SSIM", "denoising s", box=None)
+    table = Table("at", "by blocks", "by CPU time", "PSNR dB [95 %]", "worst clip dB", "VMAF", "denoising s", box=None)
     table.add_column("policy", overflow="fold")
     for bench_row in rows:
         at, row = f"{bench_row.at:g}x" if bench_row.at else "", bench_row.row
@@ -302,8 +302,8 @@ def _print_quality(rows: "list[BenchRow]") -> None:
             continue
         interval = "" if row.psnr_ci95 is None else f" [{row.psnr_ci95[0]:.1f}, {row.psnr_ci95[1]:.1f}]"
         by_time = "" if row.cpu_ratio is None else f"{1 / row.cpu_ratio:.2f}x"
-        psnr = f"{row.psnr_db:.1f}{interval}"
-        values = (f"{row.speedup:.2f}x", by_time, psnr, f"{row.worst_psnr_db:.1f}", f"{row.ssim:.4f}")
+        psnr, vmaf = f"{row.psnr_db:.1f}{interval}", "" if row.vmaf is None else f"{row.vmaf:.1f}"
+        values = (f"{row.speedup:.2f}x", by_time, psnr, f"{row.worst_psnr_db:.1f}", vmaf)
         table.add_row(at, *values, f"{row.denoise_s:.2f}", policy)
     print_table(table)
 

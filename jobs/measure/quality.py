@@ -11,7 +11,8 @@ import numpy as np
 
 from cineray.jobs.measure import peers
 from cineray.pipeline.loading.model import LoadedModel
-from cineray.pipeline.media.compare import EQUAL_CLIPS_DB, psnr_db, ssim
+from cineray.pipeline.media.compare import EQUAL_CLIPS_DB, motion_psnr_db, psnr_db, ssim, vmaf_and_xpsnr
+from cineray.pipeline.media.ffmpeg import VideoError
 from cineray.pipeline.render import DenoisedClip, decode_clip, denoise_prepared, prepare_clip
 from cineray.pipeline.request import ClipRequest, InputError
 
@@ -31,9 +32,11 @@ class QualityRow:
         cost: block evaluations as a share of those of the uncached clip, probes included; mean over clips.
         speedup: 1 / cost.
         psnr_db, ssim: mean over clips, against the uncached clips; `worst_psnr_db` is the worst clip's.
+        vmaf, xpsnr_db: the same; None where ffmpeg has no libvmaf or xpsnr.
+        motion_psnr_db: the same of what changes from frame to frame; None for pictures.
         denoise_s: seconds that denoising a clip took here, mean over clips.
         psnr_ci95: 95 % interval of the mean PSNR, bootstrap over clips; None for one clip.
-        clips_psnr_db: of each clip, in order, to compare policies pair by pair.
+        clips_psnr_db, clips_vmaf: of each clip, in order, to compare policies pair by pair.
         wall_ratio, cpu_ratio: denoising time over that of the uncached clip, which was rendered right before or after
             it in this process; median over the first `num_timed` clips.
     """
@@ -52,6 +55,10 @@ class QualityRow:
     wall_ratio: float | None = None
     cpu_ratio: float | None = None
     num_timed: int = 0
+    vmaf: float | None = None
+    xpsnr_db: float | None = None
+    motion_psnr_db: float | None = None
+    clips_vmaf: tuple[float, ...] = ()
 
 
 def policy_text(policy: str, model: LoadedModel) -> str:
@@ -89,6 +96,7 @@ class QualityMeter:
     _rows: dict[str, QualityRow] = field(default_factory=dict)  # by policy: nothing is measured twice
     _speedups: dict[tuple[str, int], float] = field(default_factory=dict)
     _products: float | None = None
+    _has_no_vmaf: bool = False
 
     def measure(self, policy: str) -> QualityRow:
         """Renders with one policy and returns its row of the table.
@@ -100,11 +108,13 @@ class QualityMeter:
             return self._rows[policy]
         if not self._reference:
             self._reference = [self._frames(clip, r) for clip, r in self._render("none", self.requests)]
-        psnr, similar, timed, pairs = [], [], [], []
+        psnr, similar, seen, motion, timed, pairs = [], [], [], [], [], []
         for (clip, request), original in zip(self._render(policy, self.requests), self._reference, strict=True):
             frames = self._frames(clip, request)
             psnr.append(min(psnr_db(frames, original), EQUAL_CLIPS_DB))
             similar.append(ssim(frames, original))
+            seen.append(self._vmaf_and_xpsnr(frames, original))
+            motion.append(motion_psnr_db(frames, original))
             timed.append(clip)
             if len(pairs) < min(self.num_timed, len(self.requests)):
                 pairs.append((clip, self._denoise("none", self.requests[len(pairs)])))
@@ -124,6 +134,10 @@ class QualityMeter:
             wall_ratio=_median_ratio([(c.denoised.denoise_s, bare.denoised.denoise_s) for c, bare in pairs]),
             cpu_ratio=_median_ratio([(c.cpu_s, bare.cpu_s) for c, bare in pairs]),
             num_timed=len(pairs),
+            vmaf=_mean_of_all([score and score[0] for score in seen], 2),
+            xpsnr_db=_mean_of_all([score and min(score[1], EQUAL_CLIPS_DB) for score in seen], 2),
+            motion_psnr_db=_mean_of_all([value and min(value, EQUAL_CLIPS_DB) for value in motion], 2),
+            clips_vmaf=tuple(round(score[0], 2) for score in seen if score is not None),
         )
         return self._rows[policy]
 
@@ -143,6 +157,15 @@ class QualityMeter:
 
     def _frames(self, clip: "_Clip", request: ClipRequest) -> np.ndarray:
         return decode_clip(self.model, clip.denoised, request).frames
+
+    def _vmaf_and_xpsnr(self, frames: np.ndarray, original: np.ndarray) -> tuple[float, float] | None:
+        if self._has_no_vmaf:
+            return None
+        try:
+            return vmaf_and_xpsnr(frames, original)
+        except VideoError:  # of another ffmpeg than the one that imageio-ffmpeg ships
+            self._has_no_vmaf = True
+            return None
 
     def _denoise(self, policy: str, request: ClipRequest) -> "_Clip":
         if peers.is_peer(policy):
@@ -191,6 +214,12 @@ class _Clip:
     denoised: DenoisedClip
     cost: float
     cpu_s: float
+
+
+def _mean_of_all(values: Sequence[float | None], digits: int) -> float | None:
+    """None where one is missing."""
+    known = [value for value in values if value is not None]
+    return round(_mean(known), digits) if known and len(known) == len(values) else None
 
 
 def _mean(values: list[float]) -> float:

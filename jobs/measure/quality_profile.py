@@ -43,7 +43,11 @@ def calibrate_quality(
     model = load_model(checkpoint, options)
     kept = out.with_name(f"{out.name}.bench.json")
     rows = [row.row for row in bench_quality(model, requests, list(asked), [], kept, num_timed=0)]
-    points = [QualityPoint(speedup=asked[row.policy], psnr_db=row.clips_psnr_db) for row in rows if row is not None]
+    points = [
+        QualityPoint(speedup=asked[row.policy], psnr_db=row.clips_psnr_db, vmaf=row.clips_vmaf)
+        for row in rows
+        if row is not None
+    ]
     profile = QualityProfile(
         family=family,
         transformer=identity,

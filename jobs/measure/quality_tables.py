@@ -10,7 +10,7 @@ from cineray.jobs.measure.study_plots import COLOURS, DPI, FORMATS, MARKERS
 
 _COLUMNS = (
     *("policy", "num_clips", "speedup", "wall_ratio", "cpu_ratio", "num_timed"),
-    *("psnr_db", "psnr_ci95", "worst_psnr_db", "ssim", "best", "text"),
+    *("psnr_db", "psnr_ci95", "worst_psnr_db", "ssim", "vmaf", "xpsnr_db", "motion_psnr_db", "best", "text"),
 )
 
 
@@ -55,21 +55,27 @@ def markdown(rows: Sequence[QualityRow], title: str) -> str:
     lines = [
         f"{title}; **bold**: no other row is both faster and better",
         "",
-        "| policy | clips | speed-up by blocks | by CPU time | by wall time | PSNR dB, mean [95 %] | worst | SSIM |",
-        "|---|---|---|---|---|---|---|---|",
+        "| policy | clips | speed-up by blocks | by CPU time | by wall time | PSNR dB, mean [95 %] | worst | SSIM | "
+        "VMAF | XPSNR dB | frame to frame, dB |",
+        f"|{'---|' * 11}",
     ]
     for row in sorted(rows, key=lambda row: (round(row.speedup, 1), not peers.is_peer(row.policy), -row.psnr_db)):
         mark = "**" if row.policy in best else ""
         interval = "" if row.psnr_ci95 is None else f" [{row.psnr_ci95[0]:.1f}, {row.psnr_ci95[1]:.1f}]"
         lines.append(
             f"| {mark}{row.policy}{mark} | {row.num_clips} | {row.speedup:.2f}x | {_times(row.cpu_ratio)} | "
-            f"{_times(row.wall_ratio)} | {row.psnr_db:.1f}{interval} | {row.worst_psnr_db:.1f} | {row.ssim:.4f} |"
+            f"{_times(row.wall_ratio)} | {row.psnr_db:.1f}{interval} | {row.worst_psnr_db:.1f} | {row.ssim:.4f} | "
+            f"{_shown(row.vmaf)} | {_shown(row.xpsnr_db)} | {_shown(row.motion_psnr_db)} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def _times(ratio: float | None) -> str:
     return f"{1 / ratio:.2f}x" if ratio else ""
+
+
+def _shown(score: float | None) -> str:
+    return "" if score is None else f"{score:.1f}"
 
 
 def _draw(rows: Sequence[QualityRow], title: str, kind: str) -> bytes:

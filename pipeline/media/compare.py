@@ -106,6 +106,23 @@ def psnr_db(frames: np.ndarray, reference: np.ndarray) -> float:
     return float("inf") if error == 0 else float(10 * np.log10(PEAK**2 / error))
 
 
+def motion_psnr_db(frames: np.ndarray, reference: np.ndarray) -> float | None:
+    """PSNR of what changes from each frame to the next, in dB: flicker lowers it, an error that stays does not.
+
+    Args:
+        frames, reference: [F, H, W, 3] uint8 of the same shape.
+
+    Returns:
+        Infinite where both change alike; None for a single frame.
+    """
+    if len(frames) < 2:
+        return None
+    changes, expected = (np.diff(clip.astype(np.int16), axis=0) for clip in (frames, reference))
+    errors = (int(np.square(a.astype(np.int32) - b).sum()) for a, b in zip(changes, expected, strict=True))
+    error = sum(errors) / changes.size
+    return float("inf") if error == 0 else float(10 * np.log10(PEAK**2 / error))
+
+
 def ssim(frames: np.ndarray, reference: np.ndarray) -> float:
     """Mean structural similarity over frames, channels and all windows inside the frame; 1 for equal clips.
 

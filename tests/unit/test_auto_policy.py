@@ -65,7 +65,9 @@ def test_a_floor_and_a_speed_become_a_setting_with_a_text_of_its_own(tmp_path):
     ("policy", "message"),
     [
         ("auto(psnr>=30,speedup=2)", "takes a floor or a speed"),
-        ("auto(vmaf>=95)", "unknown option 'vmaf>=95' of auto; valid: psnr, speedup"),
+        ("auto(ssim>=0.9)", "unknown option 'ssim>=0.9' of auto; valid: psnr, vmaf, speedup"),
+        ("auto(vmaf>=101)", "vmaf must be a number above 0 and up to 100"),
+        ("auto(vmaf>=90,speedup=2)", "takes a floor or a speed"),
         ("auto(psnr>=high)", "option psnr of auto"),
         ("auto(psnr>=-1)", "psnr must be a number of dB above 0"),
         ("auto(speedup=20)", "speedup must be 1 to 8"),
@@ -82,6 +84,23 @@ def test_a_floor_out_of_reach_says_what_can_be_kept(tmp_path):
     path.write_text(QualityProfile(family="wan", transformer={}, source="", points=POINTS).model_dump_json())
     with pytest.raises(ValueError, match=r"auto\(psnr>=90\) cannot be kept: .* keeps 56.6 dB"):
         plan_cache(f"auto(psnr>=90,profile={path})", "WanTransformer3DModel", TINY)
+
+
+def test_floors_of_vmaf_and_both_at_once(tmp_path):
+    points = [
+        QualityPoint(speedup=speedup, psnr_db=(db - 1, db, db + 1), vmaf=(seen - 1, seen, seen + 1))
+        for speedup, db, seen in ((1.5, 60, 99), (2.0, 55, 95), (2.5, 50, 90), (3.0, 45, 70))
+    ]
+    path = tmp_path / "quality.json"
+    path.write_text(QualityProfile(family="wan", transformer=TINY, source="", points=points).model_dump_json())
+    assert speedup_of(f"auto(vmaf>=86,profile={path})")[0] == 2.5
+    assert speedup_of(f"auto(vmaf>=86,psnr>=56,profile={path})")[0] == 1.5
+    assert speedup_of(f"auto(psnr>=40,vmaf>=91,profile={path})")[0] == 2.0
+    with pytest.raises(ValueError, match=r"auto\(vmaf>=99\) cannot be kept: .* keeps 95.6;"):
+        plan_cache(f"auto(vmaf>=99,psnr>=30,profile={path})", "WanTransformer3DModel", TINY)
+    path.write_text(QualityProfile(family="wan", transformer=TINY, source="", points=POINTS).model_dump_json())
+    with pytest.raises(ValueError, match="was measured without VMAF"):
+        plan_cache(f"auto(vmaf>=90,profile={path})", "WanTransformer3DModel", TINY)
 
 
 def test_a_model_without_a_profile_is_told_how_to_make_one():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cineray.jobs.measure.quality import QualityMeter, policy_text
-from cineray.pipeline.media.compare import psnr_db, ssim
+from cineray.pipeline.media.compare import motion_psnr_db, psnr_db, ssim
 from cineray.pipeline.request import InputError
 
 
@@ -41,6 +41,7 @@ def test_ssim_is_that_of_a_plain_loop_over_windows():
     assert ssim(a, b) == pytest.approx(np.mean(values))
 
 
+@pytest.mark.slow  # starts ffmpeg
 def test_rows_compare_with_the_uncached_clip(loaded, new_request):
     model = loaded("wan")
     requests = [new_request(num_inference_steps=12, seed=s) for s in (1, 2)]
@@ -51,6 +52,13 @@ def test_rows_compare_with_the_uncached_clip(loaded, new_request):
     assert cached.speedup > 1.1
     assert cached.worst_psnr_db <= cached.psnr_db < 100
     assert cached.ssim < 1
+    assert cached.vmaf is not None
+    assert off.vmaf is not None
+    assert 0 < cached.vmaf < off.vmaf <= 100
+    assert len(cached.clips_vmaf) == 2
+    assert (off.xpsnr_db, off.motion_psnr_db) == (100.0, 100.0)
+    assert cached.xpsnr_db is not None
+    assert 0 < cached.xpsnr_db < 100
     assert cached.text.startswith("dicache(threshold=0.5,probe_depth=1,")
     assert (fewer.cost, fewer.speedup, fewer.num_clips, fewer.text) == (0.5, 2.0, 2, "fewer-steps(6)")
     assert len(seen) == 8
@@ -64,3 +72,18 @@ def test_an_unknown_policy_is_bad_input(loaded):
     assert [policy_text(p, model) for p in ("fewer-steps(6)", "none")] == ["fewer-steps(6)", "none"]
     with pytest.raises(InputError, match="unknown policy 'dicash'"):
         policy_text("dicash", model)
+
+
+def test_an_error_that_stays_is_no_flicker():
+    random = np.random.default_rng(0)
+    clip = random.integers(50, 200, (5, 12, 12, 3), dtype=np.uint8)
+    error = random.integers(-20, 20, (1, 12, 12, 3))
+    assert motion_psnr_db((clip + error).astype(np.uint8), clip) == float("inf")
+    flickering = clip + error * np.array([1, -1, 1, -1, 1]).reshape(5, 1, 1, 1)
+    steady_db, flicker_db = (
+        psnr_db((clip + error).astype(np.uint8), clip),
+        motion_psnr_db(flickering.astype(np.uint8), clip),
+    )
+    assert flicker_db is not None
+    assert flicker_db == pytest.approx(steady_db - 20 * np.log10(2))  # each change is off by twice as much
+    assert motion_psnr_db(clip[:1], clip[:1]) is None
