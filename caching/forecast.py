@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -21,6 +22,7 @@ Target = Literal["residual", "clean_latents"]
 # What of the variance of clean latents is each step's own: slows the pace between neighbours by 12 %.
 # That of the searches on tiny-wan and tiny-hunyuan, which found the lengths
 _NOISE = 2.8e-4
+_SHIFT = 3.0  # of the schedules that profiles of `fitted` are given in: the tiny models' own, and Wan's at 480p
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +30,8 @@ class Forecasting:
     """How a skipped step is forecast, and what is kept for it; `DiCacheConfig` explains the fields.
 
     Args:
-        length: over which clean latents stay alike, as a share of the clip's steps; above 0 where they are forecast.
+        length: over which clean latents stay alike, as a share of the clip (`places_of`); above 0 where they are
+            forecast.
     """
 
     alignment: Alignment = "none"
@@ -79,22 +82,35 @@ def streak_gamma(first: float, step: int, clip: tuple[float, float]) -> float:
     return min(max(first + (first - 1) * step, clip[0]), clip[1])
 
 
-def damped_gamma(step: int, newest: int, older: int, length: float) -> float:
+def places_of(num_steps: int, sigmas: Sequence[float] | None) -> list[float]:
+    """Where each step lies in its clip, from 0 to 1: the same place is the same noise, however a schedule is shifted.
+
+    As the step's number does for a schedule shifted by `_SHIFT` (sigma = shift t / (1 + (shift - 1) t), t falling
+    evenly; Esser et al. 2024, arXiv 2403.03206, section 5.3.2).
+
+    Args:
+        sigmas: noise level of each step, falling; None: even steps.
+    """
+    if sigmas is None or len(sigmas) != num_steps or num_steps < 2:
+        return [step / max(1, num_steps - 1) for step in range(num_steps)]
+    times = [sigma / (_SHIFT - (_SHIFT - 1) * sigma) for sigma in sigmas]
+    return [(times[0] - time) / (times[0] - times[-1]) for time in times]
+
+
+def damped_gamma(ahead: float, apart: float) -> float:
     """How far along the line through two computed steps the clean latents of a later one are best looked for.
 
-    Least squares for a process of unknown level whose covariance is exp(-d^2 / 2 length^2) over a distance of d steps
+    Least squares for a process of unknown level whose covariance is exp(-d^2 / 2) over a distance of d lengths
     (Gaussian process regression; Rasmussen and Williams 2006, section 2.7): close by it goes on nearly at the line's
     pace, ever less so further on.
 
     Args:
-        step, newest, older: their numbers.
-        length: in steps.
+        ahead, apart: of the step from the newer one, and of this from the older one, in lengths.
     """
 
-    def alike(distance: int) -> float:
-        return math.exp(-0.5 * (distance / length) ** 2)
+    def alike(distance: float) -> float:
+        return math.exp(-0.5 * distance**2)
 
-    ahead, apart = step - newest, newest - older
     moved = alike(ahead) - alike(ahead + apart) - 1 + alike(apart)
     return 1 + (moved - _NOISE) / (2 * (1 - alike(apart) + _NOISE))
 

@@ -22,6 +22,8 @@ class Observation:
         accumulated: relative change since the last computed step, as the policy left it.
         num_skips_in_a_row: skipped steps since the last computed one.
         num_pairs: residual pairs at hand for a forecast, 0 to 2.
+        sigmas: noise level of each step of the clip; None where the scheduler has none that fall from 1, or the policy
+            decides between the blocks.
     """
 
     step_index: int
@@ -34,6 +36,7 @@ class Observation:
     accumulated: float
     num_skips_in_a_row: int
     num_pairs: int
+    sigmas: tuple[float, ...] | None = None
 
     @property
     def call_index(self) -> int:

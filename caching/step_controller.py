@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cineray.caching.call import CallPlan, StepContext
-from cineray.caching.forecast import Forecasting, damped_gamma
+from cineray.caching.forecast import Forecasting, damped_gamma, places_of
 from cineray.caching.observation import BRANCH_ORDER, Observation
 from cineray.caching.policy import Decision, Policy, Reason
 from cineray.caching.trace import Trace, TraceEntry
@@ -24,12 +24,15 @@ class StepController:
 
     Args:
         last_stepped: the number of the last step that the loop took with a stepper that forecasts; None before.
+        sigmas: noise level of each step of the clip, where the scheduler steps along a flow.
+        on_free: called when what was computed is forgotten.
     """
 
     policy: Policy
     forecasting: Forecasting
     trace: Trace
     last_stepped: Callable[[], int | None]
+    sigmas: Callable[[], tuple[float, ...] | None]
     on_free: Callable[[], None]
     _computed: list[int] = field(init=False, default_factory=list[int])  # the newest three steps that were
 
@@ -108,6 +111,7 @@ class StepController:
     def _decide(self, step_index: int, num_steps: int, row: tuple[str, int], num_branches: int) -> Decision:
         known = [step for step in self._computed if step < step_index][-2:]
         branch, sample = row
+        sigmas = self.sigmas()
         decision = self.policy.decide(
             Observation(
                 step_index=step_index,
@@ -120,14 +124,16 @@ class StepController:
                 accumulated=0.0,
                 num_skips_in_a_row=step_index - 1 - known[-1] if known else 0,
                 num_pairs=len(known),
+                sigmas=sigmas,
             )
         )
         if decision.compute or decision.gamma is not None:
             return decision
         if len(known) < 2:
             return Decision.compute_because(Reason.EMPTY)
-        older, newest = known
-        return replace(decision, gamma=damped_gamma(step_index, newest, older, self.forecasting.length * num_steps))
+        places = places_of(num_steps, sigmas)
+        older, newest, now = (places[step] / self.forecasting.length for step in (*known, step_index))
+        return replace(decision, gamma=damped_gamma(now - newest, newest - older))
 
     def _note(self, step_index: int, row: tuple[str, int], decision: Decision) -> None:
         if decision.compute and step_index not in self._computed:

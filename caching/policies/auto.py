@@ -1,4 +1,4 @@
-"""`auto(psnr>=30)`, `auto(vmaf>=95)`, `auto(speedup=2.5)`: the setting of `fitted` that a quality profile has for it."""
+"""`auto(psnr>=30)`, `auto(vmaf>=95)`, `auto(speedup=2.5)`: the setting of `fitted` that a quality profile names."""
 
 import math
 import statistics

@@ -5,8 +5,8 @@ slowly, and so they, not the blocks' residuals, are forecast: the transformer is
 have nothing to agree on, and a computed step makes good what was skipped before it (`pipeline/caches/corrector.py`).
 LeMiCa (arXiv 2511.00090) has the idea of a schedule that is searched offline.
 
-How dense the computed steps lie over the clip is a curve with a few knots (`place_steps`), one for all speed-ups and
-numbers of steps. It is searched on a few clips (`pipeline/calibrate/fitted.py`).
+How dense the computed steps lie over the clip is a curve with a few knots (`place_steps`), one for all speed-ups,
+numbers of steps and shifts of the schedule. It is searched on a few clips (`pipeline/calibrate/fitted.py`).
 """
 
 import math
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cineray.caching.forecast import Forecasting
+from cineray.caching.forecast import Forecasting, places_of
 from cineray.caching.observation import Observation
 from cineray.caching.plan import CachePlan, ModelFacts, check_field, plan_blocks
 from cineray.caching.policy import Decision, Reason, Signal, forced
@@ -24,8 +24,9 @@ from cineray.caching.profile import FittedProfile, find_profile, generic_profile
 
 MAX_SPEEDUP = 8.0
 MIN_STEPS = 16  # of clips that are cached at all: below, fewer steps are as good (docs/caching.md)
-# Of a curve, over the steps, 0 to 1: dense where a skipped step costs most, at both ends
+# Of a curve, over the clip's places, 0 to 1: dense where a skipped step costs most, at both ends
 KNOTS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+Schedule = tuple[int, tuple[float, ...] | None]  # (steps, their noise levels)
 _ALWAYS = (0, 1, -1)  # a forecast takes two steps, and nothing makes the last one good
 
 
@@ -71,37 +72,41 @@ class FittedPolicy:
     profile: FittedProfile
     signal: Signal = "none"
     plans_ahead: bool = False
-    _known: dict[int, frozenset[int]] = field(default_factory=dict[int, frozenset[int]], compare=False)
+    _known: dict[Schedule, frozenset[int]] = field(default_factory=dict[Schedule, frozenset[int]], compare=False)
 
     def decide(self, observation: Observation) -> Decision:
         is_off = self.speedup == 1 or observation.num_steps < MIN_STEPS
         reason = forced(observation, is_off=is_off, last_step_full=True, min_pairs=2)
         if reason is not None:
             return Decision.compute_because(reason)
-        if observation.step_index in self.computed(observation.num_steps):
+        if observation.step_index in self.computed(observation.num_steps, observation.sigmas):
             return Decision.compute_because(Reason.INTERVAL)
         return Decision(compute=False, accumulated=0.0, reason=Reason.SKIP)
 
-    def computed(self, num_steps: int) -> frozenset[int]:
+    def computed(self, num_steps: int, sigmas: tuple[float, ...] | None = None) -> frozenset[int]:
         """The steps that are computed."""
-        if num_steps not in self._known:
+        schedule = (num_steps, sigmas)
+        if schedule not in self._known:
             num_computed = math.ceil(num_steps / self.speedup - 1e-9)
-            self._known[num_steps] = frozenset(place_steps(self.profile.density, num_computed, num_steps))
-        return self._known[num_steps]
+            places = places_of(num_steps, sigmas)
+            self._known[schedule] = frozenset(place_steps(self.profile.density, num_computed, places))
+        return self._known[schedule]
 
 
-def place_steps(density: Sequence[float], num_computed: int, num_steps: int) -> list[int]:
+def place_steps(density: Sequence[float], num_computed: int, places: Sequence[float]) -> list[int]:
     """The steps to compute, in order: the first two, the last, and between them as many as a curve puts there.
 
-    Each step's share is proportional to the curve and at most 1; a step is computed where the sum of the shares passes
-    a half.
+    Each step's share is proportional to the curve and to the way to the next step, and at most 1; a step is computed
+    where the sum of the shares passes a half.
 
     Args:
         density: logarithm of the curve at `KNOTS`.
-        num_computed: at least 3, at most `num_steps`.
+        num_computed: at least 3, at most all.
+        places: of all steps, from 0 to 1, two or more (`places_of`).
     """
+    num_steps = len(places)
     number = min(max(num_computed, len(_ALWAYS)), num_steps)
-    shares = np.exp(np.interp(np.linspace(0, 1, num_steps), KNOTS, density))
+    shares = np.exp(np.interp(places, KNOTS, density)) * np.maximum(np.gradient(places), 1e-6)
     always = np.zeros(num_steps, bool)
     always[list(_ALWAYS)] = True
     low, high = 0.0, float(num_steps / shares.min())

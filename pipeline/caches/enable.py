@@ -62,6 +62,7 @@ class CacheHandle:
         if forecasting.corrector and flows:
             stepper = CorrectedScheduler(stepper, lambda: self.trace.last_outcomes)
         if forecasting.target == "clean_latents":
+            self._history.flow = scheduler if flows else None
             stepper = ForecastingScheduler(stepper, flows, self._history, lambda: self.trace.entries[-1], self._holds)
         return stepper
 
@@ -244,6 +245,7 @@ def _step_controller(plan: AnyPlan, trace: Trace, history: CleanHistory) -> Step
         forecasting=plan.forecasting,
         trace=trace,
         last_stepped=lambda: history.last_stepped,
+        sigmas=history.sigmas,
         on_free=history.clear,
     )
 

@@ -25,6 +25,17 @@ class CleanHistory:
 
     steps: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
     last_stepped: int | None = None
+    flow: Any = None  # the scheduler that the loop steps with, if it steps along a flow
+    _levels: tuple[Any, tuple[float, ...]] | None = None  # (the scheduler's tensor, its numbers)
+
+    def sigmas(self) -> tuple[float, ...] | None:
+        """Noise level of each step of the clip; None without a flow. Each schedule is read once: a GPU is waited for."""
+        found = getattr(self.flow, "sigmas", None)
+        if found is None or len(found) < 2:
+            return None
+        if self._levels is None or self._levels[0] is not found:
+            self._levels = found, tuple(wide(torch.as_tensor(found)).tolist()[:-1])  # the last is where the clip ends
+        return self._levels[1]
 
     def clear(self) -> None:
         self.steps.clear()

@@ -11,7 +11,7 @@ from every_model import call
 from test_dicache_policy import SEEN
 
 import cineray
-from cineray.caching.forecast import damped_gamma
+from cineray.caching.forecast import damped_gamma, places_of
 from cineray.caching.plan import CachePlan
 from cineray.caching.policies.fitted import KNOTS, FittedConfig, FittedPolicy, place_steps
 from cineray.caching.policy import Decision, Reason
@@ -20,6 +20,7 @@ from cineray.pipeline.adapters.cache_plan import plan_cache
 
 WAN = {"num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16}
 EVEN = (0.0,) * len(KNOTS)
+PLACES = places_of(50, None)
 
 
 def profile(**changes):
@@ -28,13 +29,13 @@ def profile(**changes):
 
 
 def test_steps_lie_where_the_curve_is_high():
-    early = place_steps((2.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0), 20, 50)
+    early = place_steps((2.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0), 20, PLACES)
     assert early[:8] == list(range(8))
     gaps = [after - before for before, after in pairwise(early[10:])]
     assert min(gaps) >= 2
-    late = place_steps((0.0, 0.0, 0.0, 0.0, 0.0, 2.0, 2.0), 20, 50)
+    late = place_steps((0.0, 0.0, 0.0, 0.0, 0.0, 2.0, 2.0), 20, PLACES)
     assert late[-5:] == [45, 46, 47, 48, 49]
-    even = place_steps(EVEN, 20, 50)
+    even = place_steps(EVEN, 20, PLACES)
     assert max(after - before for before, after in pairwise(even)) <= 3
 
 
@@ -43,15 +44,42 @@ def test_there_are_as_many_as_asked_for_with_both_ends_among_them(num_steps):
     random = np.random.default_rng(0)
     for density in (EVEN, *random.normal(scale=3, size=(20, len(KNOTS)))):
         for number in (1, 3, num_steps // 4, num_steps // 2, num_steps - 1, num_steps, num_steps + 1):
-            steps = place_steps(density, number, num_steps)
+            steps = place_steps(density, number, places_of(num_steps, None))
             # each of the three that are always computed may stand in for one that would be there anyway
             assert abs(len(steps) - min(max(number, 3), num_steps)) <= 1
             assert {0, 1, num_steps - 1} <= set(steps)
             assert steps == sorted(set(steps))
 
 
+def shifted(num_steps, shift):
+    """Noise levels of evenly falling times."""
+    times = [1 - step / num_steps for step in range(num_steps)]
+    return tuple(shift * time / (1 + (shift - 1) * time) for time in times)
+
+
+def test_a_place_is_the_same_noise_in_every_schedule():
+    assert places_of(50, shifted(50, 3.0)) == pytest.approx(PLACES)
+    ours, theirs = shifted(1000, 3.0), shifted(1000, 12.0)
+    places = places_of(1000, theirs)
+    for step in (100, 500, 900):
+        alike = min(range(1000), key=lambda other: abs(ours[other] - theirs[step]))
+        assert places[step] == pytest.approx(places_of(1000, ours)[alike], abs=0.01)
+    assert places[500] < 0.3  # a shift of 12 spends most steps where there is much noise
+    assert places_of(3, (1.0, 0.5)) == [0, 0.5, 1]  # not of this clip
+
+
+def test_of_a_schedule_with_more_early_steps_fewer_of_these_are_computed():
+    policy = FittedPolicy(2.0, generic_profile(FittedProfile))
+    noisy = {
+        shift: [s for s in policy.computed(50, shifted(50, shift)) if shifted(50, shift)[s] > 0.9] for shift in (3, 12)
+    }
+    share = {shift: len(steps) / sum(sigma > 0.9 for sigma in shifted(50, shift)) for shift, steps in noisy.items()}
+    assert share[12] < share[3]
+    assert len(policy.computed(50, shifted(50, 12.0))) == 25
+
+
 def test_a_faster_clip_leaves_steps_out_and_moves_few():
-    slow, fast = (set(place_steps(generic_profile(FittedProfile).density, n, 50)) for n in (25, 17))
+    slow, fast = (set(place_steps(generic_profile(FittedProfile).density, n, PLACES)) for n in (25, 17))
     assert set(range(6)) <= fast
     assert set(range(8)) <= slow
 
@@ -64,15 +92,15 @@ def test_a_forecast_is_the_mean_of_a_gaussian_process_that_goes_through_both_ste
         covariance = np.exp(-0.5 * ((at[:, None] - at) / length) ** 2) + level + noise * np.eye(3)
         weights = np.linalg.solve(covariance[:2, :2], covariance[:2, 2])
         assert weights.sum() == pytest.approx(1, abs=1e-4)
-        assert damped_gamma(step, newest, older, length) == pytest.approx(weights[1], abs=1e-3)
+        assert damped_gamma((step - newest) / length, (newest - older) / length) == pytest.approx(weights[1], abs=1e-3)
 
 
 def test_close_by_it_goes_on_at_nearly_the_pace_and_far_away_it_is_the_mean():
-    assert damped_gamma(11, 10, 9, 5.0) == pytest.approx(2, abs=0.1)
-    ahead = [damped_gamma(10 + n, 10, 8, 12.0) - 1 for n in range(1, 12)]
+    assert damped_gamma(0.2, 0.2) == pytest.approx(2, abs=0.1)
+    ahead = [damped_gamma(n / 12, 2 / 12) - 1 for n in range(1, 12)]
     paces = [gain / n for n, gain in enumerate(ahead, 1)]
     assert paces == sorted(paces, reverse=True)
-    assert damped_gamma(1000, 10, 9, 5.0) == pytest.approx(0.5)
+    assert damped_gamma(200, 0.2) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("speedup", [1.25, 2.0, 2.5, 3.3, 4.0])
