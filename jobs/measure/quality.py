@@ -1,7 +1,6 @@
 """Quality against cost: the same clips with and without a cache."""
 
 import math
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from cineray.jobs.measure import peers
+from cineray.jobs.measure.fewer_steps import FewerSteps, parse_fewer_steps
 from cineray.pipeline.loading.model import LoadedModel
 from cineray.pipeline.media.compare import EQUAL_CLIPS_DB, motion_psnr_db, psnr_db, ssim, vmaf_and_xpsnr
 from cineray.pipeline.media.ffmpeg import VideoError
@@ -18,7 +18,6 @@ from cineray.pipeline.request import ClipRequest, InputError
 
 NUM_TIMED_CLIPS = 3  # of each policy, in turn with the uncached ones
 NUM_RESAMPLES = 2000  # of the bootstrap
-FEWER_STEPS = re.compile(r"fewer-steps\((?P<steps>\d+)\)")
 
 ClipDone = Callable[[str, int, int], None]  # (policy, clips done, clips)
 
@@ -69,8 +68,9 @@ def policy_text(policy: str, model: LoadedModel) -> str:
     """
     if peers.is_peer(policy):
         return repr(peers.parse_peer(policy))
-    if FEWER_STEPS.fullmatch(policy):
-        return policy
+    fewer = parse_fewer_steps(policy)
+    if fewer is not None:
+        return fewer.text(model)
     try:
         plan = model.checkpoint.plan_cache(policy)
     except ValueError as error:
@@ -102,7 +102,7 @@ class QualityMeter:
         """Renders with one policy and returns its row of the table.
 
         Args:
-            policy: as `--cache`, or `fewer-steps(N)`: N uncached steps.
+            policy: as `--cache`, a rival, or `fewer-steps(N)`: N uncached steps.
         """
         if policy in self._rows:
             return self._rows[policy]
@@ -173,13 +173,16 @@ class QualityMeter:
             with peers.attached(policy, self.model, request, full) as attached:
                 clip = self._timed(replace(request, cache="none"))
             return replace(clip, cost=attached.cost)
-        fewer = FEWER_STEPS.fullmatch(policy)
-        steps = int(fewer["steps"]) if fewer else request.num_inference_steps
-        clip = self._timed(replace(request, cache="none" if fewer else policy, num_inference_steps=steps))
-        return replace(clip, cost=clip.cost * steps / request.num_inference_steps)
+        fewer = parse_fewer_steps(policy)
+        if fewer is None:
+            return self._timed(replace(request, cache=policy))
+        clip = self._timed(fewer.request(request), fewer)
+        return replace(clip, cost=fewer.steps / request.num_inference_steps)
 
-    def _timed(self, request: ClipRequest) -> "_Clip":
+    def _timed(self, request: ClipRequest, fewer: FewerSteps | None = None) -> "_Clip":
         prepared = prepare_clip(self.model, request)
+        if fewer is not None:
+            prepared = replace(prepared, denoising=fewer.clip(prepared.denoising, self.model))
         began = time.process_time()
         denoised = denoise_prepared(self.model, request, prepared, lambda *_: None)
         cost = denoised.trace.summary()["cost"] if denoised.trace else 1.0

@@ -29,7 +29,7 @@ class CleanHistory:
     _levels: tuple[Any, tuple[float, ...]] | None = None  # (the scheduler's tensor, its numbers)
 
     def sigmas(self) -> tuple[float, ...] | None:
-        """Noise level of each step of the clip; None without a flow. Each schedule is read once: a GPU is waited for."""
+        """Noise level of each step of the clip; None without a flow. Read once per schedule: a GPU is waited for."""
         found = getattr(self.flow, "sigmas", None)
         if found is None or len(found) < 2:
             return None

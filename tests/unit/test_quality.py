@@ -2,9 +2,17 @@
 
 import numpy as np
 import pytest
+import torch
+from more_models import clip_of
 
+from cineray.caching.forecast import places_of
+from cineray.caching.policies.fitted import place_steps
+from cineray.caching.profile import FittedProfile, generic_profile
+from cineray.jobs.measure.fewer_steps import FewerSteps, parse_fewer_steps
 from cineray.jobs.measure.quality import QualityMeter, policy_text
+from cineray.pipeline.denoise import denoise
 from cineray.pipeline.media.compare import motion_psnr_db, psnr_db, ssim
+from cineray.pipeline.render import prepare_clip
 from cineray.pipeline.request import InputError
 
 
@@ -87,3 +95,33 @@ def test_an_error_that_stays_is_no_flicker():
     assert flicker_db is not None
     assert flicker_db == pytest.approx(steady_db - 20 * np.log10(2))  # each change is off by twice as much
     assert motion_psnr_db(clip[:1], clip[:1]) is None
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan", "wan22"])
+def test_fewer_steps_at_chosen_times(loaded, new_request, name):
+    """The scheduler steps from each of the chosen steps to the next, and ends where the whole schedule does."""
+    model, request = loaded(name), new_request(num_inference_steps=20)
+    fewer = parse_fewer_steps("fewer-steps(8,profile=generic)")
+    assert fewer is not None
+    whole = prepare_clip(model, fewer.request(request)).denoising
+    clip = fewer.clip(whole, model)
+    places = places_of(20, whole.scheduler.sigmas[:-1].tolist())
+    kept = place_steps(generic_profile(FittedProfile).density, 8, places)
+    assert clip.timesteps.tolist() == whole.timesteps[kept].tolist()
+    assert clip.scheduler.sigmas.tolist() == [*whole.scheduler.sigmas[kept].tolist(), 0.0]
+    for index, step in enumerate(kept):
+        assert clip.expert_at(index).transformer is whole.expert_at(step).transformer
+    latents = denoise(clip, lambda *_: None)
+    assert latents.isfinite().all()
+    all_steps = FewerSteps(20, "generic").clip(whole, model)
+    assert torch.equal(denoise(all_steps, lambda *_: None), denoise(whole, lambda *_: None))
+
+
+def test_times_can_be_chosen_of_a_flow_alone(loaded, new_request, tmp_path):
+    model = loaded("dit")
+    clip = prepare_clip(model, clip_of("dit", new_request, tmp_path, num_inference_steps=8)).denoising
+    with pytest.raises(InputError, match="DDIMScheduler has no times to choose from"):
+        FewerSteps(4, "generic").clip(clip, model)
+    with pytest.raises(InputError, match="nor a file"):
+        policy_text("fewer-steps(4,profile=nowhere.json)", model)
+    assert policy_text("fewer-steps(4,profile=generic)", model).startswith("fewer-steps(4,profile=sha256=")
