@@ -259,10 +259,10 @@ def quality(
 
     A policy is written as for --cache, or is fewer-steps(N): N uncached steps, the rival that every cache must beat,
     or fewer-steps(N,profile=auto): those of the steps that `fitted` with this profile would compute; or a cache of
-    diffusers: diffusers:taylorseer-lite(interval=3,order=1,before=12,after=48), taylorseer, seacache,
-    fbcache, magcache, pab, fastercache. Time is measured on the first three clips, in turn with the uncached ones.
-    One option may be left open with a question mark: its value is then searched on the first two clips for each
-    speed-up of --at, and measured on all.
+    diffusers: diffusers:taylorseer-lite(interval=3,order=1,before=12,after=48), taylorseer, seacache, fbcache,
+    magcache, pab, fastercache; or cache-dit:dbcache(threshold=0.1,taylor=1), where cache-dit is installed. Time is
+    measured on the first three clips, in turn with the uncached ones. One option may be left open with a question
+    mark: its value is then searched on the first two clips for each speed-up of --at, and measured on all.
 
     \b
     Examples:

@@ -1,6 +1,6 @@
-"""The caches of diffusers as rivals in `cineray bench quality`: `diffusers:taylorseer-lite(interval=3,order=1)`.
+"""Other caches as rivals in `cineray bench quality`: `diffusers:seacache(threshold=0.35)`, `cache-dit:dbcache`.
 
-Each is the installed diffusers' own code (`diffusers.hooks`), attached to the transformer for one clip and taken off.
+Each is the installed library's own code (`diffusers.hooks`), attached to the transformer for one clip and taken off.
 MagCache takes its ratios from the profile that cineray's own `magcache` would take.
 """
 
@@ -15,18 +15,32 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from cineray.caching.profile import MagCacheProfile, find_profile
+from cineray.jobs.measure.cache_dit import DBCache
 from cineray.pipeline.loading.model import LoadedModel
 from cineray.pipeline.request import ClipRequest, InputError
 from cineray.text import shorten
 
-PREFIX = "diffusers:"
+FAMILIES = ("diffusers:", "cache-dit:")
 NUM_TRAIN_TIMESTEPS = 1000  # of flow matching, whose timestep is 1000 sigma
 _SEA_HOOK = "sea_cache_root"
-_PEER = re.compile(r"diffusers:(?P<name>[a-z-]+)(?:\((?P<options>[^()]*)\))?")
+_PEER = re.compile(r"(?P<name>(?:diffusers|cache-dit):[a-z-]+)(?:\((?P<options>[^()]*)\))?")
+
+
+class OfDiffusers:
+    """A cache of diffusers': its own configuration, which `config` gives."""
+
+    __slots__ = ()
+
+    def config(self, here: "Here", /) -> Any:
+        raise NotImplementedError
+
+    def attach(self, transformer: Any, here: "Here") -> Callable[[], None]:
+        transformer.enable_cache(self.config(here))
+        return transformer.disable_cache
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TaylorSeer:
+class TaylorSeer(OfDiffusers):
     """`before`: steps computed at the start; `after`: from which step on all are computed, 0 for none."""
 
     interval: int = 5
@@ -34,7 +48,7 @@ class TaylorSeer:
     before: int = 3
     after: int = 0
 
-    def config(self, _here: "Here", **more: Any) -> Any:
+    def config(self, _here: "Here", /, **more: Any) -> Any:
         import torch
         from diffusers.hooks import TaylorSeerCacheConfig
 
@@ -54,27 +68,27 @@ class TaylorSeer:
 class TaylorSeerLite(TaylorSeer):
     """Forecasts the transformer's output alone; no block runs on a skipped step."""
 
-    def config(self, here: "Here", **more: Any) -> Any:
+    def config(self, here: "Here", /, **more: Any) -> Any:
         return TaylorSeer.config(self, here, use_lite_mode=True, **more)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FirstBlock:
+class FirstBlock(OfDiffusers):
     threshold: float = 0.05
 
-    def config(self, _here: "Here") -> Any:
+    def config(self, _here: "Here", /) -> Any:
         from diffusers.hooks import FirstBlockCacheConfig
 
         return FirstBlockCacheConfig(threshold=self.threshold)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MagCache:
+class MagCache(OfDiffusers):
     threshold: float = 0.06
     max_skips: int = 3
     retention: float = 0.2
 
-    def config(self, here: "Here") -> Any:
+    def config(self, here: "Here", /) -> Any:
         from diffusers.hooks import MagCacheConfig
 
         checkpoint = here.model.checkpoint
@@ -90,7 +104,7 @@ class MagCache:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SeaCache:
+class SeaCache(OfDiffusers):
     """diffusers' form of it: it judges by the filtered latents, where the paper's judges by the first block's input."""
 
     threshold: float = 0.25
@@ -99,7 +113,7 @@ class SeaCache:
     end: int = 1
     max_skips: int = 2
 
-    def config(self, _here: "Here") -> Any:
+    def config(self, _here: "Here", /) -> Any:
         from diffusers.hooks import SeaCacheConfig
 
         def latents(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -117,7 +131,7 @@ class SeaCache:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PyramidAttention:
+class PyramidAttention(OfDiffusers):
     """`spatial` and `cross`: how often attention is computed, between timesteps `low` and `high`; 0: always."""
 
     spatial: int = 2
@@ -125,7 +139,7 @@ class PyramidAttention:
     low: int = 100
     high: int = 800
 
-    def config(self, here: "Here") -> Any:
+    def config(self, here: "Here", /) -> Any:
         from diffusers.hooks import PyramidAttentionBroadcastConfig
 
         between = (self.low, self.high)
@@ -141,14 +155,14 @@ class PyramidAttention:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FasterCache:
+class FasterCache(OfDiffusers):
     """Without its skipping of the unconditional branch, which wants both branches in one batch."""
 
     spatial: int = 2
     low: int = -1
     high: int = 681
 
-    def config(self, here: "Here") -> Any:
+    def config(self, here: "Here", /) -> Any:
         from diffusers.hooks import FasterCacheConfig
 
         return FasterCacheConfig(
@@ -165,13 +179,14 @@ class FasterCache:
 _BLOCKS = (r"blocks.*attn", r"transformer_blocks.*attn", r"single_transformer_blocks.*attn")
 
 PEERS: dict[str, type[Any]] = {
-    "taylorseer-lite": TaylorSeerLite,
-    "taylorseer": TaylorSeer,
-    "seacache": SeaCache,
-    "fbcache": FirstBlock,
-    "magcache": MagCache,
-    "pab": PyramidAttention,
-    "fastercache": FasterCache,
+    "diffusers:taylorseer-lite": TaylorSeerLite,
+    "diffusers:taylorseer": TaylorSeer,
+    "diffusers:seacache": SeaCache,
+    "diffusers:fbcache": FirstBlock,
+    "diffusers:magcache": MagCache,
+    "diffusers:pab": PyramidAttention,
+    "diffusers:fastercache": FasterCache,
+    "cache-dit:dbcache": DBCache,
 }
 
 
@@ -196,7 +211,7 @@ class Here:
 
 
 def is_peer(text: str) -> bool:
-    return text.startswith(PREFIX)
+    return text.startswith(FAMILIES)
 
 
 def option_types(text: str) -> dict[str, type]:
@@ -207,8 +222,7 @@ def option_types(text: str) -> dict[str, type]:
     """
     match = _PEER.fullmatch(text.strip())
     if match is None or match["name"] not in PEERS:
-        known = ", ".join(f"{PREFIX}{name}" for name in PEERS)
-        raise InputError(f"bench quality: {shorten(text)} is no rival that is known; known: {known}")
+        raise InputError(f"bench quality: {shorten(text)} is no rival that is known; known: {', '.join(PEERS)}")
     return {option.name: type(option.default) for option in fields(PEERS[match["name"]])}
 
 
@@ -232,7 +246,10 @@ def parse_peer(text: str) -> Any:
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise InputError(f"bench quality: {shorten(text)}: {name}: {reason}, got {shorten(value)}") from None
-    return PEERS[match["name"]](**values)
+    try:
+        return PEERS[match["name"]](**values)
+    except ValueError as error:
+        raise InputError(f"bench quality: {shorten(text)}: {error}") from None
 
 
 @dataclass(slots=True)
@@ -261,19 +278,18 @@ def attached(text: str, model: LoadedModel, request: ClipRequest, full_per_call:
     """
     transformer: Any = model.pipe.transformer
     here = Here(model, request)
-    try:
-        config = parse_peer(text).config(here)
-        seen = transformer.register_forward_pre_hook(here.see, with_kwargs=True)
-    except (ValueError, TypeError, ImportError) as error:
-        raise InputError(f"bench quality: {text}: {error}") from None
+    seen = transformer.register_forward_pre_hook(here.see, with_kwargs=True)
     try:
         with _counting(model) as counted:
             counted.full_per_call = full_per_call
-            transformer.enable_cache(config)
+            try:
+                detach = parse_peer(text).attach(transformer, here)
+            except (ValueError, TypeError, ImportError, AssertionError) as error:
+                raise InputError(f"bench quality: {text}: {error}") from None
             try:
                 yield counted
             finally:
-                transformer.disable_cache()
+                detach()
     except (AttributeError, KeyError) as error:
         raise InputError(f"bench quality: {text} does not work on this model: {error}") from None
     finally:

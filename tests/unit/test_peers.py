@@ -2,6 +2,7 @@
 
 import csv
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -54,6 +55,31 @@ def test_a_rival_renders_counts_what_ran_and_leaves_the_model_as_it_was(loaded, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "policy", ["cache-dit:dbcache(threshold=1000,warmup=4)", "cache-dit:dbcache(mask=fast,taylor=1)"]
+)
+@pytest.mark.parametrize("name", ["wan", "hunyuan"])
+def test_cache_dit_renders_where_it_is_installed(loaded, new_request, name, policy):
+    pytest.importorskip("cache_dit")
+    model = loaded(name)
+    before = {name: type(module) for name, module in model.pipe.transformer.named_modules()}
+    meter = QualityMeter(model, [new_request(num_inference_steps=20)], lambda *_: None)
+    row = meter.measure(policy)
+    assert 0 < row.cost < 1
+    assert row.psnr_db < 100
+    assert {name: type(module) for name, module in model.pipe.transformer.named_modules()} == before
+    assert meter.measure("none").psnr_db == 100
+
+
+@pytest.mark.slow
+def test_cache_dit_that_is_not_installed_says_what_to_install(loaded, new_request, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cache_dit", None)
+    meter = QualityMeter(loaded("wan"), [new_request(num_inference_steps=4)], lambda *_: None)
+    with pytest.raises(InputError, match=r'not installed: pip install "cineray\[bench\]"'):
+        meter.measure("cache-dit:dbcache")
+
+
+@pytest.mark.slow
 def test_a_rival_that_never_skips_costs_what_the_uncached_clip_does(loaded, new_request):
     row = QualityMeter(loaded("wan"), [new_request(num_inference_steps=4)], lambda *_: None).measure(
         "diffusers:fbcache(threshold=0)"
@@ -79,6 +105,8 @@ def test_rivals_are_written_as_policies_are():
         ("diffusers:dicash", "no rival that is known; known: diffusers:taylorseer-lite"),
         ("diffusers:fbcache(level=1)", "unknown or repeated option 'level'; valid: threshold"),
         ("diffusers:taylorseer(interval=fast)", "interval: Input should be a valid integer"),
+        ("cache-dit:dbcache(mask=some)", "mask must be one of slow, medium, fast, ultra, got 'some'"),
+        ("cache-dit:dbprune", "no rival that is known"),
     ],
 )
 def test_bad_rivals(text, message):
@@ -88,7 +116,7 @@ def test_bad_rivals(text, message):
 
 def test_every_rival_has_numbers_for_options():
     for name in PEERS:
-        assert set(option_types(f"diffusers:{name}").values()) <= {int, float}
+        assert set(option_types(name).values()) <= {int, float, str}
 
 
 def test_an_interval_covers_the_mean_and_needs_two_clips():
