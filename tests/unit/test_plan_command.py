@@ -11,6 +11,7 @@ import click
 import pytest
 
 from cineray.jobs.cli.main import cineray, main
+from cineray.jobs.planning.cache_share import computed_share_of
 from cineray.jobs.planning.sidecars import read_sidecars
 from cineray.pipeline.request import InputError
 
@@ -207,6 +208,20 @@ def test_a_cache_computes_what_it_computed_before(plan, tmp_path):
     sidecar(tmp_path, "a", trace=trace, cache=_full(policy), width=832, height=480)
     _, stdout, _ = plan(*EIGHT, "--out", tmp_path, "--cache", policy, "--json")
     assert said(stdout)["assumptions"] == ["fbcache computes 30% of the steps, as it did in the clips of --out"]
+
+
+@pytest.mark.parametrize(
+    ("cache", "said_of_it"),
+    [
+        ("fitted(speedup=4)", (0.25, "fitted computes one step in 4, as it says")),
+        ("fitted", (0.4, "fitted computes one step in 2.5, as it says")),
+        ("auto(speedup=2)", (0.5, "auto computes one step in 2, as it says")),
+        ("auto(psnr>=30)", (None, "")),
+        ("fitted(speedup=0)", (None, "")),
+    ],
+)
+def test_a_speed_that_is_asked_for_is_planned_with(cache, said_of_it):
+    assert computed_share_of(cache, "wan2.1-t2v-14b", (), None) == said_of_it
 
 
 def _full(policy):
