@@ -94,10 +94,35 @@ def test_each_of_two_experts_gets_the_loras_that_are_its_own(checkpoint_folder, 
 
 
 @needs_peft
-def test_a_lora_that_does_not_fit_is_one_line(tmp_path):
-    save_file({"transformer.nowhere.lora_A.weight": torch.zeros(2, 4)}, tmp_path / "other.safetensors")
-    with pytest.raises(InputError, match=r"--lora .*other\.safetensors does not fit: "):
-        load_model(open_checkpoint("tiny-wan"), LoadOptions(lora=(Lora.parse(str(tmp_path / "other.safetensors")),)))
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        (
+            {"transformer.nowhere.lora_A.weight": (2, 4), "transformer.nowhere.lora_B.weight": (4, 2)},
+            "Target modules",
+        ),
+        ({"transformer.nowhere.lora_A.weight": (2, 4)}, "it is no whole LoRA in a form that diffusers reads"),
+        (
+            {
+                "transformer.blocks.0.attn1.to_q.lora_A.weight": (2, 4),
+                "transformer.blocks.0.attn1.to_q.lora_B.weight": (4, 2),
+            },
+            "size mismatch",
+        ),
+        ({"x": (1,)}, "all LoRA param names contain"),
+    ],
+)
+def test_a_lora_that_does_not_fit_is_one_line_before_weights_are_read(tmp_path, monkeypatch, tensors, said):
+    def reads_weights(*_):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(loading, "_load", reads_weights)
+    path = tmp_path / "other.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, path)
+    with pytest.raises(InputError, match=rf"--lora .*other\.safetensors does not fit: .*{said}") as caught:
+        load_model(open_checkpoint("tiny-wan"), LoadOptions(lora=(Lora.parse(str(path)),)))
+    assert len(caught.value.lines) == 1
+    assert "\n" not in caught.value.lines[0]
 
 
 @pytest.mark.parametrize(
