@@ -83,8 +83,11 @@ class Work:
     lease: Lease
 
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # they take seconds to import
+    from cineray.jobs.gangs.messages import RunSpec
+    from cineray.jobs.gangs.queue import ClipQueue
     from cineray.jobs.planning.choice import Larger
+    from cineray.pipeline.loading.weights import Identity
 
 Renderer = Callable[[Work], RunReport]
 T = TypeVar("T")
@@ -246,6 +249,14 @@ def use_threads(checkpoint: Checkpoint, options: LoadOptions) -> None:
         torch.set_num_threads(number)
 
 
+def _queue(asked: RunPlan, work: Work, identity: "Identity", spec: "RunSpec", shares_gpu: bool) -> "ClipQueue":
+    """A run's clips for its gangs, each with what it takes of GPUs where the actors were not told of that already."""
+    from cineray.jobs.gangs.queue import ClipQueue
+
+    demands_of = partial(asked.outlook.demands_of, shares_gpu=shares_gpu) if not spec.demands else None
+    return ClipQueue(work.requests, work.folder, asked.checkpoint, identity, spec, demands_of)
+
+
 @contextmanager
 def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
     """Connects to Ray; this process imports no torch.
@@ -265,7 +276,6 @@ def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
     from cineray.jobs.gangs.metrics import RunMetrics
     from cineray.jobs.gangs.placement import crossing, finishers_for, missing_room, plan_fleet
     from cineray.jobs.gangs.progress import GangProgress
-    from cineray.jobs.gangs.queue import ClipQueue
     from cineray.jobs.gangs.slots import Slots
     from cineray.jobs.gangs.state import BatchState, clips_ahead
     from cineray.pipeline.loading.device import check_device
@@ -308,8 +318,7 @@ def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
 
         def render(work: Work) -> RunReport:
             results = ResultLog()
-            demands_of = partial(asked.outlook.demands_of, shares_gpu=shares_gpu) if start_now else None
-            queue = ClipQueue(work.requests, work.folder, asked.checkpoint, identity, spec, demands_of)
+            queue = _queue(asked, work, identity, spec, shares_gpu)
             with GangProgress(work.num_clips) as progress:
                 if missing:
                     progress.say(f"{missing}; waiting: an autoscaler may bring one")

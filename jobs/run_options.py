@@ -72,12 +72,26 @@ class RunOptions:
             )
 
     def check_goes_with(self, options: "LoadOptions") -> None:
-        """Raises InputError where weights that are sharded cannot be loaded so."""
+        """Raises InputError where weights that are sharded cannot be loaded so, or where a kernel would not be used."""
         others = (("--quantize", options.quantize), ("--offload", options.offload))
         asked = [f"{name} {value}" for name, value in others if value != "none"]
         asked += ["--compile"] if options.compile else []
         if self.shard_weights and asked:
             raise InputError(f"--shard-weights does not go with {' or '.join(asked)}; leave one of them out")
+        if not self.picks_layout:
+            self._check_attention(options.attention)
+
+    def _check_attention(self, name: str) -> None:
+        if self.layout.ring > 1 and name not in ("auto", "native", "xfuser"):
+            raise InputError(
+                f"--attention {name} is not used in layout {self.layout.text}: a ring adds up parts of the softmax, by "
+                "PyTorch's kernels; leave it out, or take a layout without a ring"
+            )
+        if self.layout.sequence_ranks == 1 and name == "xfuser":
+            raise InputError(
+                f"--attention xfuser is that of ranks that share a clip's tokens, layout {self.layout.text} has none; "
+                "give --sp 2 or more, or leave it out"
+            )
 
     def _check_layout(self) -> None:
         if self.layout_name is None:

@@ -3,24 +3,26 @@
 
     python scripts/real_size.py make out/wan-1.3b                 # 11 GB: sharded safetensors in float32, as on the hub
     python scripts/real_size.py render out/wan-1.3b --out out/real-size --sp 2
+    python scripts/real_size.py make out/wan-2gb --layers 10 --vocabulary 1000
     python scripts/real_size.py load out/wan-2gb                  # seconds and host memory of 1 and of 4 ranks
-    python scripts/real_size.py make out/wan-2gb --layers 10 --text-layers 1
+    python scripts/real_size.py load out/wan-2gb --before DIR     # the same of a checkout of cineray at 5bd4280
 
 What comes out is noise; what it shows is that the sizes fit, load, shard and decode. The text encoder has the published
 width and vocabulary, but few layers: all 24 would be 23 GB more on disk. Memory is what the kernel says of each process
-(/proc/PID/smaps_rollup, Linux): private pages, of which every process has its own, and file pages, which they share.
+(/proc/PID/smaps_rollup, Linux): anonymous pages, of which every process has its own, and file pages, which they share.
 """
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,8 @@ from safetensors.torch import save_file
 from tiny.text import new_umt5
 from torch import nn
 
-from cineray.jobs.measure.local_ranks import run_on_local_ranks
 from cineray.pipeline.footprint.published import Published, published
 from cineray.pipeline.footprint.subject import empty_part
-from cineray.pipeline.loading.checkpoint import open_checkpoint
-from cineray.pipeline.loading.model import load_model
-from cineray.pipeline.loading.options import LoadOptions
 
 MODEL = "wan2.1-t2v-1.3b"
 MAX_SHARD_BYTES = 10**9
@@ -61,6 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     loading = commands.add_parser("load")
     loading.add_argument("folder", type=Path)
     loading.add_argument("--ranks", type=int, nargs="+", default=[1, 4])
+    loading.add_argument("--before", type=Path, metavar="DIR", help="a checkout of cineray at 5bd4280")
+    loading.add_argument("--dtype", default="bfloat16", help="that ranks compute in")
     asked, more = parser.parse_known_args(argv)
     if more and asked.command != "render":
         parser.error(f"unknown: {' '.join(more)}")
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(render(asked.folder, asked.out, asked.sp, asked.cache, more)))
     else:
         for num_ranks in asked.ranks:
-            print(json.dumps(load_on(num_ranks, asked.folder)))
+            print(json.dumps(load_on(num_ranks, asked.folder, asked.dtype, asked.before)))
 
 
 def make(folder: Path, layers: int, text_layers: int, vocabulary: int | None = None) -> None:
@@ -127,19 +127,50 @@ def weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> tor
     return torch.randn(shape, generator=generator) * fan_in**-0.5
 
 
-@dataclass
-class Memory:
-    """The most that the processes below this one had together.
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """Memory of a process, or of several.
 
     Args:
-        private_bytes: pages of their own.
-        file_bytes: pages of files, counted once however many processes have them.
-        largest_bytes: private pages of the largest process.
+        anonymous_bytes: pages that stand in no file; a forked process's share of those of its parent.
+        file_bytes: its share of pages of files, so that a sum counts each page once.
+        unique_bytes: pages that no other process has (USS).
+        resident_bytes: all its pages, shared or not (RSS).
     """
 
-    private_bytes: int = 0
+    anonymous_bytes: int = 0
     file_bytes: int = 0
-    largest_bytes: int = 0
+    unique_bytes: int = 0
+    resident_bytes: int = 0
+
+    @classmethod
+    def of(cls, pid: int) -> "Pages":
+        """Of a process now; nothing of one that has ended."""
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            return cls()
+        size = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines[1:] if line.endswith("kB")}
+        unique = size["Private_Clean"] + size["Private_Dirty"]
+        return cls(size["Pss_Anon"], size["Pss_File"], unique, size["Rss"])
+
+
+@dataclass
+class Memory:
+    """The most that the processes below this one had: together, and the largest of them; of each kind by itself."""
+
+    together: Pages = Pages()
+    largest: Pages = Pages()
+
+    def see(self, found: list[Pages]) -> None:
+        names = [field.name for field in fields(Pages)]
+        sums = Pages(*(sum(getattr(pages, name) for pages in found) for name in names))
+        self.together = most(names, [self.together, sums])
+        self.largest = most(names, [self.largest, *found])
+
+
+def most(names: list[str], found: list[Pages]) -> Pages:
+    return Pages(*(max(getattr(pages, name) for pages in found) for name in names))
 
 
 @contextmanager
@@ -149,14 +180,7 @@ def watched(every_s: float = 0.2) -> Iterator[Memory]:
 
     def watch() -> None:
         while not ended.wait(every_s):
-            private, files = [], []
-            for process in psutil.Process().children(recursive=True):
-                own, shared = pages_of(process.pid)
-                private.append(own)
-                files.append(shared)
-            memory.private_bytes = max(memory.private_bytes, sum(private))
-            memory.file_bytes = max(memory.file_bytes, sum(files))
-            memory.largest_bytes = max(memory.largest_bytes, max(private, default=0))
+            memory.see([Pages.of(process.pid) for process in psutil.Process().children(recursive=True)])
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -165,16 +189,6 @@ def watched(every_s: float = 0.2) -> Iterator[Memory]:
     finally:
         ended.set()
         thread.join()
-
-
-def pages_of(pid: int) -> tuple[int, int]:
-    """(bytes of anonymous pages, its share of pages of files); nothing of a process that has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0, 0
-    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines[1:] if line.endswith("kB")}
-    return 1024 * kilobytes["Pss_Anon"], 1024 * kilobytes["Pss_File"]
 
 
 def render(folder: Path, out: Path, sp: int, cache: str, more: list[str]) -> dict[str, Any]:
@@ -193,33 +207,84 @@ def render(folder: Path, out: Path, sp: int, cache: str, more: list[str]) -> dic
         "computed_steps": clip["computed_steps"],
         "skipped_steps": clip["skipped_steps"],
         "layout": sidecar["layout"],
-        "private_bytes": memory.private_bytes,
-        "largest_process_bytes": memory.largest_bytes,
-        "file_bytes": memory.file_bytes,
+        "together": asdict(memory.together),
+        "largest_process": asdict(memory.largest),
     }
 
 
-def load_on(num_ranks: int, folder: Path) -> dict[str, Any]:
-    """Has so many processes load the transformer at the same time, as ranks do; what it took."""
-    size = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
-    with watched(0.05) as memory:
-        seconds = run_on_local_ranks(_load_on_rank, num_ranks, str(folder), timeout_s=3600)
+# What a rank of a batch loads, as `jobs/gangs/rank_work.py` does where finishers decode.
+NOW = """
+from cineray.pipeline.loading.checkpoint import open_checkpoint
+from cineray.pipeline.loading.model import load_model
+from cineray.pipeline.loading.options import LoadOptions
+checkpoint = open_checkpoint(folder)
+skipped = (*checkpoint.model.encoder_parts, *checkpoint.model.decoder_parts)
+load = lambda: load_model(checkpoint, LoadOptions(dtype=dtype), skip_components=skipped)
+"""
+BEFORE = """
+from cineray.pipeline.checkpoint import open_checkpoint
+from cineray.pipeline.loading import TEXT_ENCODERS, LoadOptions, load_model
+checkpoint = open_checkpoint(folder)
+load = lambda: load_model(checkpoint, LoadOptions(dtype=dtype), without=TEXT_ENCODERS)
+"""
+RANK = """
+import sys, time, torch, diffusers, transformers
+folder, dtype = sys.argv[1:]
+torch.set_num_threads(1)
+{imports}
+print("ready", flush=True)
+input()
+began = time.monotonic()
+model = load()
+print(time.monotonic() - began, flush=True)
+input()
+"""
+
+
+def load_on(num_ranks: int, folder: Path, dtype: str, before: Path | None) -> dict[str, Any]:
+    """Has so many processes load at the same time what a rank loads; what it took.
+
+    Args:
+        before: a checkout of cineray from before its ranks' loading was changed; None for this one.
+    """
+    code = RANK.format(imports=NOW if before is None else BEFORE)
+    source = Path(__file__).parents[1] if before is None else before.resolve()
+    environment = {**os.environ, "PYTHONPATH": str(source / "src")}
+    command = [sys.executable, "-c", code, str(folder), dtype]
+    with ExitStack() as running:
+        ranks = [
+            running.enter_context(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+            )
+            for _ in range(num_ranks)
+        ]
+        told = [heard(rank) for rank in ranks]
+        assert told == ["ready"] * num_ranks, told
+        with watched(0.05) as memory:
+            for rank in ranks:
+                say(rank)
+            seconds = [float(heard(rank)) for rank in ranks]
+        for rank in ranks:
+            say(rank)
     return {
         "ranks": num_ranks,
-        "checkpoint_bytes": size,
+        "checkpoint_bytes": sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors")),
         "slowest_s": round(max(seconds), 1),
-        "private_bytes": memory.private_bytes,
-        "largest_process_bytes": memory.largest_bytes,
-        "file_bytes": memory.file_bytes,
+        "together": asdict(memory.together),
+        "largest_process": asdict(memory.largest),
     }
 
 
-def _load_on_rank(_rank: int, _num_ranks: int, _init_method: str, folder: str) -> float:
-    checkpoint = open_checkpoint(folder)
-    others = (*checkpoint.model.encoder_parts, *checkpoint.model.decoder_parts)
-    began = time.monotonic()
-    load_model(checkpoint, LoadOptions(dtype="bfloat16"), skip_components=others)
-    return time.monotonic() - began
+def heard(rank: "subprocess.Popen[str]") -> str:
+    assert rank.stdout is not None
+    return rank.stdout.readline().strip()
+
+
+def say(rank: "subprocess.Popen[str]") -> None:
+    """Lets a rank go on."""
+    assert rank.stdin is not None
+    rank.stdin.write("\n")
+    rank.stdin.flush()
 
 
 if __name__ == "__main__":

@@ -113,7 +113,8 @@ def render(
     defaults = run_defaults(asked, checkpoint, cache, fps)
     options = load_options(asked, checkpoint, run.decode)
     run.check_goes_with(options)
-    outlook = Outlook(None if run.picks_layout else memory_check(checkpoint, options, run))  # a choice looks itself
+    memory = None if run.picks_layout else memory_check(checkpoint, options, run)  # a choice looks itself
+    outlook = Outlook(memory, compiled=checkpoint if options.compile else None)
     plan = RunPlan(
         checkpoint=checkpoint, load_options=options, options=run, out=out, lossless=lossless, outlook=outlook
     )

@@ -103,7 +103,7 @@ def run(case: Case, num_layers: int | None = NUM_LAYERS) -> dict[str, Any]:
         parts = (*known.model.denoiser_parts, *(("image_encoder", "image_processor") if has_encoder else ()))
         if case.part == "encode-image":
             parts = (*parts, "vae")
-        request = request_of(case, _blank_picture(folder, case) if takes_image else None)
+        request = request_of(case, blank_picture(folder, case) if takes_image else None)
         return row | _denoise(gpu, case, load_fake(case.model, parts, num_layers), request)
 
 
@@ -138,7 +138,8 @@ def num_blocks(transformer: Any) -> int:
     return sum(transformer.config[name] for name in counts)
 
 
-def _blank_picture(folder: str, case: Case) -> str:
+def blank_picture(folder: str, case: Case) -> str:
+    """Path of a new picture of the clip's size."""
     from PIL import Image
 
     path = Path(folder) / "first.png"
@@ -161,6 +162,7 @@ def cases() -> Iterator[Case]:
     for model in ("wan2.1-t2v-14b", "hunyuan-video"):
         yield from _decode_cases(model)
     yield from _alone_cases()
+    yield from _picture_cases()
     for size in ((480, 272, 17), (832, 480, 33), (480, 272, 81)):
         yield _case("wan2.1-i2v-14b-720p", "encode-image", size)
     yield _case("wan2.1-i2v-14b-720p", "encode-image", (640, 368, 49), is_held_out=True)
@@ -203,6 +205,36 @@ def _alone_cases() -> Iterator[Case]:
     for size in ((480, 288, 33), (832, 480, 33), (832, 480, 81), (1280, 704, 33)):
         yield from _decodes(model, size, ("1", "ulysses2", "ulysses8"))
     yield from _decodes(model, last, ("1", "ulysses4"), is_held_out=True)
+
+
+def _picture_cases() -> Iterator[Case]:
+    """FLUX.1: dev, and schnell, whose prompts are half as long."""
+    small, large, last = (512, 512, 1), (1536, 1024, 1), (1024, 1024, 1)
+    for model in ("flux.1-dev", "flux.1-schnell"):
+        yield Case(model=model, part="load")
+        yield Case(model=model, part="encode-text")
+        yield Case(model=model, part="encode-text-host")
+        yield from _few_denoise_cases(model, (small, large), last)
+    for weights in ("sharded", "fp8", "int8"):
+        layout = "ulysses8"
+        yield _case("flux.1-dev", "denoise", large, layout=layout, cache=ALWAYS_SKIPS, weights_as=weights)
+    for size in (small, (1024, 512, 1), large):
+        yield from _decodes("flux.1-dev", size, ("1",))
+    yield _case("flux.1-dev", "decode", last, is_held_out=True)
+    yield _case("flux.1-dev", "tiled", last)  # up to this size one tile is the whole picture, so that no law tells it
+
+
+def _few_denoise_cases(
+    model: str, sizes: Sequence[tuple[int, int, int]], held_out: tuple[int, int, int]
+) -> Iterator[Case]:
+    """As few as the laws need, of a model of which others have shown that they hold."""
+    for cache in ("none", ALWAYS_SKIPS):
+        for size in sizes:
+            for layout in ("1", "ulysses8", "ring2", "ring2xulysses4"):
+                yield _case(model, "denoise", size, layout=layout, cache=cache)
+        for layout in ("ulysses2", "ring4", "ring2xulysses2"):
+            yield _case(model, "denoise", sizes[0], layout=layout, cache=cache)
+        yield _case(model, "denoise", held_out, layout="ulysses4", cache=cache, is_held_out=True)
 
 
 def _other_weights_cases(model: str) -> Iterator[Case]:

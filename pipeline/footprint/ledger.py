@@ -63,6 +63,8 @@ class Ledger(TorchDispatchMode):
             return self.read(args[0])
         if func.namespace == "c10d":
             return self._exchange(func, args, kwargs)
+        if func is torch.ops.aten.index.Tensor:
+            args = (args[0], self._placed(args[1]))
         out = func(*args, **kwargs)
         if func._overloadpacket in flop_registry:
             self.flop += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
@@ -79,6 +81,17 @@ class Ledger(TorchDispatchMode):
         """Its number, or its numbers as nested lists: one wait for the GPU."""
         self.num_host_reads += tensor.device.type == "cuda"
         return self._values.read(tensor)
+
+    def _placed(self, indices: Any) -> list[Any]:
+        """Indices without masks: how many places one names decides the result's shape, for which the host waits."""
+        found: list[Any] = []
+        for index in indices:
+            if index is not None and index.dtype in (torch.bool, torch.uint8):
+                self.num_host_reads += index.device.type == "cuda"
+                found += self._values.places(index)
+            else:
+                found.append(index)
+        return found
 
     def _exchange(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func._schema.name.removeprefix("c10d::")

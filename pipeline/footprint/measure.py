@@ -15,15 +15,14 @@ import torch
 from torch import nn
 
 from cineray.distributed.layout import Layout
-from cineray.pipeline.adapters import MODELS, wan
+from cineray.pipeline.adapters import MODELS
+from cineray.pipeline.footprint.encoded import encoded
 from cineray.pipeline.footprint.exchange_log import Exchange
 from cineray.pipeline.footprint.fake_gpu import GPU, FakeGPU, join_fake_world
 from cineray.pipeline.footprint.ledger import Ledger
 from cineray.pipeline.footprint.operations import HUNYUAN_TEXT_TOKENS, WAN_TEXT_TOKENS, joint_text_tokens
-from cineray.pipeline.footprint.subject import DTYPE
 from cineray.pipeline.gang import SOLO, Gang
 from cineray.pipeline.loading.model import LoadedModel
-from cineray.pipeline.media.picture import first_frame
 from cineray.pipeline.render import denoise_prepared, prepare_clip, to_frames
 from cineray.pipeline.request import ClipRequest
 
@@ -150,7 +149,7 @@ def _denoise_on(
     gc.collect()
     weights = ledger.live_bytes
     ledger.begin()
-    prepared = prepare_clip(model, request, _encoded(model, request, encodes_image))
+    prepared = prepare_clip(model, request, encoded(model, request, encodes_image))
     prepare_bytes, prepare_flop = ledger.peak_bytes - weights, ledger.flop
     taken: list[tuple[int, int, tuple[Exchange, ...]]] = []
     ledger.begin()
@@ -265,34 +264,6 @@ def _taken(ledger: Ledger, weights: int, phases: _Phases) -> Taken:
         exchanges=tuple(ledger.exchanges),
         peak_at=max(phases.peaks.values())[1],
     )
-
-
-def _encoded(model: LoadedModel, request: ClipRequest, encodes_image: bool) -> dict[str, torch.Tensor]:
-    """The table of the adapter's `encode`: texts that are encoded already, and the first frame, encoded or not."""
-    pipe, config = model.pipe, model.pipe.transformer.config
-    dim = config.get("text_dim") or config.get("text_embed_dim") or config["joint_attention_dim"]
-
-    def text(num_tokens: int) -> torch.Tensor:
-        return torch.empty(1, num_tokens, dim, dtype=DTYPE, device=GPU)
-
-    if model.checkpoint.model.family == "hunyuan-video":
-        pooled = torch.empty(1, config.pooled_projection_dim, dtype=DTYPE, device=GPU)
-        mask = torch.ones(1, HUNYUAN_TEXT_TOKENS, dtype=DTYPE, device=GPU)  # the longest prompt: no padding
-        return {"text": text(HUNYUAN_TEXT_TOKENS), "pooled": pooled, "mask": mask}
-    if model.checkpoint.model.family == "flux":
-        pooled = torch.empty(1, config.pooled_projection_dim, dtype=DTYPE, device=GPU)
-        return {"text": text(joint_text_tokens(config)), "pooled": pooled}
-    encoded = {"cond": text(WAN_TEXT_TOKENS), "uncond": text(WAN_TEXT_TOKENS)}
-    if request.image is None:
-        return encoded
-    if encodes_image:
-        return encoded | wan.encode_picture(pipe, request)
-    step, scale = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
-    size = ((request.num_frames - 1) // step + 1, request.height // scale, request.width // scale)
-    encoded["condition"] = torch.empty(1, config.in_channels - config.out_channels, *size, device=GPU)
-    if config.image_dim is not None:
-        encoded["image"] = pipe.encode_image(first_frame(request), GPU)
-    return encoded
 
 
 class _Phases:

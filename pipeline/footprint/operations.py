@@ -12,10 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from cineray.pipeline.adapters.flux import DEV_TOKENS, SCHNELL_TOKENS
+from cineray.pipeline.adapters.hunyuan_image import INTERLEAVE
 
 WAN_TEXT_TOKENS = 512
 WAN_IMAGE_TOKENS = 257  # CLIP ViT-H/14: 16 x 16 patches and the class token
 HUNYUAN_TEXT_TOKENS = 256
+# HunyuanVideoImageToVideoPipeline: of a picture its language model sees 576 tokens, of which one in INTERLEAVE is kept;
+# the four of the assistant's header are cut out of the prompt's
+HUNYUAN_PICTURE_TOKENS = 576
+_HUNYUAN_ASSISTANT_TOKENS = 4
 FLUX_MLP_RATIO = 4  # its class's own, which no configuration says
 
 
@@ -23,7 +28,12 @@ def joint_text_tokens(config: Mapping[str, Any]) -> int:
     """Text tokens that attend beside the image's in a transformer's blocks; 0 where they have their own attention."""
     if config["_class_name"] == "FluxTransformer2DModel":
         return DEV_TOKENS if config.get("guidance_embeds") else SCHNELL_TOKENS
-    return HUNYUAN_TEXT_TOKENS if config["_class_name"] == "HunyuanVideoTransformer3DModel" else 0
+    if config["_class_name"] != "HunyuanVideoTransformer3DModel":
+        return 0
+    condition = config.get("image_condition_type")
+    if condition is None:
+        return HUNYUAN_TEXT_TOKENS
+    return HUNYUAN_TEXT_TOKENS - _HUNYUAN_ASSISTANT_TOKENS + HUNYUAN_PICTURE_TOKENS // INTERLEAVE[condition]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +89,7 @@ def _wan(config: Mapping[str, Any], here: int, everywhere: int, sequence_ranks: 
 
 
 def _hunyuan(config: Mapping[str, Any], here: int, everywhere: int, sequence_ranks: int) -> ForwardFlop:
-    d, text = config["num_attention_heads"] * config["attention_head_dim"], HUNYUAN_TEXT_TOKENS
+    d, text = config["num_attention_heads"] * config["attention_head_dim"], joint_text_tokens(config)
     s, joint, mlp = here, here + text, config["mlp_ratio"]
     attention = 4 * (everywhere + text) ** 2 * d / sequence_ranks
     double = 8 * joint * d * d + 4 * mlp * joint * d * d + attention + 24 * d * d

@@ -30,6 +30,15 @@ class SmallValues:
         with _disable_current_modes(), unset_fake_temporarily():
             return self._twin(tensor).tolist()
 
+    def places(self, mask: torch.Tensor) -> list[torch.Tensor]:
+        """What `mask.nonzero(as_tuple=True)` would give, as fake tensors of that many places."""
+        with _disable_current_modes(), unset_fake_temporarily():
+            found = self._twin(mask).nonzero(as_tuple=True)
+        made = [mask.new_empty(len(places), dtype=torch.int64) for places in found]
+        for tensor, places in zip(made, found, strict=True):
+            self._twins[tensor] = places
+        return made
+
     def follow(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         """Does to the twins what `func` has done to fake tensors.
 

@@ -54,7 +54,7 @@ def load_fake(
     return LoadedModel(checkpoint=checkpoint, pipe=pipe, options=options, digest="fake", revision=None)
 
 
-def empty_part(found: Published, name: str, kind: str, **changes: int) -> Any:
+def empty_part(found: Published, name: str, kind: str, **changes: Any) -> Any:
     """A part on no device at all."""
     import diffusers
     import transformers
@@ -81,7 +81,10 @@ def _part(
     if name == "vae":
         dtype = DTYPES[vae_dtype_name(published_checkpoint(found.name), options)]
         return fake_weights(empty_part(found, name, kind), dtype, (), device)
-    fewer = {n: num_layers for n in ("num_layers", "num_single_layers") if num_layers and n in found.config(name)}
+    config = found.config(name)
+    fewer: dict[str, Any] = {n: num_layers for n in ("num_layers", "num_single_layers") if num_layers and n in config}
+    if num_layers and "vace_layers" in config:  # the blocks that hints are added to
+        fewer["vace_layers"] = [n for n in config["vace_layers"] if n < num_layers]
     module = empty_part(found, name, kind, **fewer)
     # transformers keeps its own for float16 alone
     kept = module._keep_in_fp32_modules if isinstance(module, diffusers.ModelMixin) else ()

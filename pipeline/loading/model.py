@@ -16,6 +16,7 @@ from cineray.pipeline.loading.errors import LoadingError, is_passing
 from cineray.pipeline.loading.loaded_weights import check_finite, check_names, check_scheduler, check_vocabulary
 from cineray.pipeline.loading.options import LoadOptions, check_installed
 from cineray.pipeline.loading.prepare import (
+    check_loras,
     compile_blocks,
     expert_transformers,
     fuse_loras,
@@ -72,6 +73,7 @@ def load_model(
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
     try:
+        _check_loras(checkpoint, folder, options, skip_components)
         _check_names(checkpoint, folder, skip_components)
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of what diffusers builds from
             pipe = _load(checkpoint, folder, options, skip_components, stays_on_host)
@@ -90,6 +92,14 @@ def load_model(
     return LoadedModel(
         checkpoint=checkpoint, pipe=pipe, options=options, digest=identity.digest, revision=identity.revision
     )
+
+
+def _check_loras(checkpoint: Checkpoint, folder: Path, options: LoadOptions, skip_components: Sequence[str]) -> None:
+    names = [name for name in checkpoint.model.denoiser_parts if name not in skip_components]
+    if options.lora and names:
+        parts = {name: None for name, entry in checkpoint.configs.index.items() if isinstance(entry, list)}
+        parts |= {name: _on_meta(checkpoint, folder, name) for name in names if name in checkpoint.parts}
+        check_loras(checkpoint.pipeline_type(**parts), options.lora)
 
 
 def _check_names(checkpoint: Checkpoint, folder: Path, skip_components: Sequence[str]) -> None:
@@ -181,6 +191,12 @@ def _without_weights(checkpoint: Checkpoint, folder: Path, name: str) -> Any:
     component = next(c for c in checkpoint.adapter.components if c.name == name)
     if name not in checkpoint.model.read_parts or component.library != "diffusers":
         return None
+    return _on_meta(checkpoint, folder, name)
+
+
+def _on_meta(checkpoint: Checkpoint, folder: Path, name: str) -> Any:
+    """A part of diffusers' without memory for its weights."""
+    component = next(c for c in checkpoint.adapter.components if c.name == name)
     kind = component.class_named(checkpoint.configs.index[name][1])
     with torch.device("meta"):
         return kind.from_config(kind.load_config(folder / name, local_files_only=True))

@@ -19,6 +19,7 @@ Attention = Literal["auto", "native", "flash", "flash3", "cudnn", "sage", "xfuse
 Quantize = Literal["none", "fp8", "int8"]
 EXPERTS = ("high", "low", "both")  # of Wan 2.2, as pairs of LoRAs are named: of high noise and of low noise
 TextEncoders = Literal["auto", "gpu", "host"]
+HALF_ATTENTION = ("flash", "flash3", "cudnn", "sage")  # of 16-bit values alone: diffusers' attention_dispatch.py
 QUANTIZED_ATTENTION = ("sage",)  # kernels that change more than the last bits
 
 # what a kernel needs beside a GPU: the module to import, and the package that brings it
@@ -141,6 +142,10 @@ class LoadOptions:
             raise InputError(f"text-encoders host does not go with offload {self.offload}, which moves them, too")
         if self.attention not in ("auto", "native") and self.device != "cuda":
             raise InputError(f"attention {self.attention} is a kernel of GPUs; it needs --device cuda")
+        if self.attention in HALF_ATTENTION and self.dtype_name == "float32":
+            raise InputError(
+                f"attention {self.attention} takes values of 16 bits; it needs --dtype bfloat16 or float16"
+            )
         if self.quantize != "none" and self.offload == "sequential":
             raise InputError(f"quantize {self.quantize} does not go with offload sequential; use group or model")
 

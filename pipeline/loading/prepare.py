@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,21 @@ def set_attention(transformer: nn.Module, options: LoadOptions) -> None:
         raise ValueError(f"attention {kernel} does not run here: {error}") from error
 
 
+def check_loras(pipe: Any, loras: tuple[Lora, ...]) -> None:
+    """Adds LoRAs to transformers that hold no weights, so that what does not fit is told before any are read.
+
+    Args:
+        pipe: with transformers on the meta device, which are of no use afterwards.
+
+    Raises:
+        ValueError: a file that is not a LoRA of its transformer.
+    """
+    for number, lora in enumerate(loras):
+        for component in lora.components:
+            with _about(lora):
+                _attach(pipe, lora, component, f"lora-{number}")
+
+
 def fuse_loras(pipe: Any, loras: tuple[Lora, ...]) -> None:
     """Adds LoRA updates to the transformers' weights, one after the other; nothing of peft stays in the model.
 
@@ -56,24 +72,33 @@ def fuse_loras(pipe: Any, loras: tuple[Lora, ...]) -> None:
     """
     for number, lora in enumerate(loras):
         for component in lora.components:
-            _fuse(pipe, lora, component, f"lora-{number}")
+            with _about(lora):
+                _attach(pipe, lora, component, f"lora-{number}")
+                pipe.fuse_lora(components=[component], lora_scale=lora.scale, adapter_names=[f"lora-{number}"])
+                pipe.unload_lora_weights()
 
 
-def _fuse(pipe: Any, lora: Lora, component: str, name: str) -> None:
+def _attach(pipe: Any, lora: Lora, component: str, name: str) -> None:
+    path, into = Path(lora.path), {"load_into_transformer_2": True} if component == "transformer_2" else {}
+    pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name, use_safetensors=True, **into)
+    if name not in pipe.get_list_adapters().get(component, ()):
+        raise ValueError(f"it has no weights for this {component}")
+
+
+@contextmanager
+def _about(lora: Lora) -> Iterator[None]:
+    """Puts the file's name before what is wrong with it, and nothing else on the screen."""
     from diffusers.utils import logging
 
-    path, into = Path(lora.path), {"load_into_transformer_2": True} if component == "transformer_2" else {}
     before = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # diffusers prints what it raises, in lines of its own
     try:
-        pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name, use_safetensors=True, **into)
-        if name not in pipe.get_list_adapters().get(component, ()):
-            raise ValueError(f"it has no weights for this {component}")
-        pipe.fuse_lora(components=[component], lora_scale=lora.scale, adapter_names=[name])
-        pipe.unload_lora_weights()
+        yield
     except Exception as error:  # diffusers, peft and safetensors each raise their own
         said = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"--lora {path} does not fit: {said}") from error
+        if isinstance(error, LookupError):  # their converters look for names without asking
+            said = f"it is no whole LoRA in a form that diffusers reads ({type(error).__name__}: {said})"
+        raise ValueError(f"--lora {lora.path} does not fit: {said}") from error
     finally:
         logging.set_verbosity(before)
 

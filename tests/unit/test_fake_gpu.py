@@ -54,6 +54,14 @@ def test_small_tensors_have_values():
         assert mixed.tolist() == [10, 4, 6, 1]  # the last is not known
 
 
+def test_a_mask_names_as_many_places_as_it_has_and_the_host_waits_to_know():
+    with fake_gpu() as gpu:
+        rows, mask = torch.empty(3, 10**6, device=GPU), torch.tensor([True, False, True], device=GPU)
+        assert rows[mask].shape == (2, 10**6)
+        assert torch.arange(3, device=GPU)[mask].tolist() == [0, 2]
+        assert gpu.ledger.num_host_reads == 3  # two masks, and the list
+
+
 def test_an_exchange_is_as_if_all_ranks_had_sent_the_same():
     with fake_gpu() as gpu:
         join_fake_world(4, rank=1)

@@ -1,6 +1,7 @@
 """How weights are loaded and what runs on them: LoRA, 8-bit weights, kernels, the VAE's type, the flow shift."""
 
 import importlib.util
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from cineray.pipeline.gang import Gang
 from cineray.pipeline.loading import model as loading
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.model import load_model, vae_dtype_name
-from cineray.pipeline.loading.options import LoadOptions, Lora
+from cineray.pipeline.loading.options import ATTENTION_PACKAGES, LoadOptions, Lora, check_installed
 from cineray.pipeline.loading.weights import identify
 from cineray.pipeline.request import InputError
 
@@ -94,10 +95,35 @@ def test_each_of_two_experts_gets_the_loras_that_are_its_own(checkpoint_folder, 
 
 
 @needs_peft
-def test_a_lora_that_does_not_fit_is_one_line(tmp_path):
-    save_file({"transformer.nowhere.lora_A.weight": torch.zeros(2, 4)}, tmp_path / "other.safetensors")
-    with pytest.raises(InputError, match=r"--lora .*other\.safetensors does not fit: "):
-        load_model(open_checkpoint("tiny-wan"), LoadOptions(lora=(Lora.parse(str(tmp_path / "other.safetensors")),)))
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        (
+            {"transformer.nowhere.lora_A.weight": (2, 4), "transformer.nowhere.lora_B.weight": (4, 2)},
+            "Target modules",
+        ),
+        ({"transformer.nowhere.lora_A.weight": (2, 4)}, "it is no whole LoRA in a form that diffusers reads"),
+        (
+            {
+                "transformer.blocks.0.attn1.to_q.lora_A.weight": (2, 4),
+                "transformer.blocks.0.attn1.to_q.lora_B.weight": (4, 2),
+            },
+            "size mismatch",
+        ),
+        ({"x": (1,)}, "all LoRA param names contain"),
+    ],
+)
+def test_a_lora_that_does_not_fit_is_one_line_before_weights_are_read(tmp_path, monkeypatch, tensors, said):
+    def reads_weights(*_):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(loading, "_load", reads_weights)
+    path = tmp_path / "other.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, path)
+    with pytest.raises(InputError, match=rf"--lora .*other\.safetensors does not fit: .*{said}") as caught:
+        load_model(open_checkpoint("tiny-wan"), LoadOptions(lora=(Lora.parse(str(path)),)))
+    assert len(caught.value.lines) == 1
+    assert "\n" not in caught.value.lines[0]
 
 
 @pytest.mark.parametrize(
@@ -138,11 +164,12 @@ def test_what_changes_pixels_is_in_the_fingerprint_and_what_does_not_is_not(new_
         replace(plain, quantize="int8"),
         replace(plain, quantize="fp8"),
         replace(plain, vae_dtype="bfloat16"),
-        LoadOptions(device="cuda", dtype="float32", attention="sage"),
+        replace(plain, dtype="bfloat16"),
+        LoadOptions(device="cuda", attention="sage"),
     ]
     assert {named(options) for options in same} == {named(plain)}
     assert len({named(options) for options in (plain, *others)}) == 1 + len(others)
-    assert named(LoadOptions(device="cuda", dtype="float32", attention="flash3")) == named(plain)
+    assert named(LoadOptions(device="cuda", attention="flash3")) == named(replace(plain, dtype="bfloat16"))
 
 
 def test_the_flow_shift_moves_the_timesteps_and_is_part_of_the_fingerprint(new_request):
@@ -208,6 +235,22 @@ def test_blocks_hold_their_weights_in_eight_bits_and_render_nearly_the_same():
     [
         (("--attention", "flash3"), "attention flash3 is a kernel of GPUs; it needs --device cuda"),
         (("--attention", "quick"), "'quick' is not one of 'auto'"),
+        (
+            ("--attention", "flash", "--device", "cuda", "--dtype", "float32"),
+            "attention flash takes 16-bit values; it needs --dtype bfloat16 or float16",
+        ),
+        (
+            ("--attention", "flash3", "--device", "cuda", "--layout", "ring2"),
+            "--attention flash3 is not used in layout ring2: a ring adds up parts",
+        ),
+        (
+            ("--attention", "xfuser", "--device", "cuda"),
+            "--attention xfuser is that of ranks that share a clip's tokens, layout 1 has none; give --sp 2 or more",
+        ),
+        (
+            ("--compile", "--cache", "taylorseer(interval=2,order=1)"),
+            "works within blocks, which --compile compiles; use a policy that decides between blocks",
+        ),
         (("--quantize", "int4"), "'int4' is not one of 'none'"),
         (("--vae-dtype", "float8"), "vae-dtype must be auto or one of float32, bfloat16, float16, got 'float8'"),
         (("--offload", "group"), "offload group moves weights between CPU and GPU; it needs --device cuda"),
@@ -221,6 +264,14 @@ def test_bad_options_are_one_line_and_nothing_is_made(tmp_path, capsys, argument
     assert main(["render", "a red circle", "--out", str(out), "--device", "cpu", *arguments]) == 2
     assert reason in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["flash", "flash3", "sage", "xfuser"])
+def test_a_kernel_that_is_not_installed_is_named_with_its_package(monkeypatch, name):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    package = re.escape(ATTENTION_PACKAGES[name][1])
+    with pytest.raises(InputError, match=rf"^attention {name} needs {package}, which is not installed"):
+        check_installed(LoadOptions(device="cuda", attention=name))
 
 
 @pytest.mark.parametrize("module", ["torchao", "peft"])

@@ -29,4 +29,4 @@ def test_a_checkpoint_of_published_width_renders(tmp_path):
     assert found["skipped_steps"] > 0
     assert found["computed_steps"] + found["skipped_steps"] == 9
     weights = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors")) / 2  # in bfloat16
-    assert weights < found["largest_process_bytes"] < weights + 3e9
+    assert weights < found["largest_process"]["anonymous_bytes"] < weights + 3e9

@@ -1,0 +1,114 @@
+"""What prompts, pictures and classes are encoded to, of the longest prompt, on a fake GPU: tensors without values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from cineray.pipeline.adapters import hunyuan15, wan
+from cineray.pipeline.footprint.fake_gpu import GPU
+from cineray.pipeline.footprint.operations import WAN_TEXT_TOKENS, joint_text_tokens
+from cineray.pipeline.footprint.subject import DTYPE
+from cineray.pipeline.loading.model import LoadedModel
+from cineray.pipeline.media.picture import first_frame
+from cineray.pipeline.request import ClipRequest
+
+Table = dict[str, torch.Tensor]
+
+
+def encoded(model: LoadedModel, request: ClipRequest, encodes_image: bool) -> Table:
+    """The table of the adapter's `encode`; call it within `fake_gpu`.
+
+    Args:
+        encodes_image: Wan's first frame goes through the VAE and the image encoder; else its latents are as made.
+    """
+    of_family = _TABLES.get(model.checkpoint.model.family)
+    return _wan(model, request, encodes_image) if of_family is None else of_family(model, request)
+
+
+def _empty(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
+    return torch.empty(1, *shape, dtype=dtype, device=GPU)
+
+
+def _ones(*shape: int) -> torch.Tensor:
+    """Of a mask: the longest prompt has no padding."""
+    return torch.ones(1, *shape, dtype=DTYPE, device=GPU)
+
+
+def _latent_size(model: LoadedModel, request: ClipRequest) -> tuple[int, int, int]:
+    """(frames, height, width) of a clip's latents."""
+    step, scale = model.pipe.vae_scale_factor_temporal, model.pipe.vae_scale_factor_spatial
+    return (request.num_frames - 1) // step + 1, request.height // scale, request.width // scale
+
+
+def _hunyuan(model: LoadedModel, _request: ClipRequest) -> Table:
+    config = model.pipe.transformer.config
+    num_tokens = joint_text_tokens(model.checkpoint.configs.transformer)
+    return {
+        "text": _empty(num_tokens, config.text_embed_dim),
+        "pooled": _empty(config.pooled_projection_dim),
+        "mask": _ones(num_tokens),
+    }
+
+
+def _hunyuan_image(model: LoadedModel, request: ClipRequest) -> Table:
+    _, height, width = _latent_size(model, request)
+    image = _empty(model.pipe.transformer.config.out_channels, 1, height, width, dtype=torch.float32)
+    return {**_hunyuan(model, request), "image": image}
+
+
+def _hunyuan15(model: LoadedModel, request: ClipRequest) -> Table:
+    pipe, config = model.pipe, model.pipe.transformer.config
+    found: Table = {}
+    for branch in hunyuan15.BRANCHES:
+        found[f"{branch}_text"] = _empty(pipe.tokenizer_max_length, config.text_embed_dim)
+        found[f"{branch}_mask"] = _ones(pipe.tokenizer_max_length)
+        found[f"{branch}_glyphs"] = _empty(pipe.tokenizer_2_max_length, config.text_embed_2_dim)
+        found[f"{branch}_glyph_mask"] = _ones(pipe.tokenizer_2_max_length)
+    if request.image is not None:
+        _, height, width = _latent_size(model, request)
+        found["image"] = _empty(config.out_channels, 1, height, width)
+        found["seen"] = _empty(pipe.vision_num_semantic_tokens, config.image_embed_dim)
+    return found
+
+
+def _flux(model: LoadedModel, _request: ClipRequest) -> Table:
+    config = model.pipe.transformer.config
+    num_tokens = joint_text_tokens(model.checkpoint.configs.transformer)
+    return {"text": _empty(num_tokens, config.joint_attention_dim), "pooled": _empty(config.pooled_projection_dim)}
+
+
+def _wan_texts(model: LoadedModel) -> Table:
+    dim = model.pipe.transformer.config.text_dim
+    return {"cond": _empty(WAN_TEXT_TOKENS, dim), "uncond": _empty(WAN_TEXT_TOKENS, dim)}
+
+
+def _wan(model: LoadedModel, request: ClipRequest, encodes_image: bool) -> Table:
+    pipe, config = model.pipe, model.pipe.transformer.config
+    texts = _wan_texts(model)
+    if request.image is None:
+        return texts
+    if encodes_image:
+        return texts | wan.encode_picture(pipe, request)
+    channels = config.in_channels - config.out_channels
+    found = {**texts, "condition": _empty(channels, *_latent_size(model, request), dtype=torch.float32)}
+    if config.image_dim is not None:
+        found["image"] = pipe.encode_image(first_frame(request), GPU)
+    return found
+
+
+def _vace(model: LoadedModel, request: ClipRequest) -> Table:
+    channels = model.pipe.transformer.config.vace_in_channels
+    control = _empty(channels, *_latent_size(model, request), dtype=torch.float32)
+    return {**_wan_texts(model), "control": control}
+
+
+_TABLES: Mapping[str, Callable[[Any, ClipRequest], Table]] = {
+    "hunyuan-video": _hunyuan,
+    "hunyuan-video-i2v": _hunyuan_image,
+    "hunyuan-video-1.5": _hunyuan15,
+    "flux": _flux,
+    "wan-vace": _vace,
+}
