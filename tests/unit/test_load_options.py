@@ -237,7 +237,7 @@ def test_blocks_hold_their_weights_in_eight_bits_and_render_nearly_the_same():
         (("--attention", "quick"), "'quick' is not one of 'auto'"),
         (
             ("--attention", "flash", "--device", "cuda", "--dtype", "float32"),
-            "attention flash takes 16-bit values; it needs --dtype bfloat16 or float16",
+            "attention flash takes values of 16 bits; it needs --dtype bfloat16 or float16",
         ),
         (
             ("--attention", "flash3", "--device", "cuda", "--layout", "ring2"),
