@@ -167,10 +167,12 @@ class QualityProfile(Profile):
 
     Args:
         fitted: the profile that they were measured with, as `fitted` takes it.
+        fitted_digest: of that profile; "" in earlier files.
     """
 
     policy: Literal["auto"] = "auto"
     fitted: str = "auto"
+    fitted_digest: str = ""
     points: Annotated[tuple[QualityPoint, ...], Field(min_length=1, max_length=1000)]
 
 

@@ -58,6 +58,12 @@ class AutoConfig:
                 f"cache: {name}(vmaf>={self.vmaf:g}): the quality profile was measured without VMAF; make one with "
                 "`cineray calibrate quality` where ffmpeg has libvmaf"
             )
+        fitted = FittedConfig(profile=profile.fitted).find(model.family, model.transformer)
+        if profile.fitted_digest not in ("", fitted.digest):
+            raise ValueError(
+                f"cache: {name}'s quality profile was measured with another profile of fitted ({profile.fitted_digest}) "
+                f"than {profile.fitted} is now ({fitted.digest}); make one with `cineray calibrate quality`"
+            )
         allowed = {score: fastest(profile.points, floor, SCORES[score]) for score, floor in floors.items()}
         for score, speedup in allowed.items():
             if speedup is None:

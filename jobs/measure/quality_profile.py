@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cineray.caching.policies.fitted import MIN_STEPS
+from cineray.caching.policies.fitted import MIN_STEPS, FittedConfig
 from cineray.caching.profile import QualityPoint, QualityProfile
 from cineray.jobs.measure.bench import bench_quality
 from cineray.jobs.measure.calibration import family_of, identity_of, source_of
@@ -53,6 +53,7 @@ def calibrate_quality(
         transformer=identity,
         source=source_of(model, requests, "quality"),
         fitted=fitted,
+        fitted_digest=FittedConfig(profile=fitted).find(family, checkpoint.configs.transformer).digest,
         points=tuple(points),
     )
     replace_text(out, profile.model_dump_json(indent=1) + "\n", "calibrate")

@@ -6,7 +6,7 @@ import pytest
 
 from cineray.caching.plan import CachePlan
 from cineray.caching.policies.auto import CLIFF_DB, fastest, lower_bound
-from cineray.caching.policies.fitted import FittedPolicy
+from cineray.caching.policies.fitted import FittedConfig, FittedPolicy
 from cineray.caching.profile import QualityPoint, QualityProfile
 from cineray.pipeline.adapters.cache_plan import plan_cache
 
@@ -101,6 +101,17 @@ def test_floors_of_vmaf_and_both_at_once(tmp_path):
     path.write_text(QualityProfile(family="wan", transformer=TINY, source="", points=POINTS).model_dump_json())
     with pytest.raises(ValueError, match="was measured without VMAF"):
         plan_cache(f"auto(vmaf>=90,profile={path})", "WanTransformer3DModel", TINY)
+
+
+def test_points_of_another_fitted_profile_promise_nothing(tmp_path):
+    path = tmp_path / "quality.json"
+    values = {"family": "wan", "transformer": TINY, "source": "", "points": POINTS}
+    path.write_text(QualityProfile(**values, fitted_digest="sha256=0123456789abcdef").model_dump_json())
+    with pytest.raises(ValueError, match=r"measured with another profile of fitted \(sha256=0123456789abcdef\)"):
+        plan_cache(f"auto(psnr>=46,profile={path})", "WanTransformer3DModel", TINY)
+    now = FittedConfig().find("wan", TINY).digest
+    path.write_text(QualityProfile(**values, fitted_digest=now).model_dump_json())
+    assert speedup_of(f"auto(psnr>=46,profile={path})")[0] == 2.5
 
 
 def test_a_model_without_a_profile_is_told_how_to_make_one():
