@@ -61,8 +61,9 @@ class AutoConfig:
         fitted = FittedConfig(profile=profile.fitted).find(model.family, model.transformer)
         if profile.fitted_digest not in ("", fitted.digest):
             raise ValueError(
-                f"cache: {name}'s quality profile was measured with another profile of fitted ({profile.fitted_digest}) "
-                f"than {profile.fitted} is now ({fitted.digest}); make one with `cineray calibrate quality`"
+                f"cache: {name}'s quality profile was measured with another profile of fitted "
+                f"({profile.fitted_digest}) than {profile.fitted} is now ({fitted.digest}); make one with "
+                "`cineray calibrate quality`"
             )
         allowed = {score: fastest(profile.points, floor, SCORES[score]) for score, floor in floors.items()}
         for score, speedup in allowed.items():
