@@ -11,7 +11,9 @@ from cineray.jobs.measure import peers
 from cineray.pipeline.request import InputError
 
 _FEWER = "fewer-steps(?)"
-_KNOB = re.compile(r"(?P<name>(?:diffusers:)?[a-z0-9-]+)\(([^()?]*,)?\s*(?P<option>[a-z_]+)\s*=\s*\?\s*(,[^()?]*)?\)")
+_KNOB = re.compile(
+    r"(?P<name>(?:(?:diffusers|cache-dit):)?[a-z0-9-]+)\(([^()?]*,)?\s*(?P<option>[a-z_]+)\s*=\s*\?\s*(,[^()?]*)?\)"
+)
 
 FIRST_TRY = 0.1  # of a real option; doubled until it is fast enough
 CLOSE_ENOUGH = 1.01  # a speed-up within 1 % above the one asked for ends the search

@@ -90,6 +90,7 @@ def test_a_rival_that_never_skips_costs_what_the_uncached_clip_does(loaded, new_
 def test_rivals_are_written_as_policies_are():
     assert parse_peer("diffusers:taylorseer-lite(interval=4,after=47)").interval == 4
     assert parse_peer("diffusers:seacache").max_skips == 2
+    assert parse_sweep("cache-dit:dbcache(threshold=?,taylor=1)") is not None
     sweep = parse_sweep("diffusers:seacache(threshold=?,max_skips=3)")
     assert sweep is not None
     assert not sweep.is_integer
