@@ -9,6 +9,7 @@ from cineray.caching.policies.auto import CLIFF_DB, fastest, lower_bound
 from cineray.caching.policies.fitted import FittedConfig, FittedPolicy
 from cineray.caching.profile import QualityPoint, QualityProfile
 from cineray.pipeline.adapters.cache_plan import plan_cache
+from cineray.pipeline.loading.checkpoint import open_checkpoint
 
 TINY = {"num_layers": 16, "num_attention_heads": 4, "attention_head_dim": 32, "in_channels": 16}
 
@@ -101,6 +102,19 @@ def test_floors_of_vmaf_and_both_at_once(tmp_path):
     path.write_text(QualityProfile(family="wan", transformer=TINY, source="", points=POINTS).model_dump_json())
     with pytest.raises(ValueError, match="was measured without VMAF"):
         plan_cache(f"auto(vmaf>=90,profile={path})", "WanTransformer3DModel", TINY)
+
+
+@pytest.mark.parametrize("name", ["tiny-wan", "tiny-hunyuan"])
+def test_shipped_models_have_floors(name):
+    checkpoint = open_checkpoint(name)
+    slow, fast = (checkpoint.plan_cache(f"auto(psnr>={floor})") for floor in (50, 35))
+    assert isinstance(slow, CachePlan)
+    assert isinstance(fast, CachePlan)
+    assert isinstance(slow.policy, FittedPolicy)
+    assert isinstance(fast.policy, FittedPolicy)
+    assert 1 < slow.policy.speedup < fast.policy.speedup
+    with pytest.raises(ValueError, match="cannot be kept"):
+        checkpoint.plan_cache("auto(vmaf>=99.5)")
 
 
 def test_points_of_another_fitted_profile_promise_nothing(tmp_path):
