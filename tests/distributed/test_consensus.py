@@ -229,7 +229,7 @@ def forget_on_rank(rank, num_ranks, init_method):
 
     def before_step(step, cache):
         if rank == 1 and step == 5:
-            cache._attached[0].listener.free()
+            cache._attached[0].tracker.listener.free()
 
     config = DiCacheConfig(threshold=1e6, warmup=0.0)
     return run_steps(tiny.wan(), config, mesh, GangConsensus(mesh=mesh, device=CPU), STEPS, before_step)
