@@ -1,6 +1,7 @@
 """The rows of `cineray bench quality` as files: CSV, Markdown, and quality against time as PNG and SVG."""
 
 import csv
+import re
 from collections.abc import Sequence
 from io import BytesIO, StringIO
 
@@ -8,6 +9,7 @@ from cineray.jobs.measure import peers
 from cineray.jobs.measure.quality import QualityRow
 from cineray.jobs.measure.study_plots import COLOURS, DPI, FORMATS, MARKERS
 
+_NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?")
 _COLUMNS = (
     *("policy", "num_clips", "speedup", "wall_ratio", "cpu_ratio", "num_timed"),
     *("psnr_db", "psnr_ci95", "worst_psnr_db", "ssim", "vmaf", "xpsnr_db", "motion_psnr_db", "best", "text"),
@@ -78,15 +80,22 @@ def _shown(score: float | None) -> str:
     return "" if score is None else f"{score:.1f}"
 
 
+def _family(policy: str) -> str:
+    """A policy and its options less their numbers: what makes one line."""
+    name, _, options = policy.rstrip(")").partition("(")
+    kept = [option for option in options.split(",") if option and not _NUMBER.fullmatch(option.rpartition("=")[2])]
+    return f"{name}({','.join(kept)})" if kept else name
+
+
 def _draw(rows: Sequence[QualityRow], title: str, kind: str) -> bytes:
     from matplotlib import rc_context  # takes half a second
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.subplots()
-    families = list(dict.fromkeys(row.policy.partition("(")[0] for row in rows))
+    families = list(dict.fromkeys(_family(row.policy) for row in rows))
     for number, family in enumerate(families):
-        own = sorted((r for r in rows if r.policy.partition("(")[0] == family), key=lambda r: r.speedup)
+        own = sorted((r for r in rows if _family(r.policy) == family), key=lambda r: r.speedup)
         x = [1 / (row.cpu_ratio or row.cost) for row in own]
         y = [row.psnr_db for row in own]
         spread = [row.psnr_ci95 or (row.psnr_db, row.psnr_db) for row in own]
@@ -102,7 +111,7 @@ def _draw(rows: Sequence[QualityRow], title: str, kind: str) -> bytes:
             capsize=2,
             linestyle="--" if peers.is_peer(family) else "-",
             color=COLOURS[number % len(COLOURS)],
-            marker=MARKERS[number % len(MARKERS)],
+            marker=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],  # another one where colours come again
         )
     axes.set_xlabel("speed-up of denoising, by CPU time where it was measured, else by blocks")
     axes.set_ylabel("PSNR against the uncached clip, dB, mean")

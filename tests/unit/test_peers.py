@@ -10,7 +10,7 @@ import pytest
 from cineray.jobs.measure.equal_cost import parse_sweep
 from cineray.jobs.measure.peers import PEERS, option_types, parse_peer
 from cineray.jobs.measure.quality import QualityMeter, QualityRow, interval_of_mean
-from cineray.jobs.measure.quality_tables import best_rows, files_of, markdown
+from cineray.jobs.measure.quality_tables import _family, best_rows, files_of, markdown
 from cineray.pipeline.request import InputError
 
 ROW = QualityRow(
@@ -143,3 +143,18 @@ def test_the_front_is_what_no_other_row_beats_and_tables_say_it():
     table = list(csv.DictReader(files["quality.csv"].decode().splitlines()))
     assert [row["best"] for row in table] == ["True", "False", "True"]
     assert files["quality.png"].startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("policy", "line"),
+    [
+        ("fitted(speedup=2.5)", "fitted"),
+        ("fitted(profile=other.json,speedup=2.5)", "fitted(profile=other.json)"),
+        ("fewer-steps(25)", "fewer-steps"),
+        ("fewer-steps(25,profile=auto)", "fewer-steps(profile=auto)"),
+        ("diffusers:seacache(threshold=1e-05,max_skips=3)", "diffusers:seacache"),
+        ("dicache", "dicache"),
+    ],
+)
+def test_rows_that_differ_in_numbers_alone_make_one_line(policy, line):
+    assert _family(policy) == line
