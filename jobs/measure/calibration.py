@@ -18,8 +18,6 @@ from cineray.caching.profile import (
     MagCacheProfile,
     TeaCacheFit,
     TeaCacheProfile,
-    generic_profile,
-    shipped_profile,
 )
 from cineray.jobs.console.measure import progress_bar
 from cineray.jobs.console.terminal import tell
@@ -156,7 +154,7 @@ def calibrate_fitted(
         known = _trial_log(out, model, requests, SchedulePoint)
         search = ScheduleSearch(model, requests, Path(folder), known)
         family, identity = family_of(checkpoint), identity_of(checkpoint)
-        begin = shipped_profile(FittedProfile, family, identity) or generic_profile(FittedProfile)
+        begin = fitted.FittedConfig().find(family, identity)
         names = {"family": family, "transformer": identity, "source": source_of(model, requests, "fitted")}
         start = begin.model_copy(update=names)
         with progress_bar("trials", num_trials + 1) as on_done:

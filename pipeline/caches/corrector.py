@@ -62,8 +62,20 @@ class _Computed:
 
 
 @dataclass(slots=True)
-class CorrectedScheduler:
-    """A scheduler whose `step` corrects; everything else is the inner scheduler's.
+class Stepper:
+    """What stands around a scheduler and steps in its place; everything else is the inner scheduler's."""
+
+    inner: Any
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what copy and pickle look for on an empty instance
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+
+@dataclass(slots=True)
+class CorrectedScheduler(Stepper):
+    """A scheduler whose `step` corrects.
 
     Each row of a batch is corrected as if it were alone. What it is given is the same on every rank of a gang, latents
     and outcomes alike, so that all correct alike. Latents that are not those of its last step, such as a callback's,
@@ -74,17 +86,11 @@ class CorrectedScheduler:
         outcomes: what the cache did at the step that is now taken, by row of the latents.
     """
 
-    inner: Any
     outcomes: Callable[[], list[StepOutcome]]
     _num_steps: int = 0  # taken
     _computed: dict[int, _Computed] = field(default_factory=dict[int, _Computed])  # the newest, by row
     _open: list[_Step] = field(default_factory=list[_Step])  # from the first on that may be taken again
     _made: torch.Tensor | None = None  # latents that the last step led to
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what copy and pickle look for on an empty instance
-            raise AttributeError(name)
-        return getattr(self.inner, name)
 
     def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The inner scheduler's step, from corrected latents where the steps before were skipped."""

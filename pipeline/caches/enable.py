@@ -21,7 +21,7 @@ from cineray.pipeline.adapters.cache_plan import plan_cache
 from cineray.pipeline.blocks import is_sharded
 from cineray.pipeline.caches.blocks import BlockRunner
 from cineray.pipeline.caches.clip_progress import ClipProgress
-from cineray.pipeline.caches.corrector import CorrectedScheduler, is_flow
+from cineray.pipeline.caches.corrector import CorrectedScheduler, Stepper, is_flow
 from cineray.pipeline.caches.layers import check_blocks_not_compiled, run_schedule
 from cineray.pipeline.caches.other_caches import other_cache, switched_on
 from cineray.pipeline.caches.signals import SIGNAL_READERS, NewReader, signal_reader
@@ -251,7 +251,7 @@ def _step_controller(plan: AnyPlan, trace: Trace, history: CleanHistory) -> Step
 
 
 def _innermost(scheduler: Any) -> Any:
-    while isinstance(scheduler, CorrectedScheduler | ForecastingScheduler):
+    while isinstance(scheduler, Stepper):
         scheduler = scheduler.inner
     return scheduler
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cineray.caching.trace import TraceEntry
-from cineray.pipeline.caches.corrector import sigma_now, wide
+from cineray.pipeline.caches.corrector import Stepper, sigma_now, wide
 
 
 @dataclass(slots=True)
@@ -47,8 +47,8 @@ class CleanHistory:
 
 
 @dataclass(slots=True)
-class ForecastingScheduler:
-    """A scheduler whose `step` forecasts the output of skipped steps; everything else is the inner scheduler's.
+class ForecastingScheduler(Stepper):
+    """A scheduler whose `step` forecasts the output of skipped steps.
 
     What it is given is the same on every rank of a gang, so that all forecast alike.
 
@@ -59,16 +59,10 @@ class ForecastingScheduler:
         told: called with the bytes that are held.
     """
 
-    inner: Any
     is_flow: bool
     history: CleanHistory
     newest: Callable[[], TraceEntry]
     told: Callable[[int], None]
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what copy and pickle look for on an empty instance
-            raise AttributeError(name)
-        return getattr(self.inner, name)
 
     def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The inner scheduler's step; where it was skipped, `model_output` is exchanged for the forecast.
