@@ -182,9 +182,10 @@ class Gang:
         """Leaves each rank a part of the transformers' weights, and puts the model on the gang's device.
 
         Args:
-            model: loaded with `stays_on_host`, or on the device; the same on every rank.
+            model: loaded with `is_sharded`, or on the device; the same on every rank.
 
         Raises:
+            InputError: a block that was left on disk cannot be read.
             ValueError: no two ranks of this gang share a clip's tokens.
         """
         axis = self.mesh.sequence
@@ -194,7 +195,7 @@ class Gang:
         for name in model.checkpoint.model.denoiser_parts:
             transformer = getattr(model.pipe, name, None)
             if transformer is not None:
-                shard_weights(transformer, axis, self.device, models)
+                shard_weights(transformer, axis, self.device, models, model.unread.get(name))
         model.pipe.to(self.device)
 
     def decode(self, model: LoadedModel, request: ClipRequest, latents: torch.Tensor) -> torch.Tensor | None:

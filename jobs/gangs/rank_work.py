@@ -87,7 +87,7 @@ class RankWork:
         decoder_parts = () if self._spec.decodes_on_gang else checkpoint.model.decoder_parts
         finishers_parts = (*checkpoint.model.encoder_parts, *decoder_parts)
         shards = self._spec.run.shard_weights
-        self._model = load_model(checkpoint, options, skip_components=finishers_parts, stays_on_host=shards)
+        self._model = load_model(checkpoint, options, skip_components=finishers_parts, is_sharded=shards)
         torch.set_num_threads(rank_threads())
         self._gang = Gang.join(
             self._spec.run.layout,

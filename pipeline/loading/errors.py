@@ -3,8 +3,11 @@
 import errno
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from cineray.pipeline.request import InputError
+from cineray.text import printable
 
 # of a disk, a mount or a host that is not well, or is short of something; a file that is missing or may not be read is
 # the checkpoint's own
@@ -46,6 +49,30 @@ class LoadingError(InputError):
 
     Alone it is bad input like any other: there is no other machine. Of a gang it is no more than the gang's loss.
     """
+
+
+@contextmanager
+def loading_errors(name: str, folder: Path) -> Iterator[None]:
+    """Makes one line of whatever diffusers, transformers, safetensors and tokenizers raise, each in its own way.
+
+    Args:
+        name: of the checkpoint.
+        folder: that is read.
+
+    Raises:
+        InputError: instead; LoadingError where the cause is this machine or the hub.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:  # Rust's panics are among them
+        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+            raise
+        reason = printable(" ".join(str(error).split()) or type(error).__name__, 400)
+        kind = LoadingError if is_passing(error) else InputError
+        line = f"model {printable(name, 200)}: loading from {printable(folder, 200)} failed: {reason}"
+        raise kind(line) from error
 
 
 def is_passing(error: BaseException) -> bool:

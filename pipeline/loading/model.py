@@ -1,18 +1,19 @@
 """Loads the weights of a checkpoint into a diffusers pipeline."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cineray.pipeline.adapters import Adapter
+from cineray.pipeline.adapters.component import Component
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.device import check_device, gpu_memory_bytes
-from cineray.pipeline.loading.errors import LoadingError, is_passing
+from cineray.pipeline.loading.errors import loading_errors
 from cineray.pipeline.loading.loaded_weights import check_finite, check_names, check_scheduler, check_vocabulary
 from cineray.pipeline.loading.options import LoadOptions, check_installed
 from cineray.pipeline.loading.prepare import (
@@ -25,22 +26,28 @@ from cineray.pipeline.loading.prepare import (
     quantize,
     set_attention,
 )
+from cineray.pipeline.loading.unread_blocks import UnreadBlocks, open_blocks
 from cineray.pipeline.loading.weights import identify, local_folder
-from cineray.pipeline.request import InputError
-from cineray.text import printable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedModel:
-    """A checkpoint in memory, ready to render."""
+    """A checkpoint in memory, ready to render.
+
+    Args:
+        pipe: the diffusers pipeline that model_index.json names.
+        revision: hub commit, None for a folder.
+        unread: by their names in the pipeline, transformers whose blocks are read while `Gang.shard_weights` cuts them.
+    """
 
     checkpoint: Checkpoint
-    pipe: Any  # the diffusers pipeline that model_index.json names
+    pipe: Any
     options: LoadOptions
     digest: str
-    revision: str | None  # hub commit, None for a folder
+    revision: str | None
+    unread: Mapping[str, UnreadBlocks] = field(default_factory=dict[str, UnreadBlocks])
 
     @property
     def adapter(self) -> Adapter:
@@ -48,14 +55,15 @@ class LoadedModel:
 
 
 def load_model(
-    checkpoint: Checkpoint, options: LoadOptions, skip_components: Sequence[str] = (), *, stays_on_host: bool = False
+    checkpoint: Checkpoint, options: LoadOptions, skip_components: Sequence[str] = (), *, is_sharded: bool = False
 ) -> LoadedModel:
     """Loads the pipeline, from safetensors only.
 
     Args:
         skip_components: parts that stay out of memory and are None in the pipeline: some of the model's
             `encoder_parts`, `denoiser_parts` and `decoder_parts`.
-        stays_on_host: the caller puts it on the device, as `Gang.shard_weights` does: whole it may not fit there.
+        is_sharded: the caller cuts the transformers' blocks over ranks and puts the model on the device, as
+            `Gang.shard_weights` does: whole it may not fit there. Unless a LoRA is fused the blocks are not read here.
 
     Raises:
         InputError: a file is missing or broken, the weights are not those that the configuration asks for or are not
@@ -72,26 +80,42 @@ def load_model(
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
-    try:
+    with loading_errors(checkpoint.name, folder):
         _check_loras(checkpoint, folder, options, skip_components)
         _check_names(checkpoint, folder, skip_components)
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of what diffusers builds from
-            pipe = _load(checkpoint, folder, options, skip_components, stays_on_host)
+            unread = _unread(checkpoint, folder, options, skip_components) if is_sharded else {}
+            pipe = _load(checkpoint, folder, options, skip_components, is_sharded, unread)
         _check_loaded(checkpoint, pipe)
-    except InputError:
-        raise
-    # diffusers, transformers, safetensors and tokenizers each raise their own, Rust's panics among them
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
-            raise
-        reason = printable(" ".join(str(error).split()) or type(error).__name__, 400)
-        name, place = printable(checkpoint.name, 200), printable(folder, 200)
-        kind = LoadingError if is_passing(error) else InputError
-        raise kind(f"model {name}: loading from {place} failed: {reason}") from error
     identity = identify(checkpoint)
     return LoadedModel(
-        checkpoint=checkpoint, pipe=pipe, options=options, digest=identity.digest, revision=identity.revision
+        checkpoint=checkpoint,
+        pipe=pipe,
+        options=options,
+        digest=identity.digest,
+        revision=identity.revision,
+        unread=unread,
     )
+
+
+def _unread(
+    checkpoint: Checkpoint, folder: Path, options: LoadOptions, skip_components: Sequence[str]
+) -> dict[str, UnreadBlocks]:
+    """The transformers by their names in the pipeline, without their blocks' weights."""
+    if options.lora:  # which is fused into whole weights
+        return {}
+    names = [n for n in checkpoint.model.denoiser_parts if n in checkpoint.parts and n not in skip_components]
+    return {
+        name: open_blocks(
+            _component(checkpoint, name),
+            checkpoint.configs.index[name][1],
+            folder / name,
+            DTYPES[options.dtype_name],
+            checkpoint.model.layout.lists,
+            checkpoint.name,
+        )
+        for name in names
+    }
 
 
 def _check_loras(checkpoint: Checkpoint, folder: Path, options: LoadOptions, skip_components: Sequence[str]) -> None:
@@ -112,12 +136,17 @@ def _check_names(checkpoint: Checkpoint, folder: Path, skip_components: Sequence
 
 
 def _load(
-    checkpoint: Checkpoint, folder: Path, options: LoadOptions, skip_components: Sequence[str], stays_on_host: bool
+    checkpoint: Checkpoint,
+    folder: Path,
+    options: LoadOptions,
+    skip_components: Sequence[str],
+    is_sharded: bool,
+    unread: Mapping[str, UnreadBlocks],
 ) -> Any:
     dtype = DTYPES[options.dtype_name]
     skipped = [name for name in skip_components if name in checkpoint.parts]
     encoders = {*checkpoint.model.encoder_parts} - {*skip_components}
-    goes_there = options.offload == "none" and not stays_on_host
+    goes_there = options.offload == "none" and not is_sharded
     parts_encoders = goes_there and options.text_encoders == "host" and bool(encoders)
     is_shrunk = goes_there and options.quantize != "none" and not _has_room(folder, checkpoint, skipped, options)
     goes_whole = goes_there and not parts_encoders and not is_shrunk
@@ -130,6 +159,7 @@ def _load(
         use_safetensors=True,
         local_files_only=True,
         **{name: _without_weights(checkpoint, folder, name) for name in skipped},
+        **{name: blocks.transformer for name, blocks in unread.items()},
     )
     pipe.register_modules(**dict.fromkeys(skipped))
     pipe.set_progress_bar_config(disable=True)
@@ -188,7 +218,7 @@ def _offload(pipe: Any, options: LoadOptions) -> None:
 
 def _without_weights(checkpoint: Checkpoint, folder: Path, name: str) -> Any:
     """What stands for a part while the pipeline is built: scale factors and the like come from its configuration."""
-    component = next(c for c in checkpoint.adapter.components if c.name == name)
+    component = _component(checkpoint, name)
     if name not in checkpoint.model.read_parts or component.library != "diffusers":
         return None
     return _on_meta(checkpoint, folder, name)
@@ -196,10 +226,14 @@ def _without_weights(checkpoint: Checkpoint, folder: Path, name: str) -> Any:
 
 def _on_meta(checkpoint: Checkpoint, folder: Path, name: str) -> Any:
     """A part of diffusers' without memory for its weights."""
-    component = next(c for c in checkpoint.adapter.components if c.name == name)
+    component = _component(checkpoint, name)
     kind = component.class_named(checkpoint.configs.index[name][1])
     with torch.device("meta"):
         return kind.from_config(kind.load_config(folder / name, local_files_only=True))
+
+
+def _component(checkpoint: Checkpoint, name: str) -> Component:
+    return next(c for c in checkpoint.adapter.components if c.name == name)
 
 
 def _check_loaded(checkpoint: Checkpoint, pipe: Any) -> None:

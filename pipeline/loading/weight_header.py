@@ -47,7 +47,35 @@ def read_headers(folder: Path, stem: str, prefers_index: bool) -> dict[str, Tens
     return read_header(single)
 
 
+def tensor_files(folder: Path, stem: str) -> dict[str, Path]:
+    """The file that holds each tensor of a component whose weights diffusers would load.
+
+    Raises:
+        ValueError: as `read_headers`.
+    """
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        return {name: folder / shard for name, shard in _places(index).items()}
+    return dict.fromkeys(read_header(single), single)
+
+
 def _read_shards(index: Path) -> dict[str, TensorHeader]:
+    places = _places(index)
+    tensors: dict[str, TensorHeader] = {}
+    for shard in sorted(set(places.values())):
+        found = read_header(index.with_name(shard))
+        elsewhere = next((name for name in found if places.get(name) != shard), None)
+        if elsewhere is not None:
+            raise ValueError(f"{index.name} does not say that {shorten(elsewhere)} is in {shorten(shard)}")
+        tensors |= found
+    absent = next((name for name in places if name not in tensors), None)
+    if absent is not None:
+        raise ValueError(f"{index.name}: {shorten(absent)} is not in {shorten(places[absent])}")
+    return tensors
+
+
+def _places(index: Path) -> dict[str, str]:
+    """Tensor -> its file beside the index."""
     try:
         content = read_json(index, MAX_HEADER_BYTES)
     except (OSError, ValueError) as error:
@@ -60,17 +88,7 @@ def _read_shards(index: Path) -> dict[str, TensorHeader]:
             raise ValueError(
                 f"{index.name}: each shard must be a .safetensors file beside it, got {shorten(repr(shard))}"
             )
-    tensors: dict[str, TensorHeader] = {}
-    for shard in sorted(set(places.values())):
-        found = read_header(index.with_name(shard))
-        elsewhere = next((name for name in found if places.get(name) != shard), None)
-        if elsewhere is not None:
-            raise ValueError(f"{index.name} does not say that {shorten(elsewhere)} is in {shorten(shard)}")
-        tensors |= found
-    absent = next((name for name in places if name not in tensors), None)
-    if absent is not None:
-        raise ValueError(f"{index.name}: {shorten(absent)} is not in {shorten(places[absent])}")
-    return tensors
+    return places
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:

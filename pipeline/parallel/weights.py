@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from cineray.distributed.mesh import Axis
 from cineray.pipeline.adapters import Models, transformers_in
+from cineray.pipeline.loading.unread_blocks import UnreadBlocks
 
 
 class _Root(nn.Module):
@@ -30,26 +31,37 @@ class _Root(nn.Module):
         return x
 
 
-def shard_weights(transformer: nn.Module, axis: Axis, device: torch.device, models: Models) -> None:
+def shard_weights(
+    transformer: nn.Module, axis: Axis, device: torch.device, models: Models, unread: UnreadBlocks | None = None
+) -> None:
     """Leaves this rank its part of the weights of each block; what stands outside the blocks is whole on every rank.
 
     Args:
         transformer: on the device, or still on the host: then one block at a time goes to the device before it is cut.
         axis: more than one rank; each calls it with the same weights.
+        unread: reads the transformer's blocks, where they are not in memory: each is read right before it is cut.
 
     Raises:
+        InputError: a block cannot be read.
         ValueError: a transformer whose blocks are not known.
     """
     kind = type(transformer).__name__
     if kind not in models:
         supported = ", ".join(transformers_in(models.values()))
         raise ValueError(f"shard-weights: {kind} is not supported; supported: {supported}")
-    blocks = [block for name in models[kind].layout.lists for block in getattr(transformer, name)]
-    transformer.requires_grad_(requires_grad=False)  # trainable ones of several types cannot be sharded together
+    blocks = {
+        f"{name}.{number}": block
+        for name in models[kind].layout.lists
+        for number, block in enumerate(getattr(transformer, name))
+    }
     mesh = DeviceMesh.from_group(axis.group, device.type)  # type: ignore[arg-type]  # more than one rank has a group
-    for block in blocks:
+    for name, block in blocks.items():
+        if unread is not None:
+            unread.read(name)
+        block.requires_grad_(requires_grad=False)  # trainable ones of several types cannot be sharded together
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    root = _Root(blocks)
+    transformer.requires_grad_(requires_grad=False)
+    root = _Root(list(blocks.values()))
     fully_shard(root, mesh=mesh, reshard_after_forward=True)
     root(torch.zeros((), device=device))  # the first forward makes it the root
     transformer.to(device)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_hunyuan, build_wan
+from safetensors.torch import save_file
 
 from cineray.distributed.layout import Layout, parse_layout
 from cineray.jobs.cli.main import main
@@ -13,7 +14,7 @@ from cineray.pipeline.footprint.published import published_checkpoint
 from cineray.pipeline.gang import SOLO, Gang
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 from cineray.pipeline.loading.model import load_model
-from cineray.pipeline.loading.options import LoadOptions
+from cineray.pipeline.loading.options import LoadOptions, Lora
 from cineray.pipeline.render import render_clip_on_gang
 from cineray.pipeline.request import ClipRequest, InputError
 
@@ -35,7 +36,7 @@ def render_on_rank(rank, num_ranks, init_method, layout, source, options, cache)
     found = []
     with Gang.join(parse_layout(layout), rank, num_ranks, init_method=init_method, timeout_s=120) as gang:
         for is_sharded in (False, True):
-            model = load_model(open_checkpoint(source), options, stays_on_host=is_sharded)
+            model = load_model(open_checkpoint(source), options, is_sharded=is_sharded)
             lists = [getattr(model.pipe.transformer, name) for name in model.checkpoint.model.layout.lists]
             whole = sum(p.numel() for blocks in lists for p in blocks.parameters())
             if is_sharded:
@@ -71,6 +72,21 @@ def test_sharded_weights_render_the_same_pixels(ranks, tmp_path, build, layout, 
     assert (skipped > 0) == (cache != "none")
     for (_, _, _, _), (_, share, _, _) in results:
         assert share == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_lora_is_fused_before_weights_are_cut(ranks, tmp_path):
+    pytest.importorskip("peft")
+    build_wan().save_pretrained(tmp_path / "model")
+    row = "transformer.blocks.1.attn1.to_q.lora_"
+    lora = {f"{row}A.weight": torch.ones(2, 48), f"{row}B.weight": torch.ones(48, 2)}
+    save_file(lora, tmp_path / "a.safetensors")
+    pixels = []
+    for options in (LoadOptions(), LoadOptions(lora=(Lora.parse(str(tmp_path / "a.safetensors")),))):
+        arguments = ("ulysses2", str(tmp_path / "model"), options, "none")
+        (whole, *_), (sharded, *_) = ranks.run(render_on_rank, 2, *arguments, timeout_s=300)[0]
+        assert torch.equal(sharded[0], whole[0])
+        pixels.append(sharded[0])
+    assert not torch.equal(*pixels)
 
 
 def test_what_it_does_not_go_with_is_one_line():
