@@ -7,12 +7,12 @@ that nothing is lost with an actor.
 
 import os
 import threading
-from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
+from cineray.jobs.allocator import grow_segments
 from cineray.jobs.console.terminal import begin_printing
 from cineray.jobs.gangs.messages import (
     ClipFault,
@@ -112,17 +112,6 @@ def _begin_process(spec: RunSpec) -> None:
         grow_segments()
 
 
-def grow_segments(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Lets PyTorch's memory on a GPU grow in place, so that less of it is lost between blocks; what is set stays.
-
-    A rank and a finisher may share a GPU, and neither can use what the other has cached
-    (docs.pytorch.org/docs/stable/notes/cuda.html, expandable_segments).
-    """
-    if not _ALLOCATOR.intersection(environment):
-        environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-
-
-_ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
 # calls of the named groups run beside the main one, in threads of their own
 RANK_GROUPS = {"control": 1, "life": 1}
 FINISHER_GROUPS = {"encode": 1, "life": 1}

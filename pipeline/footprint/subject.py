@@ -11,7 +11,7 @@ from cineray.pipeline.footprint.fake_gpu import GPU
 from cineray.pipeline.footprint.published import Published, published, published_checkpoint
 from cineray.pipeline.loading.model import DTYPES, LoadedModel, vae_dtype_name
 from cineray.pipeline.loading.options import LoadOptions
-from cineray.pipeline.loading.prepare import keep_encoders_on_host
+from cineray.pipeline.loading.prepare import keep_encoders_on_host, order_for_gpus
 
 DTYPE = torch.bfloat16  # what LoadOptions says for CUDA
 CUDA = LoadOptions(device="cuda")
@@ -48,6 +48,7 @@ def load_fake(
     settings = {name: value for name, value in index if not isinstance(value, list) and not name.startswith("_")}
     pipe = getattr(diffusers, checkpoint.pipeline_class)(**made, **settings)
     pipe.register_modules(**dict.fromkeys(absent))
+    order_for_gpus(getattr(pipe, "vae", None))
     checkpoint.adapter.loaded(pipe, options.device)
     if on_host:
         keep_encoders_on_host(pipe, on_host, GPU)

@@ -22,6 +22,7 @@ from cineray.pipeline.loading.prepare import (
     expert_transformers,
     fuse_loras,
     keep_encoders_on_host,
+    order_for_gpus,
     other_scheduler,
     quantize,
     set_attention,
@@ -165,6 +166,8 @@ def _load(
     pipe.set_progress_bar_config(disable=True)
     if options.vae_tiling and hasattr(pipe.vae, "use_tiling"):
         pipe.vae.enable_tiling()
+    if options.device == "cuda":
+        order_for_gpus(getattr(pipe, "vae", None))
     transformers = expert_transformers(pipe, checkpoint.model.denoiser_parts)
     if transformers:
         fuse_loras(pipe, options.lora)

@@ -1,8 +1,12 @@
 """What sidecars and events say of the machine, and how actors use a GPU's memory and a host's cores."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
-from cineray.jobs.gangs.actors import grow_segments
+from cineray.jobs.allocator import grow_segments
 from cineray.jobs.gangs.rank_work import rank_options
 from cineray.jobs.output.hardware import driver_version, hardware, summed_up
 from cineray.jobs.threads import loading_threads
@@ -54,6 +58,19 @@ def test_the_allocator_grows_segments_unless_the_user_has_said_otherwise():
         environment = {name: "max_split_size_mb:64"}
         grow_segments(environment)
         assert environment == {name: "max_split_size_mb:64"}
+
+
+def test_every_command_lets_memory_grow_before_torch_is_there():
+    program = """
+import os, sys
+from cineray.jobs.cli import main
+main.run = lambda: print("torch" in sys.modules, os.environ["PYTORCH_CUDA_ALLOC_CONF"])
+from cineray.__main__ import main
+main()
+"""
+    environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert ran.stdout == "False expandable_segments:True\n"
 
 
 def test_weights_are_cast_on_many_cores_only_where_a_gpu_renders():
