@@ -52,7 +52,7 @@ def set_attention(transformer: nn.Module, options: LoadOptions) -> None:
 def order_for_gpus(vae: nn.Module | None) -> None:
     """Stores 3D convolutions' kernels channels-last, which is the order that cuDNN computes in on tensor cores.
 
-    Others' measurements, none of ours: 6 % of Wan 2.2's decode (sgl-project/sglang#18540, its default since #23200), 9 % of
+    Measured by others, not here: 6 % of Wan 2.2's decode (sgl-project/sglang#18540, a default since #23200), 9 % of
     such convolutions, and 78 % with the cuDNN of torch 2.9 (ModelTC/LightX2V#860). Last bits of pixels may differ.
     """
     for module in vae.modules() if vae is not None else ():
