@@ -6,6 +6,7 @@
     python scripts/real_size.py make out/wan-2gb --layers 10 --vocabulary 1000
     python scripts/real_size.py load out/wan-2gb                  # seconds and host memory of 1 and of 4 ranks
     python scripts/real_size.py load out/wan-2gb --before DIR     # the same of a checkout of cineray at 5bd4280
+    python scripts/real_size.py load out/wan-2gb --ranks 2 --shard-weights
 
 What comes out is noise; what it shows is that the sizes fit, load, shard and decode. The text encoder has the published
 width and vocabulary, but few layers: all 24 would be 23 GB more on disk. Memory is what the kernel says of each process
@@ -18,6 +19,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -61,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     loading.add_argument("--ranks", type=int, nargs="+", default=[1, 4])
     loading.add_argument("--before", type=Path, metavar="DIR", help="a checkout of cineray at 5bd4280")
     loading.add_argument("--dtype", default="bfloat16", help="that ranks compute in")
+    loading.add_argument("--shard-weights", action="store_true", help="the ranks share a clip, and keep a part each")
     asked, more = parser.parse_known_args(argv)
     if more and asked.command != "render":
         parser.error(f"unknown: {' '.join(more)}")
@@ -70,7 +73,8 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(render(asked.folder, asked.out, asked.sp, asked.cache, more)))
     else:
         for num_ranks in asked.ranks:
-            print(json.dumps(load_on(num_ranks, asked.folder, asked.dtype, asked.before)))
+            code = SHARDED if asked.shard_weights else NOW if asked.before is None else BEFORE
+            print(json.dumps(load_on(num_ranks, asked.folder, asked.dtype, code, asked.before)))
 
 
 def make(folder: Path, layers: int, text_layers: int, vocabulary: int | None = None) -> None:
@@ -221,6 +225,22 @@ checkpoint = open_checkpoint(folder)
 skipped = (*checkpoint.model.encoder_parts, *checkpoint.model.decoder_parts)
 load = lambda: load_model(checkpoint, LoadOptions(dtype=dtype), skip_components=skipped)
 """
+# The same with `--shard-weights`; ranks meet once each has read what stands outside the blocks.
+SHARDED = """
+from cineray.distributed.layout import parse_layout
+from cineray.pipeline.gang import Gang
+from cineray.pipeline.loading.checkpoint import open_checkpoint
+from cineray.pipeline.loading.model import load_model
+from cineray.pipeline.loading.options import LoadOptions
+checkpoint = open_checkpoint(folder)
+skipped = (*checkpoint.model.encoder_parts, *checkpoint.model.decoder_parts)
+def load():
+    model = load_model(checkpoint, LoadOptions(dtype=dtype), skip_components=skipped, is_sharded=True)
+    layout = parse_layout(f"ulysses{num_ranks}")
+    gang = Gang.join(layout, rank, num_ranks, init_method=f"file://{meeting}", timeout_s=600)
+    gang.shard_weights(model)
+    return gang, model
+"""
 BEFORE = """
 from cineray.pipeline.checkpoint import open_checkpoint
 from cineray.pipeline.loading import TEXT_ENCODERS, LoadOptions, load_model
@@ -229,7 +249,8 @@ load = lambda: load_model(checkpoint, LoadOptions(dtype=dtype), without=TEXT_ENC
 """
 RANK = """
 import sys, time, torch, diffusers, transformers
-folder, dtype = sys.argv[1:]
+folder, dtype, rank, num_ranks, meeting = sys.argv[1:]
+rank, num_ranks = int(rank), int(num_ranks)
 torch.set_num_threads(1)
 {imports}
 print("ready", flush=True)
@@ -241,23 +262,23 @@ input()
 """
 
 
-def load_on(num_ranks: int, folder: Path, dtype: str, before: Path | None) -> dict[str, Any]:
+def load_on(num_ranks: int, folder: Path, dtype: str, load: str, before: Path | None) -> dict[str, Any]:
     """Has so many processes load at the same time what a rank loads; what it took.
 
     Args:
+        load: Python that defines `load()`.
         before: a checkout of cineray from before its ranks' loading was changed; None for this one.
     """
-    code = RANK.format(imports=NOW if before is None else BEFORE)
+    code = RANK.format(imports=load)
     source = Path(__file__).parents[1] if before is None else before.resolve()
     environment = {**os.environ, "PYTHONPATH": str(source / "src")}
-    command = [sys.executable, "-c", code, str(folder), dtype]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
     with ExitStack() as running:
-        ranks = [
-            running.enter_context(
-                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-            )
-            for _ in range(num_ranks)
-        ]
+        meeting = Path(running.enter_context(tempfile.TemporaryDirectory())) / "ranks"
+        ranks = []
+        for rank in range(num_ranks):
+            asked = [str(folder), dtype, str(rank), str(num_ranks), str(meeting)]
+            ranks.append(running.enter_context(subprocess.Popen([sys.executable, "-c", code, *asked], **pipes)))
         told = [heard(rank) for rank in ranks]
         assert told == ["ready"] * num_ranks, told
         with watched(0.05) as memory:

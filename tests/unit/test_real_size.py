@@ -5,10 +5,9 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.ray
 
 
-@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 def test_a_checkpoint_of_published_width_renders(tmp_path):
     import real_size
@@ -24,8 +23,9 @@ def test_a_checkpoint_of_published_width_renders(tmp_path):
     assert dict(checkpoint.configs.vae) == dict(known.config("vae"))
     index = json.loads((folder / "text_encoder" / "model.safetensors.index.json").read_text())
     assert all(name.endswith(".safetensors") for name in index["weight_map"].values())
-    more = ["--steps", "9", "--frames", "1", "--guidance", "1"]
-    found = real_size.render(folder, tmp_path / "out", 1, "interval(interval=2)", more)
+    more = ["--steps", "9", "--frames", "1", "--guidance", "1", "--shard-weights"]
+    found = real_size.render(folder, tmp_path / "out", 2, "interval(interval=2)", more)
+    assert found["layout"] == {"gangs": 1, "cfg": 1, "ring": 1, "ulysses": 2}
     assert found["skipped_steps"] > 0
     assert found["computed_steps"] + found["skipped_steps"] == 9
     weights = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors")) / 2  # in bfloat16
