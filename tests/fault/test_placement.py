@@ -92,7 +92,7 @@ def check_places(batch):
 def test_every_number_of_gangs_and_ranks_on_eight_gpus_places_with_one_to_eight_finishers():
     """A layout's world size is all that counts for Ray.
 
-    Each number of finishers comes up two or three times; CINERAY_ALL_PLACES=1 has all 160 combinations, in five minutes.
+    Each number of finishers comes up two or three times; CINERAY_ALL_PLACES=1 has all 160 combinations (minutes).
     """
     all_finishers = range(1, NUM_GPUS + 1)
     num_cases = 0
