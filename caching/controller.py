@@ -70,6 +70,10 @@ class CacheController:
         seen = [row.observed(context, index, RowSums()) for index, row in enumerate(history.rows)]
         return not any(self.policy.decide(observation).compute for observation in seen)
 
+    def looks_away(self, _context: StepContext) -> bool:
+        """What blocks make is kept, for the forecasts to come."""
+        return False
+
     def begin_call(self, context: StepContext, blocks_input: torch.Tensor) -> list[int]:
         """Begins a call. The probe blocks must run for the rows that it returns: those no earlier decision holds for.
 

@@ -61,15 +61,16 @@ class StepController:
         """Whether no block runs in the call to come."""
         return not any(decision.compute for decision in self._decisions_at(context))
 
+    def looks_away(self, context: StepContext) -> bool:
+        """At blocks that run it never looks."""
+        return not self.is_planned(context)
+
     def begin_call(self, _context: StepContext, _blocks_input: torch.Tensor) -> list[int]:
         """No row is probed."""
         return []
 
-    def decide(self, context: StepContext, blocks_input: torch.Tensor, *_probe: Any) -> CallPlan:
+    def decide(self, context: StepContext, *_tensors: Any) -> CallPlan:
         """
-        Args:
-            blocks_input: hidden states before the first block [B, S, D].
-
         Raises:
             ValueError: a step is to be skipped, and the loop does not step with a stepper that forecasts.
         """
@@ -84,7 +85,7 @@ class StepController:
             )
         for row, decision in enumerate(decisions):
             self._note(context.step_index, context.origin(row), decision)
-        rows = list(range(len(blocks_input)))
+        rows = list(range(len(context.rows)))
         return CallPlan(
             context=context,
             compute_rows=rows if compute else [],

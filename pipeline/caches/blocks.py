@@ -58,6 +58,10 @@ class Controller(Protocol):
         """Whether no block will run in this call, as is known before it begins."""
         ...
 
+    def looks_away(self, context: StepContext, /) -> bool:
+        """Whether every block will run in this call, and nothing that they take or give is looked at or kept."""
+        ...
+
     def begin_call(self, context: StepContext, blocks_input: torch.Tensor, /) -> list[int]: ...
 
     def decide(
@@ -116,6 +120,10 @@ class BlockRunner:
         if self._signal is not None:
             self._signal.attach()
         runs_none = self._runs_none(latents)
+        if not runs_none and self._controller.looks_away(self._where()):
+            self._call, self._has_ended = _Call(latents, None, []), True
+            self._controller.decide(self._where(), latents, latents)
+            return
         if runs_none:
             self._unread.leave_out(self._where().branch)
         for name, gates in (self._one_gate() if runs_none else self._gates()).items():
@@ -132,6 +140,7 @@ class BlockRunner:
             ValueError: the blocks did not run through the gates.
         """
         self._put_back()
+        self._call = None
         if not self._has_ended:
             self._controller.free()
             raise ValueError(

@@ -18,6 +18,9 @@ class Recorder:
     def is_planned(self, _context: StepContext, /) -> bool:
         return False
 
+    def looks_away(self, _context: StepContext, /) -> bool:
+        return False
+
     def begin_call(self, _context: StepContext, _blocks_input: torch.Tensor, /) -> list[int]:
         return []
 
