@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from test_corrector import NUM_STEPS, SCHEDULERS, denoised, line
 
 import cineray
 from cineray.caching.trace import TraceEntry
+from cineray.pipeline.blocks import BlockListProxy
 from cineray.pipeline.caches.corrector import CorrectedScheduler
 from cineray.pipeline.caches.enable import attach_cache
 from cineray.pipeline.caches.step_forecaster import CleanHistory, ForecastingScheduler
@@ -76,6 +78,41 @@ def test_the_loop_calls_no_transformer_on_a_skipped_step(loaded, new_request):
     assert {entry.compute for entry in clip.trace.entries if entry.step in (0, 1, 19)} == {True}
     # bytes of two steps' latents, whatever the branches
     assert clip.trace.held_bytes == 2 * clip.latents.numel() * 4
+
+
+@pytest.mark.parametrize(("cache", "has_gates"), [(FASTER, False), ("interval(interval=2)", True)])
+def test_nothing_stands_between_the_blocks_of_a_step_that_is_computed(loaded, new_request, cache, has_gates):
+    model, request = loaded("wan"), new_request(cache=cache, num_inference_steps=16)
+    transformer, seen = model.pipe.transformer, set()
+    handle = transformer.blocks[0].register_forward_pre_hook(lambda *_: seen.add(type(transformer.blocks)))
+    denoise_clip(model, request, quiet)
+    handle.remove()
+    assert seen == ({BlockListProxy} if has_gates else {torch.nn.ModuleList})
+
+
+@pytest.mark.parametrize("breaks_off", [True, False])
+def test_a_step_that_was_decided_and_broke_off_is_forgotten(loaded, breaks_off):
+    """Nothing is skipped before two steps have been computed to their end; here the third would be."""
+    pipe = loaded("wan").pipe
+    transformer = pipe.transformer
+    latents, text = torch.zeros(1, 4, 1, 6, 6), torch.zeros(1, 4, transformer.config.text_dim)
+
+    def run(step):
+        with transformer.cache_context("cond", step_index=step, num_inference_steps=20):
+            transformer(latents, torch.tensor([999.0 - step]), text)
+
+    with cineray.enable_cache(pipe, "fitted(speedup=4)") as handle:
+        broken = transformer.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0) if breaks_off else None
+        for step in range(2):
+            with pytest.raises(ZeroDivisionError) if breaks_off else nullcontext():
+                run(step)
+        if broken is None:
+            with pytest.raises(ValueError, match="knows nothing of it"):
+                run(2)
+            return
+        broken.remove()
+        run(2)
+        assert handle.trace.entries[-1].compute
 
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan", "wan22"])
