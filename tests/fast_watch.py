@@ -33,7 +33,8 @@ class FastWatch:
             return
         # multiprocessing reaches its forkserver by a path; what has a number may be a server of the test's own
         to_a_forkserver = event == "socket.connect" and isinstance(arguments[1], str | bytes)
-        if event in STARTING or to_a_forkserver:
+        lists_fonts = event == "subprocess.Popen" and arguments[0] == "fc-list"  # matplotlib, once on each machine
+        if (event in STARTING and not lists_fonts) or to_a_forkserver:
             self._seen.append(f"{event} {arguments[1:2] if event == 'subprocess.Popen' else arguments}"[:200])
 
     def _noting(self, original: Callable[..., Any]) -> Callable[..., Any]:

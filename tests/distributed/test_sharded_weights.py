@@ -75,7 +75,6 @@ def test_sharded_weights_render_the_same_pixels(ranks, tmp_path, build, layout, 
 
 
 def test_a_lora_is_fused_before_weights_are_cut(ranks, tmp_path):
-    pytest.importorskip("peft")
     build_wan().save_pretrained(tmp_path / "model")
     row = "transformer.blocks.1.attn1.to_q.lora_"
     lora = {f"{row}A.weight": torch.ones(2, 48), f"{row}B.weight": torch.ones(48, 2)}

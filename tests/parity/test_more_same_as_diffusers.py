@@ -133,7 +133,6 @@ def test_a_clip_resumes_bit_for_bit(loaded, new_request, tmp_path, name):
 
 def test_stable_audio_with_its_own_scheduler(loaded, new_request, tmp_path):
     """Its noise comes from torchsde, an optional package."""
-    pytest.importorskip("torchsde")
     from diffusers import CosineDPMSolverMultistepScheduler
 
     model, path = loaded("stable_audio"), tmp_path / f"1.{MARK}.safetensors"

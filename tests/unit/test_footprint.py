@@ -3,7 +3,6 @@
 Few blocks of each list: neither a step's transients nor the order of its exchanges depend on how many there are.
 """
 
-import importlib.util
 import itertools
 import tempfile
 from collections.abc import Iterator
@@ -261,7 +260,6 @@ def test_what_is_gathered_of_sharded_weights_does_not_depend_on_the_number_of_bl
     assert run(case, num_layers=2)["phases"] == run(case, num_layers=4)["phases"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
 def test_weights_are_never_whole_on_a_gpu_that_they_reach_in_8_bits(kind):
     found = published(WAN)

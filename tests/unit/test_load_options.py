@@ -28,9 +28,6 @@ from cineray.pipeline.request import InputError
 
 pytestmark = pytest.mark.slow
 
-needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
-needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
-
 
 @pytest.fixture
 def lora_file(tmp_path):
@@ -43,7 +40,6 @@ def lora_file(tmp_path):
     return tmp_path / "style.safetensors", tensors[f"{prefix}.lora_B.weight"] @ tensors[f"{prefix}.lora_A.weight"]
 
 
-@needs_peft
 def test_a_lora_is_fused_into_the_weights_and_nothing_of_it_stays(lora_file):
     path, update = lora_file
     plain = load_model(open_checkpoint("tiny-wan"), LoadOptions()).pipe.transformer
@@ -56,7 +52,6 @@ def test_a_lora_is_fused_into_the_weights_and_nothing_of_it_stays(lora_file):
     assert others == ["blocks.0.attn1.to_q.weight"]
 
 
-@needs_peft
 def test_each_of_two_experts_gets_the_loras_that_are_its_own(checkpoint_folder, tmp_path):
     folder = str(checkpoint_folder("wan22"))
     plain = load_model(open_checkpoint(folder), LoadOptions()).pipe
@@ -94,7 +89,6 @@ def test_each_of_two_experts_gets_the_loras_that_are_its_own(checkpoint_folder, 
         torch.testing.assert_close(change, wanted[place], rtol=1e-4, atol=1e-5)
 
 
-@needs_peft
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
@@ -211,7 +205,6 @@ def test_the_vae_s_type_is_its_authors(model, options, name):
     assert vae_dtype_name(open_checkpoint(model), options) == name
 
 
-@needs_torchao
 def test_blocks_hold_their_weights_in_eight_bits_and_render_nearly_the_same():
     plain = load_model(open_checkpoint("tiny-wan"), LoadOptions()).pipe.transformer
     small = load_model(open_checkpoint("tiny-wan"), LoadOptions(quantize="int8")).pipe.transformer

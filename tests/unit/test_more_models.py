@@ -1,6 +1,5 @@
 """`cineray render` with models whose clips are pictures and sounds, of two experts, or begin with a picture."""
 
-import importlib.util
 import itertools
 import json
 import wave
@@ -309,11 +308,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(checkpoint_folder, tmp_path, c
         ("stable_audio", "diffusers fuses no LoRA into its transformer; leave --lora out"),
         ("hunyuan15", "diffusers fuses no LoRA into its transformer; leave --lora out"),
         ("wan22", "it has two experts, so say whose each LoRA is: --lora high:PATH for the noisy steps, low:PATH for"),
-        pytest.param(
-            "flux",
-            "does not fit: Target modules",
-            marks=pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed"),
-        ),
+        ("flux", "does not fit: Target modules"),
     ],
 )
 def test_a_lora_that_cannot_be_fused_is_one_line(checkpoint_folder, tmp_path, capfd, name, reason):
@@ -329,7 +324,6 @@ def test_a_lora_that_cannot_be_fused_is_one_line(checkpoint_folder, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 def test_a_pair_of_loras_changes_a_clip_and_a_swapped_pair_another(checkpoint_folder, tmp_path, capsys):
     torch.manual_seed(0)
     for name in ("high", "low"):

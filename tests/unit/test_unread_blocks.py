@@ -104,7 +104,6 @@ def open_blocks(folder):
 
 
 def test_what_fuses_a_lora_is_read_whole(blocks_folder, tmp_path):
-    pytest.importorskip("peft")
     from cineray.pipeline.loading.options import Lora
 
     row = "transformer.blocks.0.attn1.to_q.lora_"
