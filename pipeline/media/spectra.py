@@ -1,7 +1,8 @@
 """How far two sounds are apart: by their spectra at three resolutions, and sample by sample.
 
-Parallel WaveGAN (arXiv 1910.11480), section 3.2: the multi-resolution STFT distances, with the sizes of its table 1. Its
-authors' code and those after it floor the power of a bin at 1e-7, for samples in [-1, 1].
+Parallel WaveGAN (arXiv 1910.11480): the multi-resolution STFT distances, spectral convergence and log magnitude, with
+the sizes of its table 1. Code after it (kan-bayashi/ParallelWaveGAN) floors the power of a bin at 1e-7, for samples in
+[-1, 1].
 """
 
 from collections.abc import Iterator
