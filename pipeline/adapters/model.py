@@ -19,6 +19,11 @@ def num_heads(config: Mapping[str, Any]) -> int:
     return config.get("num_attention_heads", config.get("num_heads", 1))
 
 
+def hidden_size(config: Mapping[str, Any]) -> int:
+    """Channels of a token in a transformer's blocks; STDiT3 says them, the others their heads."""
+    return config.get("hidden_size") or config["num_attention_heads"] * config["attention_head_dim"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockLayout:
     """How a transformer class passes hidden states through its blocks.

@@ -163,6 +163,7 @@ def cases() -> Iterator[Case]:
         yield from _decode_cases(model)
     yield from _alone_cases()
     yield from _picture_cases()
+    yield from _fixed_cases()
     for size in ((480, 272, 17), (832, 480, 33), (480, 272, 81)):
         yield _case("wan2.1-i2v-14b-720p", "encode-image", size)
     yield _case("wan2.1-i2v-14b-720p", "encode-image", (640, 368, 49), is_held_out=True)
@@ -222,6 +223,18 @@ def _picture_cases() -> Iterator[Case]:
         yield from _decodes("flux.1-dev", size, ("1",))
     yield _case("flux.1-dev", "decode", last, is_held_out=True)
     yield _case("flux.1-dev", "tiled", last)  # up to this size one tile is the whole picture, so that no law tells it
+
+
+def _fixed_cases() -> Iterator[Case]:
+    """DiT-XL/2, whose two checkpoints have a size each: every clip that there is, so that nothing is held out."""
+    for side in (256, 512):
+        model, size = f"dit-xl-2-{side}", (side, side, 1)
+        yield Case(model=model, part="load")
+        for cache in ("none", ALWAYS_SKIPS):
+            yield _case(model, "denoise", size, cache=cache)
+        for weights in ("fp8", "int8"):
+            yield _case(model, "denoise", size, cache=ALWAYS_SKIPS, weights_as=weights)
+        yield from _decodes(model, size, ("1",))
 
 
 def _few_denoise_cases(

@@ -105,10 +105,23 @@ def _vace(model: LoadedModel, request: ClipRequest) -> Table:
     return {**_wan_texts(model), "control": control}
 
 
+def _dit(_model: LoadedModel, _request: ClipRequest) -> Table:
+    return {"class": torch.ones(1, dtype=torch.int64, device=GPU)}
+
+
+def _open_sora(model: LoadedModel, _request: ClipRequest) -> Table:
+    config = model.pipe.transformer.config
+    num_tokens = config["model_max_length"]
+    mask = torch.ones(1, num_tokens, dtype=torch.int64, device=GPU)
+    return {"text": _empty(num_tokens, config["caption_channels"]), "mask": mask}
+
+
 _TABLES: Mapping[str, Callable[[Any, ClipRequest], Table]] = {
     "hunyuan-video": _hunyuan,
     "hunyuan-video-i2v": _hunyuan_image,
     "hunyuan-video-1.5": _hunyuan15,
     "flux": _flux,
     "wan-vace": _vace,
+    "dit": _dit,
+    "open-sora": _open_sora,
 }

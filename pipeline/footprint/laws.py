@@ -98,6 +98,9 @@ class Laws:
         return _predict([_flop_features(r) for r in rows], [r["flop"] for r in rows], _flop_features(clip))
 
 
+_NO_TEXT: Row = {"weights": 0, "phases": {"encode": 0}, "flop": 0.0}  # of a model that reads none
+
+
 @cache
 def read_table() -> tuple[Row, ...]:
     """The table's rows."""
@@ -138,12 +141,15 @@ def _rows_of(model: str) -> _Rows | None:
     rows, found = [row for row in read_table() if not row["is_held_out"]], published(model)
 
     def alike(name: str, *parts: str) -> list[Row]:
-        config = found.config(name)
-        return [r for r in rows if r["part"] in parts and published(r["model"]).config(name) == config]
+        path = f"{name}/config.json"
+        return [r for r in rows if r["part"] in parts and published(r["model"]).files.get(path) == found.files[path]]
 
-    has_encoder, takes_image = found.has("image_encoder"), published_checkpoint(model).size_rule.takes_image
+    checkpoint = published_checkpoint(model)
+    has_encoder, takes_image = found.has("image_encoder"), checkpoint.size_rule.takes_image
 
     def text(part: str) -> Row:
+        if not checkpoint.model.encoder_parts:
+            return _NO_TEXT
         rows = alike("text_encoder", part)
         return next((row for row in rows if published(row["model"]).has("image_encoder") == has_encoder), {})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -31,8 +32,6 @@ def load_fake(
     Raises:
         InputError: no published configuration of this name.
     """
-    import diffusers
-
     found, checkpoint = published(model), published_checkpoint(model)
     on_host = checkpoint.model.encoder_parts if options.text_encoders == "host" else ()
     kinds = {name: entry[1] for name, entry in found.files["model_index.json"].items() if isinstance(entry, list)}
@@ -46,7 +45,8 @@ def load_fake(
         made[name] = empty_part(found, name, kinds[name])
     index = found.files["model_index.json"].items()
     settings = {name: value for name, value in index if not isinstance(value, list) and not name.startswith("_")}
-    pipe = getattr(diffusers, checkpoint.pipeline_class)(**made, **settings)
+    pipelines = importlib.import_module(checkpoint.model.pipelines_from)
+    pipe = getattr(pipelines, checkpoint.pipeline_class)(**made, **settings)
     pipe.register_modules(**dict.fromkeys(absent))
     checkpoint.adapter.loaded(pipe, options.device)
     if on_host:
@@ -56,16 +56,21 @@ def load_fake(
 
 def empty_part(found: Published, name: str, kind: str, **changes: Any) -> Any:
     """A part on no device at all."""
-    import diffusers
     import transformers
 
     config: dict[str, Any] = dict(found.config(name)) | changes
     with torch.device("meta"):
         if not hasattr(transformers, kind):
-            return getattr(diffusers, kind).from_config(config)
+            return _class(found, name, kind).from_config(config)
         settings = transformers.AutoConfig.for_model(**config)
         settings._attn_implementation = "sdpa"  # what from_pretrained chooses where a class has it
         return getattr(transformers, kind)(settings)
+
+
+def _class(found: Published, name: str, kind: str) -> Any:
+    """A class of diffusers' kind: diffusers', or cineray's own where diffusers has none."""
+    (component,) = (part for part in published_checkpoint(found.name).adapter.components if part.name == name)
+    return getattr(importlib.import_module(component.module or "diffusers"), kind)
 
 
 def _part(
@@ -82,7 +87,8 @@ def _part(
         dtype = DTYPES[vae_dtype_name(published_checkpoint(found.name), options)]
         return fake_weights(empty_part(found, name, kind), dtype, (), device)
     config = found.config(name)
-    fewer: dict[str, Any] = {n: num_layers for n in ("num_layers", "num_single_layers") if num_layers and n in config}
+    counts = ("num_layers", "num_single_layers", "depth")
+    fewer: dict[str, Any] = {n: num_layers for n in counts if num_layers and n in config}
     if num_layers and "vace_layers" in config:  # the blocks that hints are added to
         fewer["vace_layers"] = [n for n in config["vace_layers"] if n < num_layers]
     module = empty_part(found, name, kind, **fewer)

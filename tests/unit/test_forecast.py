@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -12,10 +13,10 @@ from cineray.pipeline.adapters import KNOWN_MODELS
 from cineray.pipeline.footprint.cases import Case, cases
 from cineray.pipeline.footprint.exchanges import step_exchanges
 from cineray.pipeline.footprint.fit import Setup, block_linear_parameters, demands
-from cineray.pipeline.footprint.forecast import FIXED_BYTES, SAFETY_FACTOR, forecast
+from cineray.pipeline.footprint.forecast import FIXED_BYTES, SAFETY_FACTOR, check_model_layout, forecast
 from cineray.pipeline.footprint.laws import errors_of, forecast_names, laws_of, read_table
 from cineray.pipeline.footprint.operations import forward_flop
-from cineray.pipeline.footprint.published import published, published_checkpoint, published_names
+from cineray.pipeline.footprint.published import FROM_FOLDERS, published, published_checkpoint, published_names
 from cineray.pipeline.loading.options import LoadOptions
 from cineray.pipeline.request import ClipRequest, InputError
 
@@ -56,19 +57,24 @@ NOT_FORECAST = {
     "wan2.1-vace-1.3b",
     "wan2.1-vace-14b",
     "stable-audio-open-1.0",
+    "open-sora-1.2",
+    "dit-xl-2-256",
+    "dit-xl-2-512",
 }
+MODELS_DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 
 
 def test_every_named_checkpoint_has_its_published_configuration():
-    assert {*published_names()} == KNOWN_MODELS.keys() - SHIPPED
+    assert {*published_names()} == KNOWN_MODELS.keys() - SHIPPED | {*FROM_FOLDERS}
     assert {*forecast_names()} == {*published_names()} - NOT_FORECAST
 
 
 @pytest.mark.parametrize("name", published_names())
 def test_every_published_configuration_is_of_a_named_checkpoint(name):
     known, found = published_checkpoint(name), published(name)
-    assert found.repository == KNOWN_MODELS[name].source
-    assert name in known.model.checkpoints  # Wan 2.2's are not taken for Wan 2.1's
+    if name not in FROM_FOLDERS:
+        assert found.repository == KNOWN_MODELS[name].source
+        assert name in known.model.checkpoints  # Wan 2.2's are not taken for Wan 2.1's
     reason = known.adapter.unsupported(known.configs)
     assert reason is None or "not installed" in reason  # of this machine
     index = found.files["model_index.json"]
@@ -102,6 +108,22 @@ def test_heads_are_shared_by_as_many_ranks_as_divide_them(name, ulysses):
         return True
 
     assert [degree for degree in range(1, 9) if fits(degree)] == ulysses
+
+
+def test_the_document_says_which_ranks_share_the_heads_of_each():
+    shown = MODELS_DOCUMENT.read_text()
+    for name in published_names():
+        known = published_checkpoint(name)
+        fits = ["yes" if known.num_heads % ranks == 0 else "no" for ranks in (2, 4, 8)]
+        for ranks, said in zip((2, 4, 8), fits, strict=True):
+            if known.model.sharded is not None and said == "yes":
+                check_model_layout(known, parse_layout(f"ulysses{ranks}"))
+            else:
+                with pytest.raises(InputError):
+                    check_model_layout(known, parse_layout(f"ulysses{ranks}"))
+        cells = fits if known.model.sharded is not None else [f"({said})" for said in fits]
+        row = re.escape(f"| {known.num_heads} | {' | '.join(cells)} |")
+        assert re.search(rf"^\| {re.escape(name)} \| [\d.]+ {row}$", shown, re.MULTILINE)
 
 
 def test_both_experts_are_held_unless_the_idle_one_is_put_off():
