@@ -277,7 +277,9 @@ def _transformer_weights(known: Checkpoint, setup: Setup, weights: int) -> int:
         weights, num_experts = weights // num_experts, 1
     linear = num_experts * block_linear_parameters(known.configs.transformer)
     if options.quantize != "none":
-        return weights - linear * (_ELEMENT_BYTES[options.dtype_name] - 1) + beside[options.quantize]
+        # one layer is widened at a time, where no run tells: the widest, in float32
+        wide = beside.get(options.quantize, _leaf_bytes(known)["transformer"])
+        return weights - linear * (_ELEMENT_BYTES[options.dtype_name] - 1) + wide
     if setup.shards_weights:
         size = linear * _ELEMENT_BYTES[options.dtype_name]
         return weights - size + size // setup.layout.sequence_ranks + beside["sharded"]

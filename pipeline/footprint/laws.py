@@ -82,7 +82,7 @@ class Laws:
             how: "whole", "tiled" or "rows".
             num_ranks: that share the rows.
         """
-        rows = [r for r in self._decodes if r["how"] == how]
+        rows = self._decoded(how)
         clip: Row = {"width": width, "height": height, "frames": frames, "num_ranks": num_ranks}
         found = 0
         for phase in ("middle", "rows", "frames"):
@@ -91,9 +91,13 @@ class Laws:
             found = max(found, round(_predict(known, values, _decode_features(clip, phase))))
         return found
 
+    def _decoded(self, how: str) -> list[Row]:
+        """The rows of a way to decode; in tiles it takes no more than whole, which stands for it where no row tells."""
+        return [r for r in self._decodes if r["how"] == how] or [r for r in self._decodes if r["how"] == "whole"]
+
     def decode_flop(self, width: int, height: int, frames: int, how: str, num_ranks: int) -> float:
         """Operations of a decode on one device."""
-        rows = [r for r in self._decodes if r["how"] == how]
+        rows = self._decoded(how)
         clip: Row = {"width": width, "height": height, "frames": frames, "num_ranks": num_ranks}
         return _predict([_flop_features(r) for r in rows], [r["flop"] for r in rows], _flop_features(clip))
 
