@@ -40,7 +40,8 @@ def load_fake(
     for name in {name for name, kind in kinds.items() if kind is not None} & {*parts, "scheduler"}:
         device = HOST if name in on_host else GPU
         made[name] = _part(found, name, kinds[name], num_layers if is_denoiser[name] else None, options, device)
-    absent = [name for name in ("vae",) if made[name] is None]  # the pipeline asks it for its scale factors
+    # what the pipeline's constructor asks for sizes, its scale factors above all
+    absent = [name for name in {"vae", *checkpoint.model.read_parts} if made[name] is None]
     for name in absent:
         made[name] = empty_part(found, name, kinds[name])
     index = found.files["model_index.json"].items()
