@@ -245,8 +245,8 @@ def _open_sora_cases() -> Iterator[Case]:
     for cache in ("none", ALWAYS_SKIPS):
         for size in (small, large, last):
             yield _case(model, "denoise", size, cache=cache, is_held_out=size == last)
-    for size in (small, large, (424, 240, 102), last):
-        yield _case(model, "decode", size, is_held_out=size == last)
+    for size in ((424, 240, 17), small, (848, 480, 17), (640, 360, 34)):
+        yield _case(model, "decode", size, is_held_out=size == (640, 360, 34))
     for size in ((424, 240, 17), large, (848, 480, 17), last):
         yield _case(model, "encode-image", size, is_held_out=size == last)
 
