@@ -72,8 +72,8 @@ def compare(
     for option, out, _ in wanted:
         if len(paired.pairs) > 1:
             raise InputError(f"compare: {option} shows one clip, and there are {len(paired.pairs)}; give one --clip ID")
-        if is_sound(paired.pairs[0].video):
-            raise InputError(f"compare: {option} shows frames, and {paired.pairs[0].video} is a sound; leave it out")
+        if heard := [pair.video for pair in paired.pairs if is_sound(pair.video)]:
+            raise InputError(f"compare: {option} shows frames, and {heard[0]} is a sound; leave it out")
         check_video_out(out, option)
     tell(*(f"cineray compare: {remark}" for remark in paired.remarks(a, b)))
     found: dict[str, AnyScores] = {}

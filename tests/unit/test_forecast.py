@@ -14,7 +14,7 @@ from cineray.pipeline.adapters import KNOWN_MODELS
 from cineray.pipeline.adapters.open_sora_configs import num_latent_frames
 from cineray.pipeline.footprint.cases import Case, cases
 from cineray.pipeline.footprint.exchanges import step_exchanges
-from cineray.pipeline.footprint.fit import Setup, block_linear_parameters, demands
+from cineray.pipeline.footprint.fit import Setup, block_linear_parameters, demands, published_like
 from cineray.pipeline.footprint.forecast import FIXED_BYTES, SAFETY_FACTOR, check_model_layout, forecast, parts_of
 from cineray.pipeline.footprint.laws import errors_of, forecast_names, laws_of, read_table
 from cineray.pipeline.footprint.operations import forward_flop
@@ -254,6 +254,20 @@ def test_branches_of_one_batch_are_held_and_computed_together(model, size):
         forecast(model, **clip | {"cfg": 2}, cache="none")
     with pytest.raises(InputError, match="its tokens cannot be shared by ranks"):
         forecast(model, **clip | {"ulysses": 2}, cache="none")
+
+
+@pytest.mark.parametrize(("model", "side"), [("dit-xl-2-256", 256), ("dit-xl-2-512", 512), ("open-sora-1.2", 480)])
+def test_a_folder_that_is_built_like_a_published_one_has_its_forecast(model, side):
+    known = published_checkpoint(model)
+    folder = replace(known, name="out/mine", source="out/mine", is_local=True)
+    assert published_like(folder) == known
+    frames = 1 if model.startswith("dit") else 51
+    size = {"width": side, "height": side, "num_frames": frames, "num_inference_steps": 30, "fps": 24}
+    clip = ClipRequest(id="1", prompt="1", guidance_scale=4.0, cache="dicache", **size)
+    for options in ({}, {"quantize": "fp8"}, {"offload": "group"}, {"vae_tiling": True}):
+        (alone,) = demands(known, clip, Setup(options=LoadOptions(device="cuda", **options)))
+        assert alone.tensor_bytes > 2e8
+        assert ("decode" in alone.parts) or ("step" in alone.parts)
 
 
 def test_only_a_clip_that_goes_on_from_a_picture_has_its_encoding_reckoned():
