@@ -18,6 +18,7 @@ class ModelFacts:
     Args:
         num_probeable: the deepest probe that the model allows, in blocks.
         layers: the layer types that a schedule may name.
+        layer_names: what SmoothCache's authors call a layer type, where it is another name -> the layer type.
         transformer: the transformer's configuration, by which calibrated profiles are found.
         presets: by the name of a policy, the options that its authors give it for this model.
         is_guided: guidance takes a second branch, whose output is weighed against the first one's.
@@ -28,6 +29,7 @@ class ModelFacts:
     num_blocks: int
     num_probeable: int
     layers: tuple[str, ...]
+    layer_names: Mapping[str, str] = field(default_factory=dict[str, str])
     transformer: Mapping[str, Any] = field(default_factory=dict[str, Any])
     presets: Mapping[str, PolicyConfig] = field(default_factory=dict[str, "PolicyConfig"])
     signals: tuple[Signal, ...] = ()

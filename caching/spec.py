@@ -137,7 +137,7 @@ def resolve(spec: CacheSpec | PolicyConfig, model: ModelFacts, policies: Policie
     if spec.name == "smoothcache":
         path = Path(spec.file or "")
         content = read_schedule(path)  # once: what is checked, named and used are the same bytes
-        layers = parse_schedule(content, path, model.layers, model.num_blocks)
+        layers = parse_schedule(content, path, model.layers, model.num_blocks, model.layer_names)
         return LayerPlan(text=f"smoothcache({_digest(content)})", schedule=layers, num_blocks=model.num_blocks)
     if not fits(spec.name, model.presets, policies):
         raise ValueError(f"cache: {spec.name} has no preset for {model.family}")

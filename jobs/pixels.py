@@ -11,4 +11,7 @@ def refuse_sounds(checkpoint: Checkpoint, command: str) -> None:
         InputError: the model's clips have no pixels to be compared.
     """
     if checkpoint.model.output.noun == SOUND.noun:
-        raise InputError(f"{command}: {checkpoint.name} makes sounds, and quality is measured in pixels")
+        raise InputError(
+            f"{command}: {checkpoint.name} makes sounds, and quality is measured in pixels here; "
+            "cineray compare tells how far two sounds are apart"
+        )

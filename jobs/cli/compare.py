@@ -11,9 +11,18 @@ from cineray.jobs.console.terminal import print_json, print_table, tell
 from cineray.text import printable
 
 if TYPE_CHECKING:
-    from cineray.pipeline.media.compare import Scores
+    from cineray.jobs.measure.compare import AnyScores
 
 _PATH = click.Path(path_type=Path)
+_COLUMNS = {  # metric -> (head, format)
+    "psnr": ("PSNR dB", ".2f"),
+    "ssim": ("SSIM", ".4f"),
+    "vmaf": ("VMAF", ".2f"),
+    "xpsnr": ("XPSNR dB", ".2f"),
+    "log_stft_db": ("log STFT dB", ".2f"),
+    "stft_convergence": ("STFT convergence", ".4f"),
+    "snr": ("SNR dB", ".2f"),
+}
 
 
 @click.command()
@@ -28,22 +37,26 @@ _PATH = click.Path(path_type=Path)
 def compare(
     a: Path, b: Path, clips: tuple[str, ...], side_by_side: Path | None, difference: Path | None, as_json: bool
 ) -> int:
-    """Compares two videos, or the clips of two folders by their ids: PSNR, SSIM, VMAF and XPSNR.
+    """Compares two videos, pictures or sounds, or the clips of two folders by their ids.
 
-    A is the reference, which matters for VMAF and XPSNR. Clips that are equal in every pixel have 100 dB. Exit code 1
-    if a pair could not be compared.
+    Of videos and pictures PSNR, SSIM, VMAF and XPSNR; of sounds (WAV, FLAC) how far their spectra are apart at three
+    resolutions, in dB and as a share of the reference, where 0 is equal, and the SNR of their samples. A is the
+    reference. Clips that are equal in every pixel or sample have 100 dB of PSNR, XPSNR and SNR. Exit code 1 if a pair
+    could not be compared.
 
     \b
     Examples:
       cineray compare out/uncached out/cached
       cineray compare out/uncached out/cached --clip square --side-by-side both.mp4 --difference apart.mp4
       cineray compare a.mp4 b.mp4 --json
+      cineray compare a.wav b.flac
     """
     from cineray.jobs.console.measure import progress_bar
     from cineray.jobs.measure.compare import (
         check_video_out,
         compare_pair,
         finite,
+        is_sound,
         mean_and_worst,
         pair_videos,
         row,
@@ -59,9 +72,11 @@ def compare(
     for option, out, _ in wanted:
         if len(paired.pairs) > 1:
             raise InputError(f"compare: {option} shows one clip, and there are {len(paired.pairs)}; give one --clip ID")
+        if heard := [pair.video for pair in paired.pairs if is_sound(pair.video)]:
+            raise InputError(f"compare: {option} shows frames, and {heard[0]} is a sound; leave it out")
         check_video_out(out, option)
     tell(*(f"cineray compare: {remark}" for remark in paired.remarks(a, b)))
-    found: dict[str, Scores] = {}
+    found: dict[str, AnyScores] = {}
     failed: dict[str, str] = {}
     with progress_bar("clips", len(paired.pairs)) as on_clip:
         for number, pair in enumerate(paired.pairs, 1):
@@ -88,16 +103,17 @@ def compare(
     return EXIT_FAILED_CLIPS if failed else EXIT_DONE
 
 
-def _print(found: "dict[str, Scores]", mean: dict[str, float], worst: dict[str, float]) -> None:
+def _print(found: "dict[str, AnyScores]", mean: dict[str, float], worst: dict[str, float]) -> None:
     from rich.table import Table
     from rich.text import Text
 
     from cineray.jobs.measure.compare import finite
 
-    table = Table("clip", "PSNR dB", "SSIM", "VMAF", "XPSNR dB", "", box=None)
+    columns = [name for name in _COLUMNS if name in mean]
+    table = Table("clip", *(_COLUMNS[name][0] for name in columns), "", box=None)
     named = [(name, finite(scores), "equal" if scores.is_equal else "") for name, scores in found.items()]
     rest = [("mean", mean, ""), ("worst", worst, "")] if len(named) > 1 else []
     for name, values, note in [*named, *rest]:
-        numbers = (f"{values['psnr']:.2f}", f"{values['ssim']:.4f}", f"{values['vmaf']:.2f}", f"{values['xpsnr']:.2f}")
+        numbers = [f"{values[column]:{_COLUMNS[column][1]}}" if column in values else "" for column in columns]
         table.add_row(Text(printable(name)), *numbers, note)
     print_table(table)

@@ -1,4 +1,4 @@
-"""`cineray compare`: the same clips of two output folders, or two videos."""
+"""`cineray compare`: the same clips of two output folders, or two videos, pictures or sounds."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ import numpy as np
 from cineray.jobs.out_file import check_out, replacing
 from cineray.jobs.output.folder import clip_of
 from cineray.pipeline.media.compare import EQUAL_CLIPS_DB, MIN_SIDE, Scores, compare_frames
-from cineray.pipeline.media.output import PICTURE, SUFFIXES, VIDEO, output_of
+from cineray.pipeline.media.output import PICTURE, SUFFIXES, VIDEO, Sound, output_of
+from cineray.pipeline.media.spectra import EQUAL_SOUNDS_DB, SoundScores, compare_sounds
 from cineray.pipeline.media.video import VideoError, read_fps, write_video
 from cineray.pipeline.request import InputError
 from cineray.text import printable, shorten
 
-METRICS = ("psnr", "ssim", "vmaf", "xpsnr")
 _COMMAND = "compare"
-_SEEN = (VIDEO, PICTURE)
-_DIGITS = {"psnr": 3, "ssim": 6, "vmaf": 3, "xpsnr": 3}
+_DIGITS = {"psnr": 3, "ssim": 6, "vmaf": 3, "xpsnr": 3}  # of frames
+_DIGITS |= {"log_stft_db": 3, "stft_convergence": 6, "snr": 3}  # of sounds
+_IS_DISTANCE = ("log_stft_db", "stft_convergence")  # the higher the worse
+
+AnyScores = Scores | SoundScores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,13 +100,19 @@ def pair_videos(a: Path, b: Path, wanted: Sequence[str] = ()) -> Pairing:
     return found
 
 
-def compare_pair(pair: Pair) -> tuple[Scores, np.ndarray, np.ndarray]:
-    """(scores, frames, frames of the reference).
+def is_sound(path: Path) -> bool:
+    return isinstance(output_of(path), Sound)
+
+
+def compare_pair(pair: Pair) -> tuple[AnyScores, np.ndarray, np.ndarray]:
+    """(scores, frames or samples, those of the reference).
 
     Raises:
-        InputError: a video cannot be read, or they have not the same size and number of frames.
+        InputError: a file cannot be read, or they are not of one kind, size and length.
     """
     try:
+        if is_sound(pair.reference) and is_sound(pair.video):
+            return _compare_sounds(pair)
         reference, frames = _frames(pair.reference), _frames(pair.video)
     except VideoError as error:
         raise InputError(f"{_COMMAND}: {error}") from None
@@ -121,29 +130,54 @@ def compare_pair(pair: Pair) -> tuple[Scores, np.ndarray, np.ndarray]:
 
 
 def _frames(path: Path) -> np.ndarray:
-    output = output_of(path) or VIDEO
-    if output not in _SEEN:
-        raise InputError(f"{_COMMAND}: {path} is a {output.noun}; videos and pictures can be compared")
-    return output.read(path)
+    if is_sound(path):
+        raise InputError(f"{_COMMAND}: {path} is a sound, and is compared with sounds alone")
+    return (output_of(path) or VIDEO).read(path)
 
 
-def row(clip_id: str, scores: Scores) -> dict[str, object]:
+def _compare_sounds(pair: Pair) -> tuple[SoundScores, np.ndarray, np.ndarray]:
+    (reference, rate), (samples, other_rate) = _samples(pair.reference), _samples(pair.video)
+    if (samples.shape, other_rate) != (reference.shape, rate):
+        raise InputError(
+            f"{_COMMAND}: {pair.reference} has {_heard(reference, rate)}, {pair.video} has "
+            f"{_heard(samples, other_rate)}; only sounds of the same length, channels and rate can be compared"
+        )
+    if not samples.size:
+        raise InputError(f"{_COMMAND}: {pair.video} has no samples")
+    return compare_sounds(samples, reference), samples, reference
+
+
+def _samples(path: Path) -> tuple[np.ndarray, int]:
+    output = output_of(path)
+    assert isinstance(output, Sound)
+    try:
+        return output.samples(path)
+    except VideoError as error:
+        raise InputError(f"{_COMMAND}: cannot read {path}: {error}") from None
+
+
+def row(clip_id: str, scores: AnyScores) -> dict[str, object]:
     """A clip in `--json`; JSON has no infinity, so that equal clips have EQUAL_CLIPS_DB, as in `bench quality`."""
     return {"id": clip_id, **finite(scores), **({"equal": True} if scores.is_equal else {})}
 
 
-def finite(scores: Scores) -> dict[str, float]:
+def finite(scores: AnyScores) -> dict[str, float]:
     """The scores as JSON can hold them."""
-    psnr, xpsnr = min(scores.psnr, EQUAL_CLIPS_DB), min(scores.xpsnr, EQUAL_CLIPS_DB)
-    values = {"psnr": psnr, "ssim": scores.ssim, "vmaf": scores.vmaf, "xpsnr": xpsnr}
+    if isinstance(scores, SoundScores):
+        values = {"log_stft_db": scores.log_stft_db, "stft_convergence": scores.stft_convergence}
+        values["snr"] = min(scores.snr, EQUAL_SOUNDS_DB)
+    else:
+        psnr, xpsnr = min(scores.psnr, EQUAL_CLIPS_DB), min(scores.xpsnr, EQUAL_CLIPS_DB)
+        values = {"psnr": psnr, "ssim": scores.ssim, "vmaf": scores.vmaf, "xpsnr": xpsnr}
     return {name: round(value, _DIGITS[name]) for name, value in values.items()}
 
 
 def mean_and_worst(rows: Sequence[dict[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
-    """(mean, lowest) of each metric over clips; each metric has its own worst clip."""
-    columns = {name: [values[name] for values in rows] for name in METRICS}
+    """(mean, worst) of each metric over the clips that have it; each metric has its own worst clip."""
+    columns = {name: [values[name] for values in rows if name in values] for name in _DIGITS}
+    columns = {name: column for name, column in columns.items() if column}
     mean = {name: round(math.fsum(column) / len(column), _DIGITS[name]) for name, column in columns.items()}
-    return mean, {name: min(column) for name, column in columns.items()}
+    return mean, {name: (max if name in _IS_DISTANCE else min)(column) for name, column in columns.items()}
 
 
 def check_video_out(out: Path, option: str) -> None:
@@ -199,6 +233,10 @@ def _is_folder(path: Path) -> bool:
 def _shape(frames: np.ndarray) -> str:
     num_frames, height, width, _ = frames.shape
     return f"{num_frames} frames of {width} x {height}"
+
+
+def _heard(samples: np.ndarray, rate: int) -> str:
+    return f"{len(samples)} samples of {samples.shape[1]} channel{'' if samples.shape[1] == 1 else 's'} at {rate} Hz"
 
 
 def _named(ids: Sequence[str], limit: int = 5) -> str:

@@ -341,7 +341,7 @@ class Evidence:
 
 def num_branches_of(model: str) -> int:
     """Calls of the transformer per step of a guided clip."""
-    return len(published_checkpoint(model).model.branches)
+    return published_checkpoint(model).num_calls
 
 
 def is_of(fitted: StudyFit, kind: ClipKind) -> bool:

@@ -49,6 +49,7 @@ def plan_cache(
         num_blocks=first + sum(others) + num_hints,
         num_probeable=min(num_probeable, 1) if num_hints else num_probeable,  # before any hint is needed
         layers=model.layout.layers,
+        layer_names=model.layout.layer_names,
         transformer=transformer_config,
         presets=model.presets,
         signals=tuple(model.signals),

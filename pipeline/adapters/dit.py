@@ -292,6 +292,7 @@ MODEL = Model(
         counts=("num_layers",),
         shared=("cross_attention_kwargs",),
         layers=("attn1", "ff"),
+        layer_names={"attn": "attn1", "mlp": "ff"},  # of facebookresearch/DiT, for which most official schedules are
     ),
     branches=("cond", "uncond"),
     stacked=True,

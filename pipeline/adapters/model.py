@@ -19,6 +19,11 @@ def num_heads(config: Mapping[str, Any]) -> int:
     return config.get("num_attention_heads", config.get("num_heads", 1))
 
 
+def hidden_size(config: Mapping[str, Any]) -> int:
+    """Channels of a token in a transformer's blocks; STDiT3 says them, the others their heads."""
+    return config.get("hidden_size") or config["num_attention_heads"] * config["attention_head_dim"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockLayout:
     """How a transformer class passes hidden states through its blocks.
@@ -32,6 +37,7 @@ class BlockLayout:
         shared: arguments, by position (from the hidden states) or keyword, that have no batch dimension.
         layers: the layers that feed a residual add, which a SmoothCache schedule may name: attributes of a block, or
             list.attribute where the lists' layers are of different types.
+        layer_names: what SmoothCache's authors call a layer type, where it is another name -> the layer type.
         hints: a list of blocks that run before those of `lists` and make what is added behind some of them.
         hinted: where the configuration says behind which.
         unread: modules whose output the blocks alone read, so that they can be left out where no block runs.
@@ -44,6 +50,7 @@ class BlockLayout:
     shared: tuple[int | str, ...] = ()
     mask: int | None = None
     layers: tuple[str, ...]
+    layer_names: Mapping[str, str] = field(default_factory=dict)
     hints: str | None = None
     hinted: str | None = None
     unread: tuple[str, ...] = ()

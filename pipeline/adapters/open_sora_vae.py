@@ -128,7 +128,7 @@ class OpenSoraVAE(ModelMixin, ConfigMixin):
         lengths = [-(-size // self.temporal_vae.shrinks) for size in sizes]
         if sum(lengths) != z.shape[2]:
             raise ValueError(f"OpenSoraVAE: {num_frames} frames have {sum(lengths)} latent frames, got {z.shape[2]}")
-        z = z * self.scale + self.shift
+        z = z * self.scale.to(z.dtype) + self.shift.to(z.dtype)
         groups = zip(z.split(lengths, dim=2), sizes, strict=True)
         frames = torch.cat([self.temporal_vae.decode(group, size) for group, size in groups], dim=2)
         return self.spatial_vae.decode(frames, self._micro_batch)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cineray.caching.plan import CachePlan
+from cineray.pipeline.adapters.model import hidden_size
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.request import ClipRequest
 
@@ -35,9 +36,7 @@ def forecast_cache_bytes(
         return 2 * checkpoint.adapter.num_tokens(checkpoint.configs, request) * _latents_per_token(config) * 4
     num_branches = len(checkpoint.model.branches) if request.guidance_scale > 1 else 1
     num_tokens = math.ceil(checkpoint.adapter.num_tokens(checkpoint.configs, request) / num_ranks)
-    # STDiT3 says its channels; the others their heads
-    num_channels = config.get("hidden_size") or config["num_attention_heads"] * config["attention_head_dim"]
-    return round(held_tensors(plan) * num_tokens * num_channels * element_bytes * num_branches)
+    return round(held_tensors(plan) * num_tokens * hidden_size(config) * element_bytes * num_branches)
 
 
 def _latents_per_token(config: Mapping[str, Any]) -> int:

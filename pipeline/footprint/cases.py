@@ -163,6 +163,8 @@ def cases() -> Iterator[Case]:
         yield from _decode_cases(model)
     yield from _alone_cases()
     yield from _picture_cases()
+    yield from _fixed_cases()
+    yield from _open_sora_cases()
     for size in ((480, 272, 17), (832, 480, 33), (480, 272, 81)):
         yield _case("wan2.1-i2v-14b-720p", "encode-image", size)
     yield _case("wan2.1-i2v-14b-720p", "encode-image", (640, 368, 49), is_held_out=True)
@@ -222,6 +224,31 @@ def _picture_cases() -> Iterator[Case]:
         yield from _decodes("flux.1-dev", size, ("1",))
     yield _case("flux.1-dev", "decode", last, is_held_out=True)
     yield _case("flux.1-dev", "tiled", last)  # up to this size one tile is the whole picture, so that no law tells it
+
+
+def _fixed_cases() -> Iterator[Case]:
+    """DiT-XL/2, whose two checkpoints have a size each: every clip that there is, so that nothing is held out."""
+    for side in (256, 512):
+        model, size = f"dit-xl-2-{side}", (side, side, 1)
+        yield Case(model=model, part="load")
+        for cache in ("none", ALWAYS_SKIPS):
+            yield _case(model, "denoise", size, cache=cache)
+        yield from _decodes(model, size, ("1",))
+
+
+def _open_sora_cases() -> Iterator[Case]:
+    """Whole decodes alone: its tiles are too many to be run here."""
+    model, small, large, last = "open-sora-1.2", (424, 240, 51), (848, 480, 51), (640, 360, 68)
+    yield Case(model=model, part="load")
+    yield Case(model=model, part="encode-text")
+    yield Case(model=model, part="encode-text-host")
+    for cache in ("none", ALWAYS_SKIPS):
+        for size in (small, large, last):
+            yield _case(model, "denoise", size, cache=cache, is_held_out=size == last)
+    for size in ((424, 240, 17), small, (848, 480, 17), (640, 360, 34)):
+        yield _case(model, "decode", size, is_held_out=size == (640, 360, 34))
+    for size in ((424, 240, 17), large, (848, 480, 17), last):
+        yield _case(model, "encode-image", size, is_held_out=size == last)
 
 
 def _few_denoise_cases(

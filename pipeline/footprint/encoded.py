@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from cineray.pipeline.adapters import hunyuan15, wan
+from cineray.pipeline.adapters.open_sora_configs import GROUP_FRAMES
 from cineray.pipeline.footprint.fake_gpu import GPU
 from cineray.pipeline.footprint.operations import WAN_TEXT_TOKENS, joint_text_tokens
 from cineray.pipeline.footprint.subject import DTYPE
@@ -22,9 +23,12 @@ def encoded(model: LoadedModel, request: ClipRequest, encodes_image: bool) -> Ta
     """The table of the adapter's `encode`; call it within `fake_gpu`.
 
     Args:
-        encodes_image: Wan's first frame goes through the VAE and the image encoder; else its latents are as made.
+        encodes_image: what a clip begins with goes through the VAE (Wan's first frame, which its image encoder sees;
+            the end of a video that Open-Sora goes on from); else its latents are as made.
     """
     of_family = _TABLES.get(model.checkpoint.model.family)
+    if model.checkpoint.model.family == "open-sora":
+        return _open_sora(model, request, encodes_image)
     return _wan(model, request, encodes_image) if of_family is None else of_family(model, request)
 
 
@@ -105,10 +109,28 @@ def _vace(model: LoadedModel, request: ClipRequest) -> Table:
     return {**_wan_texts(model), "control": control}
 
 
+def _dit(_model: LoadedModel, _request: ClipRequest) -> Table:
+    return {"class": torch.ones(1, dtype=torch.int64, device=GPU)}
+
+
+def _open_sora(model: LoadedModel, request: ClipRequest, encodes_image: bool) -> Table:
+    """With what goes on from a video, of which the VAE reads most: its last group of frames."""
+    config = model.pipe.transformer.config
+    num_tokens = config["model_max_length"]
+    mask = torch.ones(1, num_tokens, dtype=torch.int64, device=GPU)
+    found = {"text": _empty(num_tokens, config["caption_channels"]), "mask": mask}
+    if encodes_image:
+        vae = model.pipe.vae
+        pixels = torch.empty(1, 3, GROUP_FRAMES, request.height, request.width, dtype=vae.dtype, device=GPU)
+        found["given"] = vae.encode(pixels).float()
+    return found
+
+
 _TABLES: Mapping[str, Callable[[Any, ClipRequest], Table]] = {
     "hunyuan-video": _hunyuan,
     "hunyuan-video-i2v": _hunyuan_image,
     "hunyuan-video-1.5": _hunyuan15,
     "flux": _flux,
     "wan-vace": _vace,
+    "dit": _dit,
 }

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from cineray.distributed.layout import Layout
 from cineray.pipeline.adapters import MODELS
+from cineray.pipeline.adapters.model import hidden_size
 from cineray.pipeline.footprint.operations import joint_text_tokens
 from cineray.pipeline.loading.checkpoint import Checkpoint
 
@@ -44,7 +45,7 @@ def step_exchanges(
     config = checkpoint.configs.transformer
     model = MODELS[config["_class_name"]]
     ring, ulysses, ranks = layout.ring, layout.ulysses, layout.sequence_ranks
-    channels = config["num_attention_heads"] * config["attention_head_dim"]
+    channels = hidden_size(config)
     if num_blocks is None:
         num_blocks = sum(config[name] for name in model.layout.counts)
     text = joint_text_tokens(config)

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cineray.distributed.layout import Layout
-from cineray.pipeline.footprint.forecast import Parts, check_model_layout, parts_of, with_margin
+from cineray.pipeline.adapters.model import hidden_size
+from cineray.pipeline.footprint.forecast import Parts, check_model_layout, encodes_picture, parts_of, with_margin
 from cineray.pipeline.footprint.laws import forecast_checkpoint, forecast_names, laws_of
-from cineray.pipeline.footprint.operations import FLUX_MLP_RATIO
+from cineray.pipeline.footprint.operations import DIT_MLP_RATIO, DIT_SINUSOIDS, FLUX_MLP_RATIO
 from cineray.pipeline.footprint.published import published
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.device import check_device, gpu_memory_bytes
@@ -23,6 +24,7 @@ from cineray.pipeline.loading.options import LoadOptions
 from cineray.pipeline.request import ClipRequest, InputError
 
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_MODULATED_ALONE = ("DiTTransformer2DModel", "STDiT3")  # whose widest layer makes the modulation
 MAX_CHANGES = 3  # of a setup, that are advised together
 
 
@@ -114,7 +116,7 @@ def demands(known: Checkpoint, request: ClipRequest, setup: Setup) -> tuple[Dema
         InputError: the layout or the cache does not fit the model.
     """
     check_model_layout(known, setup.layout)
-    options, takes_image = setup.options, known.size_rule.takes_image
+    options, takes_image = setup.options, encodes_picture(known, request)
     decode = "gang" if setup.decodes_on_gang else "tiled" if options.vae_tiling else "finisher"
     parts = _in_types(known, options, parts_of(known, request, setup.layout, decode))
     weights, leaf = _transformer_weights(known, setup, parts.weights), _leaf_bytes(known)
@@ -275,7 +277,9 @@ def _transformer_weights(known: Checkpoint, setup: Setup, weights: int) -> int:
         weights, num_experts = weights // num_experts, 1
     linear = num_experts * block_linear_parameters(known.configs.transformer)
     if options.quantize != "none":
-        return weights - linear * (_ELEMENT_BYTES[options.dtype_name] - 1) + beside[options.quantize]
+        # one layer is widened at a time, where no run tells: the widest, in float32
+        wide = beside.get(options.quantize, _leaf_bytes(known)["transformer"])
+        return weights - linear * (_ELEMENT_BYTES[options.dtype_name] - 1) + wide
     if setup.shards_weights:
         size = linear * _ELEMENT_BYTES[options.dtype_name]
         return weights - size + size // setup.layout.sequence_ranks + beside["sharded"]
@@ -285,17 +289,26 @@ def _transformer_weights(known: Checkpoint, setup: Setup, weights: int) -> int:
 def _leaf_bytes(known: Checkpoint) -> dict[str, int]:
     """The two largest layers, in 16 bits: what offloading by layers keeps on a GPU, one at work and one on its way."""
     config = known.configs.transformer
-    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    dim = hidden_size(config)
     inner = config.get("ffn_dim") or round(config.get("mlp_ratio", FLUX_MLP_RATIO) * dim)
+    if config["_class_name"] in _MODULATED_ALONE:
+        inner = 6 * dim
     found = published(known.name)
     texts = [found.config(part) for part in known.model.encoder_parts if found.has(part)]
-    table = max(text.get("vocab_size", 0) * text.get("d_model", text.get("hidden_size", 0)) for text in texts)
+    sizes = [text.get("vocab_size", 0) * text.get("d_model", text.get("hidden_size", 0)) for text in texts]
+    table = max(sizes, default=0)
     return {"transformer": 2 * 2 * dim * inner, "text encoders": 2 * 2 * table}
 
 
 def block_linear_parameters(config: Mapping[str, Any]) -> int:
     """Weights of the linear layers of a transformer's block lists, which 8-bit types hold in half the space."""
-    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    dim = hidden_size(config)
+    if config["_class_name"] == "STDiT3":  # attention, cross-attention and feed-forward, in space and in time
+        return 2 * config["depth"] * round((8 + 2 * config["mlp_ratio"]) * dim * dim)
+    if (
+        config["_class_name"] == "DiTTransformer2DModel"
+    ):  # attention, feed-forward, modulation, the timestep's embedding
+        return config["num_layers"] * ((4 + 2 * DIT_MLP_RATIO + 6 + 1) * dim + DIT_SINUSOIDS) * dim
     if config["_class_name"] == "WanTransformer3DModel":
         picture = 2 * (config["added_kv_proj_dim"] or 0) * dim
         return config["num_layers"] * (8 * dim * dim + 2 * dim * config["ffn_dim"] + picture)

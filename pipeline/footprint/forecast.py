@@ -15,6 +15,7 @@ from cineray.caching.policies.smoothcache import LayerPlan
 from cineray.caching.policies.taylorseer import SeriesPlan
 from cineray.distributed.layout import Layout, check_layout
 from cineray.pipeline.adapters import MODELS
+from cineray.pipeline.adapters.open_sora_configs import num_latent_frames
 from cineray.pipeline.caches.memory import forecast_cache_bytes
 from cineray.pipeline.footprint.exchanges import step_exchanges
 from cineray.pipeline.footprint.laws import forecast_checkpoint, laws_of
@@ -145,10 +146,16 @@ def parts_of(checkpoint: Checkpoint, request: ClipRequest, layout: Layout, decod
         cache=held,
         vae_weights=laws.vae_weights,
         decoding=laws.decode_bytes(*size, *way_to_decode(checkpoint, decode, layout)),
-        image_encoding=laws.image_encode_bytes(*size),
+        image_encoding=laws.image_encode_bytes(*size) if encodes_picture(checkpoint, request) else 0,
         text_encoder=laws.text_encoder_bytes,
         text_host=laws.text_host_bytes,
     )
+
+
+def encodes_picture(checkpoint: Checkpoint, request: ClipRequest) -> bool:
+    """Whether the VAE encodes what a clip begins with."""
+    rule = checkpoint.size_rule
+    return rule.takes_image and (rule.needs_image or bool(request.image or request.control_video))
 
 
 def _plan(checkpoint: Checkpoint, cache: str) -> AnyPlan | None:
@@ -213,6 +220,7 @@ def forecast(
         everywhere=num_tokens,
         sequence_ranks=layout.sequence_ranks,
         is_per_token=checkpoint.configs.index.get("expand_timesteps") is True,
+        num_times=num_latent_frames(frames) if checkpoint.model.family == "open-sora" else 1,
     )
     skipped = forward.total  # of policies by layer, unless told otherwise
     if isinstance(plan, CachePlan):
@@ -247,7 +255,7 @@ def _request(checkpoint: Checkpoint, width: int, height: int, frames: int, cache
         guidance_scale=checkpoint.defaults.guidance_scale,
         fps=checkpoint.defaults.fps,
         cache=cache,
-        image="first_frame" if rule.takes_image else None,
+        image="first_frame" if rule.takes_image and rule.needs_image else None,
     )
     found = problems(request, rule)
     if found:
@@ -269,6 +277,6 @@ def check_model_layout(checkpoint: Checkpoint, layout: Layout) -> None:
     if checkpoint.model.sharded is None and layout.sequence_ranks > 1:
         raise InputError(f"model {checkpoint.name}: its tokens cannot be shared by ranks, got {layout.text}")
     try:
-        check_layout(layout, checkpoint.num_heads, len(checkpoint.model.branches))
+        check_layout(layout, checkpoint.num_heads, checkpoint.num_calls)
     except ValueError as error:
         raise InputError(f"model {checkpoint.name}: {error}") from None

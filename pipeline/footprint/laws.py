@@ -82,7 +82,7 @@ class Laws:
             how: "whole", "tiled" or "rows".
             num_ranks: that share the rows.
         """
-        rows = [r for r in self._decodes if r["how"] == how]
+        rows = self._decoded(how)
         clip: Row = {"width": width, "height": height, "frames": frames, "num_ranks": num_ranks}
         found = 0
         for phase in ("middle", "rows", "frames"):
@@ -91,11 +91,18 @@ class Laws:
             found = max(found, round(_predict(known, values, _decode_features(clip, phase))))
         return found
 
+    def _decoded(self, how: str) -> list[Row]:
+        """The rows of a way to decode; in tiles it takes no more than whole, which stands for it where no row tells."""
+        return [r for r in self._decodes if r["how"] == how] or [r for r in self._decodes if r["how"] == "whole"]
+
     def decode_flop(self, width: int, height: int, frames: int, how: str, num_ranks: int) -> float:
         """Operations of a decode on one device."""
-        rows = [r for r in self._decodes if r["how"] == how]
+        rows = self._decoded(how)
         clip: Row = {"width": width, "height": height, "frames": frames, "num_ranks": num_ranks}
         return _predict([_flop_features(r) for r in rows], [r["flop"] for r in rows], _flop_features(clip))
+
+
+_NO_TEXT: Row = {"weights": 0, "phases": {"encode": 0}, "flop": 0.0}  # of a model that reads none
 
 
 @cache
@@ -138,12 +145,15 @@ def _rows_of(model: str) -> _Rows | None:
     rows, found = [row for row in read_table() if not row["is_held_out"]], published(model)
 
     def alike(name: str, *parts: str) -> list[Row]:
-        config = found.config(name)
-        return [r for r in rows if r["part"] in parts and published(r["model"]).config(name) == config]
+        path = f"{name}/config.json"
+        return [r for r in rows if r["part"] in parts and published(r["model"]).files.get(path) == found.files[path]]
 
-    has_encoder, takes_image = found.has("image_encoder"), published_checkpoint(model).size_rule.takes_image
+    checkpoint = published_checkpoint(model)
+    has_encoder, takes_image = found.has("image_encoder"), checkpoint.size_rule.takes_image
 
     def text(part: str) -> Row:
+        if not checkpoint.model.encoder_parts:
+            return _NO_TEXT
         rows = alike("text_encoder", part)
         return next((row for row in rows if published(row["model"]).has("image_encoder") == has_encoder), {})
 

@@ -8,7 +8,10 @@ from typing import Any
 from cineray.caching.policies.smoothcache import LayerPlan
 from cineray.caching.policies.taylorseer import SeriesPlan
 from cineray.pipeline.adapters import MODELS
+from cineray.pipeline.adapters.model import hidden_size
 from cineray.pipeline.footprint.operations import FLUX_MLP_RATIO, joint_text_tokens
+
+_BY_TOKEN = ("DiTTransformer2DModel", "STDiT3")  # each layer gives as many numbers as it was given
 
 
 def layer_cache_bytes(
@@ -36,7 +39,9 @@ def _outputs(config: Mapping[str, Any], here: int, is_series: bool) -> list[tupl
     Args:
         is_series: of a single-stream block the output projection alone, as `pipeline.caches.taylorseer` has it.
     """
-    channels = config["num_attention_heads"] * config["attention_head_dim"]
+    channels, layout = hidden_size(config), MODELS[config["_class_name"]].layout
+    if config["_class_name"] in _BY_TOKEN:
+        return [(number, name, here * channels) for number in range(config[layout.counts[0]]) for name in layout.layers]
     if MODELS[config["_class_name"]].family == "wan":
         blocks = [[(name, here * channels) for name in ("attn1", "attn2", "ffn")]] * config["num_layers"]
     else:

@@ -16,6 +16,7 @@ from torch import nn
 
 from cineray.distributed.layout import Layout
 from cineray.pipeline.adapters import MODELS
+from cineray.pipeline.adapters.open_sora_configs import num_latent_frames
 from cineray.pipeline.footprint.encoded import encoded
 from cineray.pipeline.footprint.exchange_log import Exchange
 from cineray.pipeline.footprint.fake_gpu import GPU, FakeGPU, join_fake_world
@@ -27,6 +28,7 @@ from cineray.pipeline.render import denoise_prepared, prepare_clip, to_frames
 from cineray.pipeline.request import ClipRequest
 
 CLIP_TOKENS = 77  # that CLIP's text encoders read
+_BEHIND = {"STDiT3": "final_layer"}  # what stands behind the blocks, where it is not called norm_out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,7 +205,8 @@ def decode_on(gpu: FakeGPU, model: LoadedModel, request: ClipRequest, num_ranks:
     weights = gpu.ledger.live_bytes
     gpu.ledger.begin()
     latents = torch.empty(_latent_shape(model, request), device=GPU)
-    middle = model.pipe.vae.decoder.mid_block
+    vae = model.pipe.vae.spatial_vae.module if model.checkpoint.model.family == "open-sora" else model.pipe.vae
+    middle = vae.decoder.mid_block
     with _Phases(gpu.ledger, [(middle, True, "middle"), (middle, False, "rows")], "rows") as phases:
         if num_ranks == 1:
             video = SOLO.decode(model, request, latents)
@@ -221,7 +224,12 @@ def _latent_shape(model: LoadedModel, request: ClipRequest) -> tuple[int, ...]:
     channels = config.z_dim if "z_dim" in config else config.latent_channels
     if model.checkpoint.model.family == "flux":  # packed: four of a channel in one token
         return 1, model.adapter.num_tokens(model.checkpoint.configs, request), 4 * channels
+    if model.checkpoint.model.family == "dit":
+        side = model.checkpoint.configs.transformer["sample_size"]
+        return 1, channels, side, side
     scale = model.pipe.vae_scale_factor_spatial
+    if model.checkpoint.model.family == "open-sora":
+        return 1, channels, num_latent_frames(request.num_frames), request.height // scale, request.width // scale
     num_frames = (request.num_frames - 1) // model.pipe.vae_scale_factor_temporal + 1
     return 1, channels, num_frames, request.height // scale, request.width // scale
 
@@ -248,6 +256,8 @@ def _encode_text(model: LoadedModel) -> None:
         model.pipe.text_encoder(_tokens(CLIP_TOKENS)[0], output_hidden_states=False)
         num_tokens = joint_text_tokens(model.checkpoint.configs.transformer)
         model.pipe.text_encoder_2(_tokens(num_tokens)[0], output_hidden_states=False)
+    elif model.checkpoint.model.family == "open-sora":
+        model.pipe.text_encoder(*_tokens(model.checkpoint.configs.transformer["model_max_length"]))
     else:
         model.pipe.text_encoder(*_tokens(WAN_TEXT_TOKENS))
 
@@ -308,6 +318,6 @@ def _around_blocks(transformer: Any) -> list[tuple[nn.Module, bool, str]]:
     return [
         (transformer, True, "before"),
         (getattr(transformer, first_list)[0], True, "blocks"),
-        (transformer.get_submodule("norm_out"), True, "after"),
+        (transformer.get_submodule(_BEHIND.get(type(transformer).__name__, "norm_out")), True, "after"),
         (transformer, False, "loop"),
     ]

@@ -21,6 +21,7 @@ HUNYUAN_TEXT_TOKENS = 256
 # the four of the assistant's header are cut out of the prompt's
 HUNYUAN_PICTURE_TOKENS = 576
 _HUNYUAN_ASSISTANT_TOKENS = 4
+DIT_MLP_RATIO, DIT_SINUSOIDS = 4, 256  # of its feed-forward and of its timestep's embedding: its class's own
 FLUX_MLP_RATIO = 4  # its class's own, which no configuration says
 
 
@@ -58,7 +59,13 @@ class ForwardFlop:
 
 
 def forward_flop(
-    config: Mapping[str, Any], *, here: int, everywhere: int, sequence_ranks: int, is_per_token: bool = False
+    config: Mapping[str, Any],
+    *,
+    here: int,
+    everywhere: int,
+    sequence_ranks: int,
+    is_per_token: bool = False,
+    num_times: int = 1,
 ) -> ForwardFlop:
     """Operations of one forward with a batch of one.
 
@@ -67,7 +74,12 @@ def forward_flop(
         here, everywhere: image tokens of this rank, and of all ranks of the sequence.
         sequence_ranks: that share the attention.
         is_per_token: each token has a timestep of its own, which is embedded (Wan 2.2 TI2V).
+        num_times: latent frames, over which tokens of a place attend (Open-Sora).
     """
+    if config["_class_name"] == "STDiT3":
+        return _stdit3(config, everywhere, num_times)
+    if config["_class_name"] == "DiTTransformer2DModel":
+        return _dit(config, everywhere)
     if config["_class_name"] == "WanTransformer3DModel":
         return _wan(config, here, everywhere, sequence_ranks, everywhere if is_per_token else 1)
     count = {"FluxTransformer2DModel": _flux, "HunyuanVideoTransformer3DModel": _hunyuan}[config["_class_name"]]
@@ -111,3 +123,24 @@ def _flux(config: Mapping[str, Any], here: int, everywhere: int, sequence_ranks:
     single = (6 + 2 * mlp + 2 * (1 + mlp)) * joint * d * d + attention + 6 * d * d
     around = 2 * (everywhere + here) * config["in_channels"] * d + 2 * text * config["joint_attention_dim"] * d
     return ForwardFlop(around, (double,) * config["num_layers"] + (single,) * config["num_single_layers"])
+
+
+def _dit(config: Mapping[str, Any], tokens: int) -> ForwardFlop:
+    d, n, patch = config["num_attention_heads"] * config["attention_head_dim"], tokens, config["patch_size"] ** 2
+    block = 8 * n * d * d + 4 * n * n * d + 4 * DIT_MLP_RATIO * n * d * d
+    block += 2 * d * (DIT_SINUSOIDS + d) + 12 * d * d  # each block embeds the timestep for itself
+    around = 2 * n * patch * (config["in_channels"] + config["out_channels"]) * d
+    around += 2 * d * (DIT_SINUSOIDS + d) + 4 * d * d
+    return ForwardFlop(around, (block,) * config["num_layers"])
+
+
+def _stdit3(config: Mapping[str, Any], tokens: int, num_times: int) -> ForwardFlop:
+    """A block is a spatial one and the temporal one behind it."""
+    d, n, text = config["hidden_size"], tokens, config["model_max_length"]
+    volume = config["patch_size"][0] * config["patch_size"][1] * config["patch_size"][2]
+    each = 8 * n * d * d + 4 * config["mlp_ratio"] * n * d * d
+    each += 4 * n * d * d + 4 * text * d * d + 4 * n * text * d  # cross-attention
+    block = 2 * each + 4 * n * (n / num_times) * d + 4 * n * num_times * d
+    made = config["in_channels"] * (2 if config["pred_sigma"] else 1)
+    around = 2 * n * volume * (config["in_channels"] + made) * d + 2 * text * (config["caption_channels"] + d) * d
+    return ForwardFlop(around, (block,) * config["depth"])

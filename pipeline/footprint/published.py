@@ -1,4 +1,8 @@
-"""The published configurations of the named checkpoints, shipped so that nothing must be fetched to know their size."""
+"""Published configurations, shipped so that nothing must be fetched to know a checkpoint's size.
+
+Of the named checkpoints, and of some that render from a folder alone: their repositories hold no safetensors, or not in
+diffusers' layout.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from cineray.pipeline.request import InputError
 from cineray.text import shorten
 
 _FOLDER = Path(__file__).parent / "published"
+FROM_FOLDERS = ("dit-xl-2-256", "dit-xl-2-512", "open-sora-1.2")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,13 +49,13 @@ class Published:
 
 
 def published_names() -> list[str]:
-    """The named checkpoints whose configuration ships."""
-    return [name for name in KNOWN_MODELS if (_FOLDER / f"{name}.json").is_file()]
+    """The checkpoints whose configuration ships."""
+    return [name for name in (*KNOWN_MODELS, *FROM_FOLDERS) if (_FOLDER / f"{name}.json").is_file()]
 
 
 @cache
 def published(model: str) -> Published:
-    """The published configuration of a named checkpoint.
+    """The published configuration of a checkpoint.
 
     Raises:
         InputError: there is none of this name; lists those that there are.
@@ -83,5 +88,5 @@ def published_checkpoint(model: str) -> Checkpoint:
         adapter=adapter,
         configs=configs,
         parts=check_configs(adapter, index, lambda file: dict(found.files[file])),
-        defaults=replace(adapter.defaults, **KNOWN_MODELS[model].defaults),
+        defaults=replace(adapter.defaults, **(KNOWN_MODELS[model].defaults if model in KNOWN_MODELS else {})),
     )

@@ -30,6 +30,12 @@ class SmallValues:
         with _disable_current_modes(), unset_fake_temporarily():
             return self._twin(tensor).tolist()
 
+    def are_close(self, one: torch.Tensor, other: torch.Tensor, **within: Any) -> bool:
+        """What `torch.allclose` would give; tensors whose values are not known are as close as equal ones."""
+        with _disable_current_modes(), unset_fake_temporarily():
+            a, b = (self._twins.get(t) if isinstance(t, FakeTensor) else t for t in (one, other))
+            return a is None or b is None or torch.allclose(a, b, **within)
+
     def places(self, mask: torch.Tensor) -> list[torch.Tensor]:
         """What `mask.nonzero(as_tuple=True)` would give, as fake tensors of that many places."""
         with _disable_current_modes(), unset_fake_temporarily():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -31,8 +32,6 @@ def load_fake(
     Raises:
         InputError: no published configuration of this name.
     """
-    import diffusers
-
     found, checkpoint = published(model), published_checkpoint(model)
     on_host = checkpoint.model.encoder_parts if options.text_encoders == "host" else ()
     kinds = {name: entry[1] for name, entry in found.files["model_index.json"].items() if isinstance(entry, list)}
@@ -41,12 +40,14 @@ def load_fake(
     for name in {name for name, kind in kinds.items() if kind is not None} & {*parts, "scheduler"}:
         device = HOST if name in on_host else GPU
         made[name] = _part(found, name, kinds[name], num_layers if is_denoiser[name] else None, options, device)
-    absent = [name for name in ("vae",) if made[name] is None]  # the pipeline asks it for its scale factors
+    # what the pipeline's constructor asks for sizes, its scale factors above all
+    absent = [name for name in {"vae", *checkpoint.model.read_parts} if made[name] is None]
     for name in absent:
         made[name] = empty_part(found, name, kinds[name])
     index = found.files["model_index.json"].items()
     settings = {name: value for name, value in index if not isinstance(value, list) and not name.startswith("_")}
-    pipe = getattr(diffusers, checkpoint.pipeline_class)(**made, **settings)
+    pipelines = importlib.import_module(checkpoint.model.pipelines_from)
+    pipe = getattr(pipelines, checkpoint.pipeline_class)(**made, **settings)
     pipe.register_modules(**dict.fromkeys(absent))
     order_for_gpus(getattr(pipe, "vae", None))
     checkpoint.adapter.loaded(pipe, options.device)
@@ -57,16 +58,21 @@ def load_fake(
 
 def empty_part(found: Published, name: str, kind: str, **changes: Any) -> Any:
     """A part on no device at all."""
-    import diffusers
     import transformers
 
     config: dict[str, Any] = dict(found.config(name)) | changes
     with torch.device("meta"):
         if not hasattr(transformers, kind):
-            return getattr(diffusers, kind).from_config(config)
+            return _class(found, name, kind).from_config(config)
         settings = transformers.AutoConfig.for_model(**config)
         settings._attn_implementation = "sdpa"  # what from_pretrained chooses where a class has it
         return getattr(transformers, kind)(settings)
+
+
+def _class(found: Published, name: str, kind: str) -> Any:
+    """A class of diffusers' kind: diffusers', or cineray's own where diffusers has none."""
+    (component,) = (part for part in published_checkpoint(found.name).adapter.components if part.name == name)
+    return getattr(importlib.import_module(component.module or "diffusers"), kind)
 
 
 def _part(
@@ -83,7 +89,8 @@ def _part(
         dtype = DTYPES[vae_dtype_name(published_checkpoint(found.name), options)]
         return fake_weights(empty_part(found, name, kind), dtype, (), device)
     config = found.config(name)
-    fewer: dict[str, Any] = {n: num_layers for n in ("num_layers", "num_single_layers") if num_layers and n in config}
+    counts = ("num_layers", "num_single_layers", "depth")
+    fewer: dict[str, Any] = {n: num_layers for n in counts if num_layers and n in config}
     if num_layers and "vace_layers" in config:  # the blocks that hints are added to
         fewer["vace_layers"] = [n for n in config["vace_layers"] if n < num_layers]
     module = empty_part(found, name, kind, **fewer)

@@ -193,7 +193,7 @@ class Sound:
 
     def fault(self, path: Path, request: ClipRequest, /) -> str | None:
         try:
-            samples, rate = self._samples(path)
+            samples, rate = self.samples(path)
         except VideoError as error:
             return f"it cannot be decoded: {error}"
         if (len(samples), rate) == (self.num_frames(request), request.fps):
@@ -201,9 +201,14 @@ class Sound:
         return f"it has {len(samples)} samples at {rate} Hz, not {self.num_frames(request)} at {request.fps}"
 
     def read(self, path: Path, /) -> np.ndarray:
-        return self._samples(path)[0]
+        return self.samples(path)[0]
 
-    def _samples(self, path: Path) -> tuple[np.ndarray, int]:
+    def samples(self, path: Path) -> tuple[np.ndarray, int]:
+        """(samples [number of samples, channels] int16, samples a second).
+
+        Raises:
+            VideoError: it cannot be read.
+        """
         return read_wav(path)
 
 
@@ -230,7 +235,7 @@ class Flac(Sound):
     def metadata(self, path: Path, /) -> dict[str, Any]:
         return read_flac_metadata(path)
 
-    def _samples(self, path: Path) -> tuple[np.ndarray, int]:
+    def samples(self, path: Path) -> tuple[np.ndarray, int]:
         return read_flac(path)
 
 

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from cineray.pipeline.loading.prepare import quantize
 
 pytestmark = pytest.mark.slow
 
+MODELS_DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 WAN, HUNYUAN, FLUX = "wan2.1-t2v-14b", "hunyuan-video", "flux.1-dev"
 I2V, HUNYUAN_15 = "hunyuan-video-i2v", "hunyuan-video-1.5-t2v-480p"
 
@@ -58,10 +60,24 @@ def test_parameters_are_as_many_as_the_published_weights_have(model):
         ("flux.1-dev", 11.901),
         ("flux.1-schnell", 11.891),
         ("stable-audio-open-1.0", 1.0569),
+        ("dit-xl-2-256", 0.749826),
+        ("dit-xl-2-512", 0.749826),
+        ("open-sora-1.2", 1.207644),
     ],
 )
 def test_parameters_of_the_transformers(model, billions):
+    """As docs/models.md has them."""
     assert num_parameters(model, "transformer") == pytest.approx(billions * 1e9, rel=1e-4)
+    assert f"| {model} | {billions:.3f} |" in MODELS_DOCUMENT.read_text()
+
+
+def test_dit_has_as_many_parameters_as_its_authors_say_with_one_copy_of_its_embeddings():
+    """675 M (arXiv 2212.09748); diffusers has a copy in each of the 28 blocks."""
+    found = published("dit-xl-2-256")
+    transformer = empty_part(found, "transformer", "DiTTransformer2DModel")
+    copies = [sum(p.numel() for p in block.norm1.emb.parameters()) for block in transformer.transformer_blocks]
+    once = num_parameters("dit-xl-2-256", "transformer") - sum(copies[1:])
+    assert once == pytest.approx(675e6, rel=0.001)
 
 
 @pytest.mark.parametrize("model", [WAN, "wan2.1-i2v-14b-720p", HUNYUAN])

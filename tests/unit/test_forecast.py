@@ -3,19 +3,22 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from cineray.distributed.layout import check_layout, parse_layout
 from cineray.pipeline.adapters import KNOWN_MODELS
+from cineray.pipeline.adapters.open_sora_configs import num_latent_frames
 from cineray.pipeline.footprint.cases import Case, cases
 from cineray.pipeline.footprint.exchanges import step_exchanges
-from cineray.pipeline.footprint.fit import Setup, block_linear_parameters, demands
-from cineray.pipeline.footprint.forecast import FIXED_BYTES, SAFETY_FACTOR, forecast
+from cineray.pipeline.footprint.fit import Setup, block_linear_parameters, demands, published_like
+from cineray.pipeline.footprint.forecast import FIXED_BYTES, SAFETY_FACTOR, check_model_layout, forecast, parts_of
 from cineray.pipeline.footprint.laws import errors_of, forecast_names, laws_of, read_table
 from cineray.pipeline.footprint.operations import forward_flop
-from cineray.pipeline.footprint.published import published, published_checkpoint, published_names
+from cineray.pipeline.footprint.published import FROM_FOLDERS, published, published_checkpoint, published_names
 from cineray.pipeline.loading.options import LoadOptions
 from cineray.pipeline.request import ClipRequest, InputError
 
@@ -57,18 +60,20 @@ NOT_FORECAST = {
     "wan2.1-vace-14b",
     "stable-audio-open-1.0",
 }
+MODELS_DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 
 
 def test_every_named_checkpoint_has_its_published_configuration():
-    assert {*published_names()} == KNOWN_MODELS.keys() - SHIPPED
+    assert {*published_names()} == KNOWN_MODELS.keys() - SHIPPED | {*FROM_FOLDERS}
     assert {*forecast_names()} == {*published_names()} - NOT_FORECAST
 
 
 @pytest.mark.parametrize("name", published_names())
 def test_every_published_configuration_is_of_a_named_checkpoint(name):
     known, found = published_checkpoint(name), published(name)
-    assert found.repository == KNOWN_MODELS[name].source
-    assert name in known.model.checkpoints  # Wan 2.2's are not taken for Wan 2.1's
+    if name not in FROM_FOLDERS:
+        assert found.repository == KNOWN_MODELS[name].source
+        assert name in known.model.checkpoints  # Wan 2.2's are not taken for Wan 2.1's
     reason = known.adapter.unsupported(known.configs)
     assert reason is None or "not installed" in reason  # of this machine
     index = found.files["model_index.json"]
@@ -102,6 +107,22 @@ def test_heads_are_shared_by_as_many_ranks_as_divide_them(name, ulysses):
         return True
 
     assert [degree for degree in range(1, 9) if fits(degree)] == ulysses
+
+
+def test_the_document_says_which_ranks_share_the_heads_of_each():
+    shown = MODELS_DOCUMENT.read_text()
+    for name in published_names():
+        known = published_checkpoint(name)
+        fits = ["yes" if known.num_heads % ranks == 0 else "no" for ranks in (2, 4, 8)]
+        for ranks, said in zip((2, 4, 8), fits, strict=True):
+            if known.model.sharded is not None and said == "yes":
+                check_model_layout(known, parse_layout(f"ulysses{ranks}"))
+            else:
+                with pytest.raises(InputError):
+                    check_model_layout(known, parse_layout(f"ulysses{ranks}"))
+        cells = fits if known.model.sharded is not None else [f"({said})" for said in fits]
+        row = re.escape(f"| {known.num_heads} | {' | '.join(cells)} |")
+        assert re.search(rf"^\| {re.escape(name)} \| [\d.]+ {row}$", shown, re.MULTILINE)
 
 
 def test_both_experts_are_held_unless_the_idle_one_is_put_off():
@@ -185,7 +206,10 @@ def test_operations_in_closed_form_are_those_of_the_table(row):
     config |= {name: row["num_blocks"] // len(counts) for name in counts}
     tokens = tokens_of(known, row)
     is_per_token = known.configs.index.get("expand_timesteps") is True
-    said = forward_flop(config, here=tokens, everywhere=tokens, sequence_ranks=1, is_per_token=is_per_token)
+    num_times = num_latent_frames(row["frames"]) if row["model"] == "open-sora-1.2" else 1
+    said = forward_flop(
+        config, here=tokens, everywhere=tokens, sequence_ranks=1, is_per_token=is_per_token, num_times=num_times
+    )
     assert len(known.model.branches) * said.total == pytest.approx(row["flop"], rel=0.01)
 
 
@@ -212,6 +236,47 @@ def test_a_model_whose_tokens_no_ranks_share_is_one_line():
     )
     with pytest.raises(InputError, match="its tokens cannot be shared by ranks, got ring2"):
         demands(known, request, setup)
+
+
+@pytest.mark.parametrize(("model", "size"), [("dit-xl-2-256", (256, 256, 1)), ("open-sora-1.2", (848, 480, 51))])
+def test_branches_of_one_batch_are_held_and_computed_together(model, size):
+    known = published_checkpoint(model)
+    clip = {**dict(zip(("width", "height", "frames"), size, strict=True)), "cfg": 1, "ring": 1, "ulysses": 1}
+    cached, work = forecast(model, **clip, cache="dicache")
+    plain, _ = forecast(model, **clip, cache="none")
+    rows = [r for r in DENOISED if r["model"] == model and (r["width"], r["height"], r["frames"]) == size]
+    (row,) = (r for r in rows if r["cache"] == "none")
+    whole = known.configs.transformer[known.model.layout.counts[0]] / row["num_blocks"]
+    assert row["flop"] < work.computed_step_flop == pytest.approx(row["flop"] * whole, rel=0.05)
+    assert plain.cache == 0 < cached.cache
+    assert plain.activations == pytest.approx(max(row["phases"].values()), rel=0.01)
+    with pytest.raises(InputError, match="cfg 2 needs two guidance branches"):
+        forecast(model, **clip | {"cfg": 2}, cache="none")
+    with pytest.raises(InputError, match="its tokens cannot be shared by ranks"):
+        forecast(model, **clip | {"ulysses": 2}, cache="none")
+
+
+@pytest.mark.parametrize(("model", "side"), [("dit-xl-2-256", 256), ("dit-xl-2-512", 512), ("open-sora-1.2", 480)])
+def test_a_folder_that_is_built_like_a_published_one_has_its_forecast(model, side):
+    known = published_checkpoint(model)
+    folder = replace(known, name="out/mine", source="out/mine", is_local=True)
+    assert published_like(folder) == known
+    frames = 1 if model.startswith("dit") else 51
+    size = {"width": side, "height": side, "num_frames": frames, "num_inference_steps": 30, "fps": 24}
+    clip = ClipRequest(id="1", prompt="1", guidance_scale=4.0, cache="dicache", **size)
+    for options in ({}, {"quantize": "fp8"}, {"offload": "group"}, {"vae_tiling": True}):
+        (alone,) = demands(known, clip, Setup(options=LoadOptions(device="cuda", **options)))
+        assert alone.tensor_bytes > 2e8
+        assert ("decode" in alone.parts) or ("step" in alone.parts)
+
+
+def test_only_a_clip_that_goes_on_from_a_picture_has_its_encoding_reckoned():
+    known, setup = published_checkpoint("open-sora-1.2"), Setup(options=LoadOptions(device="cuda"), has_finishers=True)
+    size = {"width": 848, "height": 480, "num_frames": 51, "num_inference_steps": 30, "guidance_scale": 7.0, "fps": 24}
+    plain = ClipRequest(id="1", prompt="a", **size)
+    parts = [parts_of(known, request, setup.layout, "finisher") for request in (plain, replace(plain, image="a.png"))]
+    assert parts[0].image_encoding == 0 < parts[1].image_encoding
+    assert parts[1].image_encoding < parts[1].decoding
 
 
 def test_a_model_without_a_second_branch_cannot_be_split():

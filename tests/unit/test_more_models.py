@@ -137,8 +137,8 @@ def test_a_sound_is_as_long_as_asked_and_has_its_record(checkpoint_folder, tmp_p
             assert (file.getnframes(), file.getframerate(), file.getnchannels()) == (num_samples, 64, 2)
     assert render(folder, out, "--manifest", str(manifest), "--steps", "3") == 0
     assert {clip["status"] for clip in said(capsys)["clips"]} == {"existing"}
-    assert main(["compare", clips[0]["video"], clips[0]["video"]]) == 2
-    assert "is a sound; videos and pictures can be compared" in capsys.readouterr().err
+    assert main(["compare", clips[0]["video"], clips[1]["video"]]) == 2
+    assert "has 32 samples of 2 channels at 64 Hz" in capsys.readouterr().err
 
 
 def test_a_sound_as_flac_has_the_samples_and_the_record_of_the_wav(checkpoint_folder, tmp_path, capsys):
@@ -169,8 +169,8 @@ def test_a_sound_as_flac_has_the_samples_and_the_record_of_the_wav(checkpoint_fo
     assert said(capsys)["clips"][0]["status"] == "done"
     assert main(["status", str(out), "--json"]) == 0
     assert said(capsys)["done"] == 2
-    assert main(["compare", str(path), str(path)]) == 2
-    assert "is a sound; videos and pictures can be compared" in capsys.readouterr().err
+    assert main(["compare", str(out / wav["video"]), str(path), "--json"]) == 0
+    assert said(capsys)["clips"][0]["equal"]
 
 
 @pytest.mark.parametrize("num_channels", [1, 2])

@@ -130,6 +130,39 @@ def test_an_official_schedule_for_dit_loads_and_does_what_it_says(tmp_path):
     assert handle.trace.summary()["cost"] == pytest.approx(1 - 26 / 50 / 2, abs=1e-6)  # attn1 of attn1 and ff
 
 
+def test_an_official_schedule_for_facebookresearch_dit_loads_by_its_own_names(tmp_path):
+    """smoothcache_schedules/50-N-3-threshold-0.18.json of github.com/Roblox/SmoothCache at edeb4ed."""
+    row = [1, 0, 0, 0, 1, 0, 0, 1, 0, 0, *[1, 0] * 19, 1, 1]
+    path = tmp_path / "50-N-3-threshold-0.18.json"
+    path.write_text(json.dumps({"attn": row, "mlp": row}))
+    pipe = build("dit")
+    with cineray.enable_cache(pipe, f"smoothcache:{path}") as handle:
+        call(pipe, steps=50)
+    cond = [entry for entry in handle.trace.entries if entry.branch == "cond"]
+    assert [int(entry.compute) for entry in cond] == row
+    assert handle.trace.summary()["cost"] == pytest.approx(24 / 50, abs=1e-6)
+    path.write_text(json.dumps({"attn": row, "attn2": row}))
+    with pytest.raises(ValueError, match="layer 'attn2' is not in this model; it has attn1, ff in 3 blocks"):
+        cineray.enable_cache(pipe, f"smoothcache:{path}")
+
+
+def test_a_name_without_its_list_is_of_all_lists_and_gives_way_to_one_with_it(tmp_path):
+    path = tmp_path / "schedule.json"
+    rows = {"attn": [1, 0, 0, 1], "attn-1": [1, 0, 1, 1], "b.attn": [1, 1, 0, 1], "mlp": [1, 1, 1, 0]}
+    path.write_text(json.dumps(rows))
+    schedule = load_schedule(path, ("a.attn", "b.attn", "a.ff"), 2, {"mlp": "ff"})
+    found = {
+        f"{layer}-{block}": [int(schedule.computes(layer, block, step)) for step in range(4)]
+        for layer in ("a.attn", "b.attn", "a.ff")
+        for block in (0, 1)
+    }
+    assert found == {
+        **{"a.attn-0": rows["attn"], "a.attn-1": rows["attn-1"]},
+        **{"b.attn-0": rows["b.attn"], "b.attn-1": rows["attn-1"]},
+        **{"a.ff-0": rows["mlp"], "a.ff-1": rows["mlp"]},
+    }
+
+
 def test_a_block_of_open_sora_is_named_by_its_list_and_its_place_there(tmp_path):
     path = tmp_path / "schedule.json"
     path.write_text('{"temporal_blocks.attn-2": [1, 0, 1]}')
