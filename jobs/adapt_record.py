@@ -15,6 +15,7 @@ from cineray.text import printable
 
 NAME = "adapted.json"
 _Text = Annotated[str, Field(max_length=4000)]
+_Name = Annotated[str, Field(pattern="^(psnr|vmaf)$")]
 _Speedup = Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)]
 _Score = Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False)]
 
@@ -46,7 +47,7 @@ class Scored(_Part):
 
     place: Annotated[int, Field(ge=0, le=2**53)]
     video: _Text
-    scores: dict[Literal["psnr", "vmaf"], _Score]
+    scores: dict[_Name, _Score]
 
 
 class AdaptRecord(_Part):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
+from typing import Any
 
 from cineray.caching.policies.adapting import UNCACHED, AuditedClip, next_speedup, policy_at
 from cineray.caching.policies.auto import FloorPlan
@@ -97,7 +98,7 @@ def render_adapting(
     plan: RunPlan,
     check: Callable[[], tuple[int, Iterable[ClipRequest]]],
     share: float,
-    about: dict[str, object],
+    about: dict[str, Any],
 ) -> RunReport:
     """As `render_run`, in waves; the report has the audit.
 

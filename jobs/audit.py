@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 FOLDER = ".audit"
 UNITS = {"psnr": " dB", "vmaf": ""}
-_NAMES = {"psnr": "PSNR", "vmaf": "VMAF"}
+_NAMES = tuple(UNITS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
