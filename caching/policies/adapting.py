@@ -21,11 +21,12 @@ from cineray.caching.policies.auto import CONFIDENCE, SCORES, FloorPlan, Scores,
 from cineray.caching.profile import ANY_FAMILY, QualityPoint
 
 UNCACHED = 1.0
-# Audited clips at a setting or faster ones before a faster one is tried. Chosen on the clips of the shipped profiles,
-# each model by the other's (docs/caching.md, "Floors and audits").
+# Audited clips at a setting or faster ones before a faster one is tried: with 2, half a percent fewer clips of the
+# shipped profiles keep their floor, each model going by the other's profile (scripts/replay_audits.py).
 FASTER_AFTER = 3
 # What another model's profile counts as, in audited clips, when they say by how much its means are off. The tiny models
 # are 1 to 9 dB apart at equal settings, about as far as clips of one model are: a profile says as much as one of them.
+# As three, half a percent fewer clips keep their floor.
 ANOTHERS_WEIGHT = 1.0
 LEAST_SPREAD = 0.5  # dB, or points of VMAF: of equal scores, so that none is infinitely far off
 
