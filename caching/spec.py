@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from cineray.caching.plan import AnyPlan, CachePlan, ModelFacts, PolicyConfig, check_depth
 from cineray.caching.policies import dicache
-from cineray.caching.policies.auto import AutoConfig
+from cineray.caching.policies.auto import AutoConfig, FloorPlan
 from cineray.caching.policies.dicache import DiCacheConfig
 from cineray.caching.policies.first_block import FirstBlockConfig
 from cineray.caching.policies.fitted import FittedConfig
@@ -139,11 +139,27 @@ def resolve(spec: CacheSpec | PolicyConfig, model: ModelFacts, policies: Policie
         content = read_schedule(path)  # once: what is checked, named and used are the same bytes
         layers = parse_schedule(content, path, model.layers, model.num_blocks, model.layer_names)
         return LayerPlan(text=f"smoothcache({_digest(content)})", schedule=layers, num_blocks=model.num_blocks)
+    return _config(spec, model, policies).plan(spec.name, model)
+
+
+def resolve_floors(spec: CacheSpec, model: ModelFacts) -> FloorPlan | None:
+    """The floors that a policy is to keep of a model; None where it has none.
+
+    Raises:
+        ValueError: as `resolve`.
+    """
+    if spec.name != _FLOORS:
+        return None
+    return _config(spec, model, POLICIES).plan_floors(spec.name, model)
+
+
+def _config(spec: CacheSpec, model: ModelFacts, policies: Policies) -> Any:
+    """The options of a policy without a file."""
     if not fits(spec.name, model.presets, policies):
         raise ValueError(f"cache: {spec.name} has no preset for {model.family}")
     config: Any = model.presets.get(spec.name, policies[spec.name])
     values = {name: _value(spec.name, options_class(config), name, text) for name, text in spec.options.items()}
-    return replace(config, **values).plan(spec.name, model)
+    return replace(config, **values)
 
 
 def _digest(content: bytes) -> str:

@@ -31,7 +31,8 @@ from cineray.pipeline.request import ClipRequest, InputError
 class RunReport:
     """What became of a run; `stopped_by` is the signal that ended it early, `abort_reason` why it was aborted.
 
-    `num_missing` clips were promised, and nothing became of them though the run went to its end.
+    `num_missing` clips were promised, and nothing became of them though the run went to its end. `audit` is what
+    `--audit-adapt` found out on the way.
     """
 
     results: ResultLog
@@ -40,19 +41,25 @@ class RunReport:
     stopped_by: int | None = None
     abort_reason: str | None = None
     num_missing: int = 0
+    audit: "Audit | None" = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the run went to its end, however its clips ended."""
+        return self.stopped_by is None and self.abort_reason is None
 
     @property
     def is_complete(self) -> bool:
         """Whether all that was asked for is there."""
         counts = self.results.counts
-        has_ended = self.stopped_by is None and self.abort_reason is None and not self.num_missing
-        return has_ended and not (counts["failed"] or counts["quarantined"])
+        return self.has_ended and not (self.num_missing or counts["failed"] or counts["quarantined"])
 
     def to_dict(self) -> dict[str, Any]:
         """The report for JSON, all but the clips."""
         per_hour = self.results.counts["done"] / self.wall_s * 3600 if self.wall_s else 0.0
         content = {"wall_s": round(self.wall_s, 3), "clips_per_hour": round(per_hour, 1)}
-        return content | ({} if self.gangs_busy is None else {"gangs_busy": self.gangs_busy})
+        content |= {} if self.gangs_busy is None else {"gangs_busy": self.gangs_busy}
+        return content | ({} if self.audit is None else {"audit": self.audit.to_dict()})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,21 +82,33 @@ class RunPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """The clips of a run whose folder is ours."""
+    """Clips of a run whose folder is ours: all of them, or those of one wave.
+
+    Args:
+        num_clips: of the whole run.
+        num_before: clips of earlier waves.
+        results: of the whole run.
+    """
 
     num_clips: int
     requests: Iterator[ClipRequest]
     folder: OutputFolder
     lease: Lease
+    num_before: int = 0
+    results: ResultLog = field(default_factory=ResultLog)
 
 
 if TYPE_CHECKING:  # they take seconds to import
+    from cineray.jobs.audit import Audit
     from cineray.jobs.gangs.messages import RunSpec
     from cineray.jobs.gangs.queue import ClipQueue
+    from cineray.jobs.gangs.slots import Slots
+    from cineray.jobs.gangs.state import BatchState
     from cineray.jobs.planning.choice import Larger
+    from cineray.pipeline.footprint.fit import Demand
     from cineray.pipeline.loading.weights import Identity
 
-Renderer = Callable[[Work], RunReport]
+Renderer = Callable[[Work], RunReport]  # may be called again: the model stays in memory, or Ray up
 T = TypeVar("T")
 
 
@@ -98,6 +117,7 @@ def render_run(
     check: Callable[[], tuple[int, Iterable[ClipRequest]]],
     takes_long: bool,
     about: dict[str, Any],
+    render_all: "Callable[[Renderer, Work], RunReport] | None" = None,
 ) -> RunReport:
     """Renders what is not in the folder yet.
 
@@ -105,6 +125,7 @@ def render_run(
         check: gives the number of clips and a stream of them, all of which have been checked.
         takes_long: the check does, so that gangs come up meanwhile.
         about: goes into run.json.
+        render_all: renders the run's clips with a renderer that is up; else all of them go into one call.
 
     Raises:
         InputError: bad clips; the model does not fit the layout, or cannot be loaded; no such cluster.
@@ -123,14 +144,15 @@ def render_run(
             num_clips, requests = checking.result()
         else:
             num_clips, requests = check()
-        with _held_folder(asked.out, asked.checkpoint.model.output, options.lease_s) as (folder, lease):
+        with held_folder(asked.out, asked.checkpoint.model.output, options.lease_s) as (folder, lease):
             run = {"model": asked.checkpoint.name, "options": asdict(asked.load_options), "num_clips": num_clips}
             run |= {**about, "gangs": options.num_gangs, "layout": asdict(options.layout), "lossless": asked.lossless}
             ready = _gangs(asked) if options.uses_ray else _model_here(asked)
             with nullcontext(early) if early else ready as render:
                 folder.write_json("run.json", run)
-                report = render(Work(num_clips=num_clips, requests=iter(requests), folder=folder, lease=lease))
-                if report.stopped_by is None and report.abort_reason is None:
+                work = Work(num_clips=num_clips, requests=iter(requests), folder=folder, lease=lease)
+                report = render(work) if render_all is None else render_all(render, work)
+                if report.has_ended:
                     report = replace(report, num_missing=num_clips - report.results.counts.total())
             lease.check()
             folder.write_json("run.json", run | report.to_dict() | {"counts": report.results.counts})
@@ -147,13 +169,13 @@ def add_to_run(plan: RunPlan, more: dict[str, Any]) -> None:
         OutputError: the folder is gone or cannot be written.
         LeasedError: another driver renders into it.
     """
-    with _held_folder(plan.out, plan.checkpoint.model.output, plan.options.lease_s) as (folder, _):
+    with held_folder(plan.out, plan.checkpoint.model.output, plan.options.lease_s) as (folder, _):
         content = read_json(plan.out / "run.json", follow_links=False)
         folder.write_json("run.json", (content if isinstance(content, dict) else {}) | more)
 
 
 @contextmanager
-def _held_folder(out: Path, output: Output, lease_s: float) -> Iterator[tuple[OutputFolder, Lease]]:
+def held_folder(out: Path, output: Output, lease_s: float) -> Iterator[tuple[OutputFolder, Lease]]:
     """The output folder and its lease, swept on entering and tidied on leaving."""
     folder = OutputFolder(out, output)
     lease = Lease(folder.state, ttl_s=lease_s)
@@ -221,8 +243,8 @@ def _model_here(asked: RunPlan) -> Iterator[Renderer]:
     model = load_model(asked.checkpoint, asked.load_options)
 
     def render(work: Work) -> RunReport:
-        results, began = ResultLog(), time.monotonic()
-        with stop_requested() as request, RenderProgress(work.num_clips) as progress:
+        began = time.monotonic()
+        with stop_requested() as request, RenderProgress(work.num_clips, work.num_before) as progress:
             batch = Batch(
                 model=model,
                 folder=work.folder,
@@ -232,9 +254,9 @@ def _model_here(asked: RunPlan) -> Iterator[Renderer]:
                 checkpoint_s=asked.options.checkpoint_s,
                 is_stop_requested=lambda: request.number is not None,
             )
-            render_batch(batch, work.requests, results)
+            render_batch(batch, work.requests, work.results)
         wall_s = time.monotonic() - began
-        return RunReport(results=results, wall_s=wall_s, stopped_by=request.number)
+        return RunReport(results=work.results, wall_s=wall_s, stopped_by=request.number)
 
     yield render
 
@@ -247,6 +269,21 @@ def use_threads(checkpoint: Checkpoint, options: LoadOptions) -> None:
         import torch
 
         torch.set_num_threads(number)
+
+
+def _spec(asked: RunPlan, out: Path, demands: "tuple[Demand, ...]") -> "RunSpec":
+    from cineray.jobs.gangs.messages import RunSpec
+
+    return RunSpec(
+        model=asked.checkpoint.name,
+        options=asked.load_options,
+        file_format=format_of(asked.checkpoint.model.output),
+        out=out.resolve(),
+        lossless=asked.lossless,
+        run=asked.options,
+        decodes_on_gang=decodes_on_gang(asked.options, asked.load_options, asked.checkpoint.model),
+        demands=demands,
+    )
 
 
 def _queue(asked: RunPlan, work: Work, identity: "Identity", spec: "RunSpec", shares_gpu: bool) -> "ClipQueue":
@@ -272,7 +309,6 @@ def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
     from cineray.jobs.gangs.cluster import connected, nodes_now
     from cineray.jobs.gangs.driver import RayBatch
     from cineray.jobs.gangs.events import StartRequested
-    from cineray.jobs.gangs.messages import RunSpec
     from cineray.jobs.gangs.metrics import RunMetrics
     from cineray.jobs.gangs.placement import crossing, finishers_for, missing_room, plan_fleet
     from cineray.jobs.gangs.progress import GangProgress
@@ -284,9 +320,9 @@ def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
     if options.is_local:
         check_device(asked.load_options.device)
     identity = identify(asked.checkpoint)
-    began = time.monotonic()
+    began: float | None = time.monotonic()  # of the first call, which waits for Ray too
     num_actors = options.num_gangs * options.layout.world_size + finishers_for(options.num_gangs, options.num_finishers)
-    with connected(None if options.is_local else options.address, num_actors):
+    with connected(None if options.is_local else options.address, num_actors), ExitStack() as stack:
         nodes = list(nodes_now().values())
         device, num_gangs = asked.load_options.device, options.num_gangs
         fleet = plan_fleet(device, options.layout, num_gangs, options.num_finishers, nodes, options.is_local)
@@ -294,32 +330,31 @@ def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
         if missing and options.is_local:
             raise InputError(missing)
         shares_gpu = fleet.num_apart < fleet.num_finishers
-        spec = RunSpec(
-            model=asked.checkpoint.name,
-            options=asked.load_options,
-            file_format=format_of(asked.checkpoint.model.output),
-            out=asked.out.resolve(),
-            lossless=asked.lossless,
-            run=options,
-            decodes_on_gang=decodes_on_gang(options, asked.load_options, asked.checkpoint.model),
-            # gangs that start before the clips are checked know of none, and are told with each clip
-            demands=() if start_now else asked.outlook.demands(shares_gpu),
-        )
         larger = asked.larger if fleet.group.num_nodes == 1 else ()
-        slots = Slots.of(spec, fleet, actors_of(), larger)
-        state = BatchState(
-            fleet.num_gangs,
-            fleet.num_finishers,
-            options.hang_s,
-            clips_ahead(fleet.num_gangs),
-            fleet.num_apart,
-            {gang.num_gangs: gang.speedup for gang in larger},
-        )
+
+        def new_actors(out: Path, demands: "tuple[Demand, ...]") -> "tuple[RunSpec, Slots, BatchState]":
+            spec = _spec(asked, out, demands)
+            slots = Slots.of(spec, fleet, actors_of(), larger)
+            state = BatchState(
+                fleet.num_gangs,
+                fleet.num_finishers,
+                options.hang_s,
+                clips_ahead(fleet.num_gangs),
+                fleet.num_apart,
+                {gang.num_gangs: gang.speedup for gang in larger},
+            )
+            return spec, slots, state
+
+        # gangs that start before the clips are checked know of no demands, and are told with each clip
+        early = new_actors(asked.out, ()) if start_now else None
 
         def render(work: Work) -> RunReport:
-            results = ResultLog()
+            nonlocal began, early
+            began_here, began = time.monotonic() if began is None else began, None
+            actors, early = early or new_actors(work.folder.path, asked.outlook.demands(shares_gpu)), None
+            spec, slots, state = actors
             queue = _queue(asked, work, identity, spec, shares_gpu)
-            with GangProgress(work.num_clips) as progress:
+            with GangProgress(work.num_clips, work.num_before) as progress:
                 if missing:
                     progress.say(f"{missing}; waiting: an autoscaler may bring one")
                 if asked.load_options.offload == "model" and asked.checkpoint.num_experts == 1:
@@ -333,23 +368,22 @@ def _gangs(asked: RunPlan, start_now: bool = False) -> Iterator[Renderer]:
                     folder=work.folder,
                     lease=work.lease,
                     queue=queue,
-                    results=results,
+                    results=work.results,
                     progress=progress,
                     metrics=RunMetrics(),
                 )
                 batch.run()
             return RunReport(
-                results=results,
-                wall_s=time.monotonic() - began,
+                results=work.results,
+                wall_s=time.monotonic() - began_here,
                 gangs_busy=batch.gangs_busy,
                 stopped_by=state.stopped_by,
                 abort_reason=state.aborted,
             )
 
-        try:
-            if start_now:
-                for effect in state.handle(StartRequested(), time.monotonic()):
-                    slots.perform(effect)
-            yield render
-        finally:
-            slots.destroy()
+        if early is not None:
+            _, slots, state = early
+            stack.callback(slots.destroy)
+            for effect in state.handle(StartRequested(), time.monotonic()):
+                slots.perform(effect)
+        yield render

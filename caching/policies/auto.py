@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from cineray.caching.plan import CachePlan, ModelFacts, check_field
@@ -16,6 +17,20 @@ CONFIDENCE = 0.95  # that a clip which nobody has seen keeps the floor
 CLIFF_DB = 8.0
 Scores = Callable[[QualityPoint], Sequence[float]]
 SCORES: Mapping[str, Scores] = {"psnr": lambda point: point.psnr_db, "vmaf": lambda point: point.vmaf}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FloorPlan:
+    """Floors, and what is known of the settings that may keep them.
+
+    Args:
+        floors: by the name of the score: dB of "psnr", 0 to 100 of "vmaf".
+        speedup: the setting by the profile alone.
+    """
+
+    floors: Mapping[str, float]
+    profile: QualityProfile
+    speedup: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,12 +61,23 @@ class AutoConfig:
         Raises:
             ValueError: both are given, no profile fits, or the floor cannot be kept.
         """
+        floors = self.plan_floors(name, model)
+        if floors is not None:
+            return FittedConfig(speedup=floors.speedup, profile=floors.profile.fitted).plan("fitted", model)
+        config = FittedConfig() if self.speedup is None else FittedConfig(speedup=self.speedup)
+        return config.plan("fitted", model)
+
+    def plan_floors(self, name: str, model: ModelFacts) -> FloorPlan | None:
+        """The floors that are asked for and the setting that keeps them; None where none is asked for.
+
+        Raises:
+            ValueError: as `plan`.
+        """
         floors = {score: floor for score, floor in (("psnr", self.psnr), ("vmaf", self.vmaf)) if floor is not None}
         if floors and self.speedup is not None:
             raise ValueError(f"cache: {name} takes a floor or a speed: {name}(psnr>=30) or {name}(speedup=2.5)")
         if not floors:
-            config = FittedConfig() if self.speedup is None else FittedConfig(speedup=self.speedup)
-            return config.plan("fitted", model)
+            return None
         profile = self._find(model.family, model.transformer)
         if self.vmaf is not None and not all(len(point.vmaf) == len(point.psnr_db) for point in profile.points):
             raise ValueError(
@@ -74,7 +100,7 @@ class AutoConfig:
                     f"keeps {best:.1f}{' dB' if score == 'psnr' else ''}; ask for less, or render with --cache none"
                 )
         speedup = min(speedup for speedup in allowed.values() if speedup is not None)
-        return FittedConfig(speedup=speedup, profile=profile.fitted).plan("fitted", model)
+        return FloorPlan(floors=floors, profile=profile, speedup=speedup)
 
     def _find(self, family: str, transformer: Mapping[str, Any]) -> QualityProfile:
         return find_profile(QualityProfile, self.profile, family, transformer)
@@ -85,24 +111,44 @@ def lower_bound(values: Sequence[float]) -> float:
 
     Student's t of n - 1 degrees times the deviation of a new value from the mean, s sqrt(1 + 1/n); -inf for one value.
     """
+    if len(values) < 2:
+        return -math.inf
+    spread = statistics.stdev(values) * math.sqrt(1 + 1 / len(values))
+    return statistics.fmean(values) - quantile(len(values) - 1) * spread
+
+
+@cache
+def quantile(degrees: int) -> float:
+    """Student's t that a value is above with `CONFIDENCE`, less its sign."""
     # takes a second to import; strict pyright wants stubs that scipy does not have
     from scipy.stats import t  # pyright: ignore[reportMissingTypeStubs]
 
-    if len(values) < 2:
-        return -math.inf
-    quantile = t.ppf(CONFIDENCE, len(values) - 1)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    spread = statistics.stdev(values) * math.sqrt(1 + 1 / len(values))
-    return statistics.fmean(values) - float(quantile) * spread
+    return float(t.ppf(CONFIDENCE, degrees))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
 
 
 def fastest(points: Sequence[QualityPoint], floor: float, scores: Scores = SCORES["psnr"]) -> float | None:
     """The highest speed-up up to which every setting keeps the floor, and that is not at the edge of a cliff."""
-    rows = sorted(points, key=lambda point: point.speedup)
-    bounds = [lower_bound(scores(point)) for point in rows]
+    rows = by_speed(points)
+    number = num_kept(rows, [lower_bound(scores(point)) for point in rows], floor)
+    return rows[number - 1].speedup if number else None
+
+
+def by_speed(points: Sequence[QualityPoint]) -> list[QualityPoint]:
+    """The slowest first."""
+    return sorted(points, key=lambda point: point.speedup)
+
+
+def num_kept(rows: Sequence[QualityPoint], bounds: Sequence[float], floor: float) -> int:
+    """How many settings, from the slowest on, keep the floor; the last of them is not at the edge of a cliff.
+
+    Args:
+        rows: the slowest first.
+        bounds: what a clip keeps at each.
+    """
     number = next((i for i, bound in enumerate(bounds) if bound < floor), len(bounds))
     while 0 < number < len(bounds):
         here, beyond = (statistics.fmean(rows[i].psnr_db) for i in (number - 1, number))
         if here - beyond <= CLIFF_DB:
             break
         number -= 1
-    return rows[number - 1].speedup if number else None
+    return number

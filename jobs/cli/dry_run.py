@@ -24,16 +24,19 @@ def print_survey(
     price: float | None,
     studies: Sequence[Path],
     as_json: bool,
+    adapted_share: float | None = None,
 ) -> int:
     """Says what a run would do; reads the output folder by its names, loads no weights, writes nothing.
 
     Args:
         price: of a GPU for an hour.
         studies: files of `cineray study`, for `--layout auto`.
+        adapted_share: of the clips that `--audit-adapt` goes by: clips have the settings that it has given them.
 
     Returns:
         The exit code: 2 where rows are refused, as the run's would be.
     """
+    from cineray.jobs.adapting import with_recorded_settings
     from cineray.jobs.idle_cache import WithoutIdleCaches
     from cineray.jobs.survey import by_plan, forecast, survey
 
@@ -41,6 +44,8 @@ def print_survey(
     num_ranks = 1 if picks_layout else plan.options.layout.sequence_ranks
     requests, refused, num_refused = survey_requests(asked, defaults, plan.checkpoint, num_ranks, plan.outlook)
     requests = WithoutIdleCaches(requests)
+    if adapted_share is not None:
+        requests = with_recorded_settings(plan, requests, adapted_share)()
     found = survey(requests, refused, num_refused, plan.out, plan.checkpoint, plan.load_options, lossless=plan.lossless)
     tell(*(f"cineray: {line}" for line in found.refused))
     run, choice = plan.options, None

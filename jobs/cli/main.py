@@ -60,6 +60,9 @@ def cineray() -> None:
 @click.option(
     "--audit", type=float, metavar="SHARE", help="Render that share of the clips again uncached, and compare."
 )
+@click.option(
+    "--audit-adapt", is_flag=True, help="And set the speed of the clips to come by it, where they have a floor."
+)
 @click.option("--dry-run", is_flag=True, help="Say what is done, new, changed and refused; render nothing.")
 @click.option("--price", type=click.FloatRange(min=0), metavar="USD", help="Of a GPU for an hour, for --dry-run.")
 @click.option(
@@ -81,6 +84,7 @@ def render(
     lossless: bool,
     file_format: str | None,
     audit: float | None,
+    audit_adapt: bool,
     dry_run: bool,
     price: float | None,
     studies: tuple[Path, ...],
@@ -97,9 +101,11 @@ def render(
       cineray render --manifest examples/demo.jsonl --out out/demo --steps 30 --json
       cineray render --manifest examples/demo.jsonl --out out/two --sp 2
       cineray render --manifest examples/demo.jsonl --out out/demo --steps 30 --dry-run
+      cineray render --manifest m.jsonl --cache "auto(psnr>=40)" --audit 0.05 --audit-adapt --out out/m
       cineray render "a cat walks" --model wan2.1-t2v-1.3b --device cuda --offload model --out out/cat
       cineray render --manifest m.jsonl --model wan2.1-t2v-14b --address auto --sp 4 --gangs 2 --out /nfs/m
     """
+    from cineray.jobs.adapting import check_adapting, render_adapting
     from cineray.jobs.audit import audit_run, check_share
     from cineray.jobs.idle_cache import WithoutIdleCaches
     from cineray.jobs.memory_check import memory_check
@@ -110,6 +116,8 @@ def render(
 
     checkpoint = open_checkpoint(asked.model).written_as(file_format)
     share = None if audit is None else check_share(audit, checkpoint)
+    if audit_adapt:
+        check_adapting(share, run)
     defaults = run_defaults(asked, checkpoint, cache, fps)
     options = load_options(asked, checkpoint, run.decode)
     run.check_goes_with(options)
@@ -119,7 +127,7 @@ def render(
         checkpoint=checkpoint, load_options=options, options=run, out=out, lossless=lossless, outlook=outlook
     )
     if dry_run:
-        return print_survey(asked, plan, defaults, price, studies, as_json)
+        return print_survey(asked, plan, defaults, price, studies, as_json, share if audit_adapt else None)
     about = {"defaults": asdict(defaults)}
     num_ranks = 1 if run.picks_layout else run.layout.sequence_ranks
 
@@ -136,10 +144,13 @@ def render(
             plan = replace(plan, options=settled.options, larger=settled.larger)
             about |= settled.about
             report = render_run(plan, lambda: (num_clips, settled.requests), False, about)
+        elif audit_adapt and share is not None:
+            report = render_adapting(plan, check, share, about)
         else:
             report = render_run(plan, check, takes_long_to_check(asked), about)
-        has_ended = report.stopped_by is None and report.abort_reason is None
-        if share is not None and has_ended:
+        if report.audit is not None:
+            tell(report.audit.line)
+        elif share is not None and report.has_ended:
             tell(audit_run(plan, lambda: check()[1], share, about).line)
     except LeasedError as error:
         tell(f"cineray: {error}; wait until it has ended, or give another --out")

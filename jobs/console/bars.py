@@ -14,11 +14,16 @@ MAX_TOLD = 1000  # warnings that are not told again
 
 
 class ClipBars:
-    """A context manager; whoever renders adds bars of its own to `bars`."""
+    """A context manager; whoever renders adds bars of its own to `bars`.
 
-    def __init__(self, num_clips: int) -> None:
+    Args:
+        num_clips: of the whole run.
+        num_done: of them, in earlier waves.
+    """
+
+    def __init__(self, num_clips: int, num_done: int = 0) -> None:
         self.num_clips = num_clips
-        self.num_done = 0
+        self.num_done = num_done
         self._console = new_console(sys.stderr)
         self.is_terminal = self._console.is_terminal
         self.bars = Progress(
@@ -32,7 +37,7 @@ class ClipBars:
             transient=True,
         )
         self._told: set[str] = set()
-        self._clips = self.bars.add_task("clips", total=num_clips)
+        self._clips = self.bars.add_task("clips", total=num_clips, completed=num_done)
 
     def __enter__(self) -> Self:
         self.bars.start()

@@ -14,8 +14,8 @@ from cineray.text import printable
 class RenderProgress(ClipBars):
     """A bar over clips and a bar over the steps of the current clip."""
 
-    def __init__(self, num_clips: int) -> None:
-        super().__init__(num_clips)
+    def __init__(self, num_clips: int, num_done: int = 0) -> None:
+        super().__init__(num_clips, num_done)
         self._steps = self.bars.add_task("steps", total=None, visible=False)
 
     def begin_clip(self, clip_id: str, num_steps: int) -> None:

@@ -16,8 +16,8 @@ MAX_EXISTING = 10  # told one by one: those of a large batch that is run again w
 class GangProgress(ClipBars):
     """`update` it now and then."""
 
-    def __init__(self, num_clips: int) -> None:
-        super().__init__(num_clips)
+    def __init__(self, num_clips: int, num_done: int = 0) -> None:
+        super().__init__(num_clips, num_done)
         self._num_existing = 0
         self._gangs = {}
         self._next_line_s = time.monotonic() + LINE_S

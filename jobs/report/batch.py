@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
@@ -27,12 +27,28 @@ STATUSES = ("done", "running", "failed", "quarantined", "retrying")
 KINDS = ("rendered", "running", "preempted", "failed", "lost", "down")
 
 
+_Score = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Setting(BaseModel):
+    """From which clip on clips were rendered at which speed-up."""
+
+    begin: int = Field(ge=0, le=2**53, alias="from")
+    cache: str
+    speedup: _Score
+
+
 class _Audit(BaseModel):
-    """What a page shows of the clips that `render --audit` has rendered again."""
+    """What a page shows of the clips that `render --audit` has rendered again; earlier versions knew no VMAF."""
 
     num_clips: int = Field(ge=0)
-    psnr_mean: float | None = Field(allow_inf_nan=False)
-    psnr_worst: float | None = Field(allow_inf_nan=False)
+    psnr_mean: _Score | None
+    psnr_worst: _Score | None
+    vmaf_mean: _Score | None = None
+    vmaf_worst: _Score | None = None
+    with_floors: int | None = None
+    below_floors: list[str] = []
+    settings: list[_Setting] = []
 
 
 class _Run(BaseModel):
@@ -119,7 +135,10 @@ def _values(
         "lanes": [_lane_rows(session) for session in sessions[-1:]],
         "sorts": [{"num_clips": number, "facts": facts} for facts, number in sorts.most_common(MAX_LISTED)],
         "seeds": _seeds(clips),
-        "run_facts": _flat({"options": run.options, "layout": run.layout, "defaults": run.defaults}),
+        "run_facts": [
+            *_settings(run.audit),
+            *_flat({"options": run.options, "layout": run.layout, "defaults": run.defaults}),
+        ],
         "is_lossless": run.lossless,
         "num_clips": len(clips),
         "statuses": [s for s in STATUSES if any(clip.status == s for clip in clips)],
@@ -159,13 +178,33 @@ def _tiles(run: _Run, status: FolderStatus, clips: Sequence[ClipRow], counts: di
     costs = [clip.cost for clip in clips if clip.cost is not None]
     if costs:
         tiles.append(("block evaluations that ran", f"{math.fsum(costs) / len(costs):.0%}"))
-    if run.audit is not None and run.audit.psnr_mean is not None and run.audit.psnr_worst is not None:
-        text = f"{run.audit.psnr_mean:.1f} dB, worst {run.audit.psnr_worst:.1f} dB"
-        tiles.append((f"PSNR of {run.audit.num_clips} audited clips", text))
+    tiles += [] if run.audit is None else _audit_tiles(run.audit)
     if run.counts:
         last = ", ".join(f"{number} {name}" for name, number in sorted(run.counts.items()))
         tiles.append(("became of the last run's clips", printable(last)))
     return tiles
+
+
+def _audit_tiles(audit: _Audit) -> list[tuple[str, str]]:
+    tiles, clips = [], f"{audit.num_clips} audited clips"
+    if audit.psnr_mean is not None and audit.psnr_worst is not None:
+        tiles.append((f"PSNR of {clips}", f"{audit.psnr_mean:.1f} dB, worst {audit.psnr_worst:.1f} dB"))
+        known = audit.vmaf_mean is not None and audit.vmaf_worst is not None
+        text = f"{audit.vmaf_mean:.1f}, worst {audit.vmaf_worst:.1f}" if known else "not measured"
+        tiles.append((f"VMAF of {clips}", text))
+    if audit.with_floors is not None:
+        num_kept = audit.with_floors - len(audit.below_floors)
+        tiles.append(("audited clips that keep their floor", f"{num_kept} of {audit.with_floors}"))
+    return tiles
+
+
+def _settings(audit: _Audit | None) -> list[tuple[str, str]]:
+    """(cache as it was asked for, the speeds that it was given); clips are counted from 1."""
+    said: dict[str, list[str]] = {}
+    for setting in audit.settings if audit is not None else ():
+        speed = "uncached" if setting.speedup == 1 else f"{setting.speedup:g}x"
+        said.setdefault(setting.cache, []).append(f"{speed} from clip {setting.begin + 1} on")
+    return [(f"audit: {printable(cache)}", ", ".join(speeds[-MAX_LISTED:])) for cache, speeds in said.items()]
 
 
 def _run_row(number: int, session: Session) -> dict[str, Any]:

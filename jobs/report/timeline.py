@@ -118,6 +118,7 @@ class _Open:
             return False
         built_again = event.event == "built" and (event.actor in self.up or PROCESS in self.bars)
         paused = event.time - (event.wall_s or 0.0) - self.last_s > GAP_S and not self.at_work
+        paused = paused and event.event != "wave"  # audited clips were rendered meanwhile, in a folder of their own
         alone = self._is_of_process(event) and bool(self.up)
         return built_again or paused or alone or event.time < self.last_s - 1  # a clock that was set back
 
@@ -125,6 +126,8 @@ class _Open:
         began_s = event.time - (event.wall_s or 0.0) if self._is_of_process(event) else event.time
         self.begin_s = began_s if self.begin_s is None else min(self.begin_s, began_s)
         match event.event:
+            case "wave":  # of one run: its gangs are built anew
+                self.up.clear()
             case "built" if event.actor is not None:
                 self.up.add(event.actor)
                 if event.actor in self.down:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cineray.caching.plan import AnyPlan
+from cineray.caching.policies.auto import FloorPlan
 from cineray.files import open_regular, read_json
 from cineray.pipeline.adapters import (
     MODELS,
@@ -23,7 +24,7 @@ from cineray.pipeline.adapters import (
     pipelines_of,
     renderer_of,
 )
-from cineray.pipeline.adapters.cache_plan import plan_cache
+from cineray.pipeline.adapters.cache_plan import plan_cache, plan_floors
 from cineray.pipeline.adapters.model import num_heads
 from cineray.pipeline.adapters.protocol import Defaults, ModelConfigs
 from cineray.pipeline.loading.errors import LoadingError, is_passing
@@ -118,6 +119,15 @@ class Checkpoint:
         """
         models = by_transformer(self.model)
         return plan_cache(policy, self.model.transformer, self.configs.transformer, models=models)
+
+    def plan_floors(self, policy: str) -> FloorPlan | None:
+        """The floors of a cache policy, and what is known of the settings that may keep them; None where it has none.
+
+        Raises:
+            ValueError: as `plan_cache`.
+        """
+        models = by_transformer(self.model)
+        return plan_floors(policy, self.model.transformer, self.configs.transformer, models=models)
 
     def check_files(self, folder: Path) -> None:
         """Checks the files of a folder that holds it, whose weights are not loaded.

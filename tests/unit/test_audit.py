@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from cineray.jobs.audit import FOLDER, Audit, audited
+from cineray.jobs.audit import FOLDER, Audit, AuditedRow, audited
 from cineray.jobs.cli.main import main
 from cineray.jobs.report.batch import batch_page
 
@@ -18,18 +18,35 @@ def test_an_audit_is_spread_over_the_batch(new_request, num_clips, share, expect
     chosen = list(audited(batch, share))
     assert len(chosen) == expected
     assert chosen == list(audited(batch, share))
-    assert {clip.cache for clip in chosen} == {"none"}
     places = [int(clip.id) for clip in chosen]
     assert all(b - a <= 1 / share + 1 for a, b in pairwise(places))
     assert list(audited([replace(clip, cache="none") for clip in batch], share)) == []
 
 
+def row(clip, floors=None, **scores):
+    return AuditedRow(clip=clip, cache="", floors=floors or {}, scores=scores)
+
+
 def test_what_could_not_be_compared_is_said():
-    found = Audit(share=0.5, psnr_db={"a": 40.0, "b": 30.0}, missing=("c",))
+    found = Audit(share=0.5, rows=(row("a", psnr=40.0), row("b", psnr=30.0), row("c")))
     assert found.line == (
-        "audit: 2 clips rendered again without a cache: PSNR 35.0 dB, worst 30.0 dB (b); 1 could not be compared"
+        "audit: 2 clips rendered again without a cache: PSNR 35.0 dB, worst 30.0 dB (b); no VMAF, which this ffmpeg "
+        "does not give; 1 could not be compared"
     )
-    assert Audit(share=0.5, psnr_db={}, missing=("c",)).line == "audit: no clip could be compared"
+    assert Audit(share=0.5, rows=(row("c"),)).line == "audit: no clip could be compared"
+
+
+def test_floors_that_are_kept_and_that_are_not_are_counted():
+    floors = {"psnr": 35.0, "vmaf": 90.0}
+    rows = (
+        row("a", floors, psnr=40.0, vmaf=95.0),
+        row("b", floors, psnr=40.0, vmaf=89.0),
+        row("c", floors, psnr=34.0, vmaf=95.0),
+        row("d", psnr=1.0, vmaf=1.0),
+    )
+    found = Audit(share=0.5, rows=rows)
+    assert found.to_dict()["below_floors"] == ["b", "c"]
+    assert found.line.endswith("VMAF 70.0, worst 1.0; 1 of 3 keep their floor")
 
 
 @pytest.mark.slow
@@ -43,6 +60,7 @@ def test_a_batch_is_audited_reported_and_not_rendered_twice(checkpoint_folder, t
     audit = json.loads((out / "run.json").read_text())["audit"]
     assert audit["num_clips"] == 1
     assert 0 < audit["psnr_mean"] < 100
+    assert 0 < audit["vmaf_mean"] < 100
     (video,) = (out / FOLDER).glob("*.mp4")
     page = batch_page(out, tmp_path / "page.html", lambda *_: nullcontext(lambda *_: None))
     assert "PSNR of 1 audited clips" in page.html

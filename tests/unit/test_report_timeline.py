@@ -104,3 +104,11 @@ def test_whatever_the_log_says_no_bar_leaves_its_session(lines, denoise_s, now_s
                 assert session.begin_s <= bar.begin_s <= bar.end_s <= session.end_s
         assert sum(session.bins) == len(session.done)
     assert sum(len(session.done) for session in sessions) == sum(line.event == "done" for line in lines)
+
+
+def test_waves_of_one_run_are_one_session_though_their_gangs_are_built_anew():
+    lines = [*gang_run(100), (900, "wave", {}), *gang_run(901)]
+    (session,) = sessions_of(log(*lines), {}, None)
+    assert len(session.done) == 2
+    assert [lane.num_clips for lane in session.lanes] == [2]
+    assert len(sessions_of(log(*gang_run(100), *gang_run(200)), {}, None)) == 2
