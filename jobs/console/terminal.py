@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import logging
 import os
 import re
 import sys
@@ -110,6 +111,10 @@ def new_console(stream: TextIO | None, width: int | None = None) -> Console:
     return Console(file=_RawStream(stream), width=width)  # type: ignore[arg-type]  # all that rich calls is there
 
 
+# torchao, where it is installed, tells at every start of kernels for other GPUs and of what torch will change for it
+_CHATTY = ("torchao", "torch.utils._pytree")
+
+
 def begin_printing() -> None:
     """Prepares this process, once, before anything is printed.
 
@@ -125,6 +130,8 @@ def begin_printing() -> None:
     if sys.stderr is not None and not isinstance(sys.stderr, _EscapedStream):
         sys.stderr = _EscapedStream(sys.stderr)
     warnings.showwarning = _tell_warning
+    for library in _CHATTY:
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def _tell_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

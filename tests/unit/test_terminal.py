@@ -212,3 +212,10 @@ def test_a_reader_that_has_gone_is_not_a_closed_stdout(monkeypatch):
         monkeypatch.setattr(sys, "stdout", full)
         with pytest.raises(UndeliveredError, match="No space left"):
             print_json({})
+
+
+@pytest.mark.process
+def test_torchao_says_nothing_at_every_start():
+    program = "from cineray.jobs.console.terminal import begin_printing; begin_printing(); import diffusers, torchao"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stderr == ""
