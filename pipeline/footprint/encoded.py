@@ -10,7 +10,7 @@ import torch
 from cineray.pipeline.adapters import hunyuan15, wan
 from cineray.pipeline.adapters.open_sora_configs import GROUP_FRAMES
 from cineray.pipeline.footprint.fake_gpu import GPU
-from cineray.pipeline.footprint.operations import WAN_TEXT_TOKENS, joint_text_tokens
+from cineray.pipeline.footprint.operations import AUDIO_TEXT_TOKENS, WAN_TEXT_TOKENS, joint_text_tokens
 from cineray.pipeline.footprint.subject import DTYPE
 from cineray.pipeline.loading.model import LoadedModel
 from cineray.pipeline.media.picture import first_frame
@@ -126,6 +126,14 @@ def _open_sora(model: LoadedModel, request: ClipRequest, encodes_image: bool) ->
     return found
 
 
+def _stable_audio(model: LoadedModel, request: ClipRequest) -> Table:
+    """Both rows of a batch, and the two tokens that tell of the seconds behind the text's."""
+    config, num_rows = model.pipe.transformer.config, 2 if request.guidance_scale > 1.0 else 1
+    text = (num_rows, AUDIO_TEXT_TOKENS + 2, config.cross_attention_input_dim)
+    seconds = (num_rows, 1, config.global_states_input_dim)
+    return {name: torch.empty(shape, dtype=DTYPE, device=GPU) for name, shape in (("text", text), ("seconds", seconds))}
+
+
 _TABLES: Mapping[str, Callable[[Any, ClipRequest], Table]] = {
     "hunyuan-video": _hunyuan,
     "hunyuan-video-i2v": _hunyuan_image,
@@ -133,4 +141,5 @@ _TABLES: Mapping[str, Callable[[Any, ClipRequest], Table]] = {
     "flux": _flux,
     "wan-vace": _vace,
     "dit": _dit,
+    "stable-audio": _stable_audio,
 }

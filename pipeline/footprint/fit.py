@@ -15,7 +15,7 @@ from cineray.distributed.layout import Layout
 from cineray.pipeline.adapters.model import hidden_size
 from cineray.pipeline.footprint.forecast import Parts, check_model_layout, encodes_picture, parts_of, with_margin
 from cineray.pipeline.footprint.laws import forecast_checkpoint, forecast_names, laws_of
-from cineray.pipeline.footprint.operations import DIT_MLP_RATIO, DIT_SINUSOIDS, FLUX_MLP_RATIO
+from cineray.pipeline.footprint.operations import AUDIO_MLP_RATIO, DIT_MLP_RATIO, DIT_SINUSOIDS, FLUX_MLP_RATIO
 from cineray.pipeline.footprint.published import published
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.device import check_device, gpu_memory_bytes
@@ -293,6 +293,8 @@ def _leaf_bytes(known: Checkpoint) -> dict[str, int]:
     inner = config.get("ffn_dim") or round(config.get("mlp_ratio", FLUX_MLP_RATIO) * dim)
     if config["_class_name"] in _MODULATED_ALONE:
         inner = 6 * dim
+    if config["_class_name"] == "StableAudioDiTModel":
+        inner = 2 * AUDIO_MLP_RATIO * dim
     found = published(known.name)
     texts = [found.config(part) for part in known.model.encoder_parts if found.has(part)]
     sizes = [text.get("vocab_size", 0) * text.get("d_model", text.get("hidden_size", 0)) for text in texts]
@@ -309,6 +311,9 @@ def block_linear_parameters(config: Mapping[str, Any]) -> int:
         config["_class_name"] == "DiTTransformer2DModel"
     ):  # attention, feed-forward, modulation, the timestep's embedding
         return config["num_layers"] * ((4 + 2 * DIT_MLP_RATIO + 6 + 1) * dim + DIT_SINUSOIDS) * dim
+    if config["_class_name"] == "StableAudioDiTModel":  # attention, cross-attention and feed-forward with its gates
+        few = config["num_key_value_attention_heads"] * config["attention_head_dim"]
+        return config["num_layers"] * ((6 + 3 * AUDIO_MLP_RATIO) * dim * dim + 2 * config["cross_attention_dim"] * few)
     if config["_class_name"] == "WanTransformer3DModel":
         picture = 2 * (config["added_kv_proj_dim"] or 0) * dim
         return config["num_layers"] * (8 * dim * dim + 2 * dim * config["ffn_dim"] + picture)

@@ -255,6 +255,7 @@ def _request(checkpoint: Checkpoint, width: int, height: int, frames: int, cache
         guidance_scale=checkpoint.defaults.guidance_scale,
         fps=checkpoint.defaults.fps,
         cache=cache,
+        seconds=checkpoint.defaults.seconds,
         image="first_frame" if rule.takes_image and rule.needs_image else None,
     )
     found = problems(request, rule)

@@ -11,7 +11,11 @@ from cineray.pipeline.adapters import MODELS
 from cineray.pipeline.adapters.model import hidden_size
 from cineray.pipeline.footprint.operations import FLUX_MLP_RATIO, joint_text_tokens
 
-_BY_TOKEN = ("DiTTransformer2DModel", "STDiT3")  # each layer gives as many numbers as it was given
+_BY_TOKEN = (
+    "DiTTransformer2DModel",
+    "STDiT3",
+    "StableAudioDiTModel",
+)  # each layer gives as many numbers as it was given
 
 
 def layer_cache_bytes(

@@ -13,6 +13,7 @@ from typing import Any
 
 from cineray.pipeline.adapters.flux import DEV_TOKENS, SCHNELL_TOKENS
 from cineray.pipeline.adapters.hunyuan_image import INTERLEAVE
+from cineray.pipeline.adapters.model import hidden_size
 
 WAN_TEXT_TOKENS = 512
 WAN_IMAGE_TOKENS = 257  # CLIP ViT-H/14: 16 x 16 patches and the class token
@@ -22,6 +23,8 @@ HUNYUAN_TEXT_TOKENS = 256
 HUNYUAN_PICTURE_TOKENS = 576
 _HUNYUAN_ASSISTANT_TOKENS = 4
 DIT_MLP_RATIO, DIT_SINUSOIDS = 4, 256  # of its feed-forward and of its timestep's embedding: its class's own
+AUDIO_TEXT_TOKENS = 128  # max_length of the authors' conditioner (stable-audio-tools, stable_audio_open_1_0.json)
+AUDIO_MLP_RATIO = 4  # StableAudioDiTBlock's feed-forward, whose first layer makes twice as many for its gates
 FLUX_MLP_RATIO = 4  # its class's own, which no configuration says
 
 
@@ -80,6 +83,8 @@ def forward_flop(
         return _stdit3(config, everywhere, num_times)
     if config["_class_name"] == "DiTTransformer2DModel":
         return _dit(config, everywhere)
+    if config["_class_name"] == "StableAudioDiTModel":
+        return _stable_audio(config, everywhere)
     if config["_class_name"] == "WanTransformer3DModel":
         return _wan(config, here, everywhere, sequence_ranks, everywhere if is_per_token else 1)
     count = {"FluxTransformer2DModel": _flux, "HunyuanVideoTransformer3DModel": _hunyuan}[config["_class_name"]]
@@ -131,6 +136,20 @@ def _dit(config: Mapping[str, Any], tokens: int) -> ForwardFlop:
     block += 2 * d * (DIT_SINUSOIDS + d) + 12 * d * d  # each block embeds the timestep for itself
     around = 2 * n * patch * (config["in_channels"] + config["out_channels"]) * d
     around += 2 * d * (DIT_SINUSOIDS + d) + 4 * d * d
+    return ForwardFlop(around, (block,) * config["num_layers"])
+
+
+def _stable_audio(config: Mapping[str, Any], tokens: int) -> ForwardFlop:
+    """Of one row of its batch; keys and values of the cross-attention have fewer heads."""
+    d, n, text = hidden_size(config), tokens, AUDIO_TEXT_TOKENS + 2
+    few, width = config["num_key_value_attention_heads"] * config["attention_head_dim"], config["cross_attention_dim"]
+    block = 8 * n * d * d + 4 * n * n * d
+    block += 4 * n * d * d + 4 * text * width * few + 4 * n * text * d
+    block += 6 * AUDIO_MLP_RATIO * n * d * d
+    channels = config["in_channels"] + config["out_channels"]
+    around = 2 * n * channels * d + 2 * n * (config["in_channels"] ** 2 + config["out_channels"] ** 2)
+    around += 2 * text * width * (config["cross_attention_input_dim"] + width)
+    around += 2 * d * (config["global_states_input_dim"] + config["time_proj_dim"] + 2 * d)
     return ForwardFlop(around, (block,) * config["num_layers"])
 
 

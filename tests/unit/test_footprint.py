@@ -80,7 +80,7 @@ def test_dit_has_as_many_parameters_as_its_authors_say_with_one_copy_of_its_embe
     assert once == pytest.approx(675e6, rel=0.001)
 
 
-@pytest.mark.parametrize("model", [WAN, "wan2.1-i2v-14b-720p", HUNYUAN])
+@pytest.mark.parametrize("model", [WAN, "wan2.1-i2v-14b-720p", HUNYUAN, "stable-audio-open-1.0"])
 def test_weights_that_can_be_held_in_8_bits_are_as_many_as_the_blocks_have(model):
     found = published(model)
     transformer = empty_part(found, "transformer", found.files["model_index.json"]["transformer"][1])
