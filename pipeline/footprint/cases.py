@@ -167,6 +167,7 @@ def cases() -> Iterator[Case]:
     yield from _fixed_cases()
     yield from _open_sora_cases()
     yield from _sound_cases()
+    yield from _vace_cases()
     for size in ((480, 272, 17), (832, 480, 33), (480, 272, 81)):
         yield _case("wan2.1-i2v-14b-720p", "encode-image", size)
     yield _case("wan2.1-i2v-14b-720p", "encode-image", (640, 368, 49), is_held_out=True)
@@ -264,6 +265,20 @@ def _sound_cases() -> Iterator[Case]:
         yield _case(model, "denoise", size, cache=cache)
     yield from _in_8_bits(model, size)
     yield _case(model, "decode", size)
+
+
+def _vace_cases() -> Iterator[Case]:
+    """Wan 2.1 VACE, whose VAE and text encoder are Wan's; its hints are as many as a row's few blocks have."""
+    last = (960, 544, 61)
+    for model in ("wan2.1-vace-1.3b", "wan2.1-vace-14b"):
+        yield Case(model=model, part="load")
+        for cache in ("none", ALWAYS_SKIPS):
+            for size in (_SMALL, _LARGE, last):
+                yield _case(model, "denoise", size, cache=cache, is_held_out=size == last)
+        yield from _in_8_bits(model, _SMALL)
+    for size in ((480, 272, 17), (832, 480, 33), (480, 272, 81)):
+        yield _case("wan2.1-vace-1.3b", "encode-image", size)
+    yield _case("wan2.1-vace-1.3b", "encode-image", (640, 368, 49), is_held_out=True)
 
 
 def _in_8_bits(model: str, size: tuple[int, int, int]) -> Iterator[Case]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cineray.pipeline.adapters import hunyuan15, wan
+from cineray.pipeline.adapters import hunyuan15, wan, wan_vace
 from cineray.pipeline.adapters.open_sora_configs import GROUP_FRAMES
 from cineray.pipeline.footprint.fake_gpu import GPU
 from cineray.pipeline.footprint.operations import AUDIO_TEXT_TOKENS, WAN_TEXT_TOKENS, joint_text_tokens
@@ -24,11 +24,13 @@ def encoded(model: LoadedModel, request: ClipRequest, encodes_image: bool) -> Ta
 
     Args:
         encodes_image: what a clip begins with goes through the VAE (Wan's first frame, which its image encoder sees;
-            the end of a video that Open-Sora goes on from); else its latents are as made.
+            the end of a video that Open-Sora goes on from; VACE's control video); else its latents are as made.
     """
     of_family = _TABLES.get(model.checkpoint.model.family)
     if model.checkpoint.model.family == "open-sora":
         return _open_sora(model, request, encodes_image)
+    if model.checkpoint.model.family == "wan-vace":
+        return _vace(model, request, encodes_image)
     return _wan(model, request, encodes_image) if of_family is None else of_family(model, request)
 
 
@@ -103,7 +105,9 @@ def _wan(model: LoadedModel, request: ClipRequest, encodes_image: bool) -> Table
     return found
 
 
-def _vace(model: LoadedModel, request: ClipRequest) -> Table:
+def _vace(model: LoadedModel, request: ClipRequest, encodes_image: bool) -> Table:
+    if encodes_image:
+        return {**_wan_texts(model), "control": wan_vace.encode_control(model.pipe, request)}
     channels = model.pipe.transformer.config.vace_in_channels
     control = _empty(channels, *_latent_size(model, request), dtype=torch.float32)
     return {**_wan_texts(model), "control": control}
@@ -139,7 +143,6 @@ _TABLES: Mapping[str, Callable[[Any, ClipRequest], Table]] = {
     "hunyuan-video-i2v": _hunyuan_image,
     "hunyuan-video-1.5": _hunyuan15,
     "flux": _flux,
-    "wan-vace": _vace,
     "dit": _dit,
     "stable-audio": _stable_audio,
 }

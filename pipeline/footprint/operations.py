@@ -85,13 +85,14 @@ def forward_flop(
         return _dit(config, everywhere)
     if config["_class_name"] == "StableAudioDiTModel":
         return _stable_audio(config, everywhere)
-    if config["_class_name"] == "WanTransformer3DModel":
+    if config["_class_name"] in ("WanTransformer3DModel", "WanVACETransformer3DModel"):
         return _wan(config, here, everywhere, sequence_ranks, everywhere if is_per_token else 1)
     count = {"FluxTransformer2DModel": _flux, "HunyuanVideoTransformer3DModel": _hunyuan}[config["_class_name"]]
     return count(config, here, everywhere, sequence_ranks)
 
 
 def _wan(config: Mapping[str, Any], here: int, everywhere: int, sequence_ranks: int, num_timesteps: int) -> ForwardFlop:
+    """VACE's blocks that make hints come last: a probe runs none."""
     d, text, s = config["num_attention_heads"] * config["attention_head_dim"], WAN_TEXT_TOKENS, here
     volume = config["patch_size"][0] * config["patch_size"][1] * config["patch_size"][2]
     block = 8 * s * d * d + 4 * everywhere * everywhere * d / sequence_ranks  # self-attention
@@ -102,7 +103,17 @@ def _wan(config: Mapping[str, Any], here: int, everywhere: int, sequence_ranks: 
     if config["image_dim"] is not None:
         block += 4 * WAN_IMAGE_TOKENS * config["added_kv_proj_dim"] * d + 4 * s * WAN_IMAGE_TOKENS * d
         around += 2 * WAN_IMAGE_TOKENS * config["image_dim"] * (config["image_dim"] + d)
-    return ForwardFlop(around, (block,) * config["num_layers"])
+    blocks = (block,) * config["num_layers"]
+    if "vace_layers" in config:
+        around += 2 * everywhere * volume * config["vace_in_channels"] * d
+        hints = num_hints(config)
+        blocks += (block + 4 * s * d * d,) * min(hints, 1) + (block + 2 * s * d * d,) * max(hints - 1, 0)
+    return ForwardFlop(around, blocks)
+
+
+def num_hints(config: Mapping[str, Any]) -> int:
+    """Blocks of VACE that make hints for as many as the transformer's first blocks: its `num_layers`."""
+    return sum(layer < config["num_layers"] for layer in config.get("vace_layers", ()))
 
 
 def _hunyuan(config: Mapping[str, Any], here: int, everywhere: int, sequence_ranks: int) -> ForwardFlop:

@@ -57,8 +57,6 @@ NOT_FORECAST = {
     "hunyuan-video-1.5-t2v-720p",
     "hunyuan-video-1.5-i2v-480p",
     "hunyuan-video-1.5-i2v-720p",
-    "wan2.1-vace-1.3b",
-    "wan2.1-vace-14b",
 }
 MODELS_DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 
@@ -183,7 +181,10 @@ def test_the_total_is_what_its_docstring_says():
     ("changes", "said"),
     [
         ({"model": "tiny-wan"}, "model 'tiny-wan' has no forecast here; these have: wan2.1-t2v-1.3b"),
-        ({"model": "wan2.1-vace-14b"}, "model 'wan2.1-vace-14b' has no forecast here; these have: wan2.1-t2v-1.3b"),
+        (
+            {"model": "hunyuan-video-1.5-t2v-480p"},
+            "model 'hunyuan-video-1.5-t2v-480p' has no forecast here; these have: wan2.1-t2v-1.3b",
+        ),
         ({"width": 1281}, "width must be a multiple of 16"),
         ({"frames": 80}, "frames must be 4k+1"),
         ({"ulysses": 3}, "ulysses must divide the model's 40 attention heads"),
@@ -294,6 +295,23 @@ def test_a_sound_takes_the_same_whatever_its_seconds():
     assert parts.cache == row["cache_bytes"] == 2 * 5 * 1025 * 1536 * 2
     assert parts.decoding > 2e9
     assert parts.text_host < parts.text_encoder
+
+
+def test_the_control_video_of_vace_is_encoded_whether_or_not_there_is_one():
+    """Zeros go through the VAE where there is none; and there is no row of Wan's first frame among its rows."""
+    known = published_checkpoint("wan2.1-vace-1.3b")
+    size = {"width": 832, "height": 480, "num_frames": 81, "num_inference_steps": 50, "guidance_scale": 5.0, "fps": 16}
+    clip = ClipRequest(id="1", prompt="a", cache="dicache", **size)
+    setup = Setup(options=LoadOptions(device="cuda", offload="model"))
+    plain, controlled = (parts_of(known, c, setup.layout, "finisher") for c in (clip, replace(clip, control_video="a")))
+    assert plain == controlled
+    frame = laws_of("wan2.1-i2v-14b-480p").image_encode_bytes(832, 480, 81)
+    assert 0 < frame < plain.image_encoding
+    more = parts_of(known, replace(clip, reference_images=("a.png",)), setup.layout, "finisher")
+    assert more.step > plain.step  # a latent frame more
+    assert published_like(replace(known, name="out/mine", source="out/mine", is_local=True)) == known
+    with pytest.raises(InputError, match="its tokens cannot be shared by ranks"):
+        demands(known, clip, replace(setup, layout=parse_layout("ulysses2")))
 
 
 def test_only_a_clip_that_goes_on_from_a_picture_has_its_encoding_reckoned():
