@@ -168,6 +168,7 @@ def cases() -> Iterator[Case]:
     yield from _open_sora_cases()
     yield from _sound_cases()
     yield from _vace_cases()
+    yield from _hunyuan_image_cases()
     for size in ((480, 272, 17), (832, 480, 33), (480, 272, 81)):
         yield _case("wan2.1-i2v-14b-720p", "encode-image", size)
     yield _case("wan2.1-i2v-14b-720p", "encode-image", (640, 368, 49), is_held_out=True)
@@ -279,6 +280,19 @@ def _vace_cases() -> Iterator[Case]:
     for size in ((480, 272, 17), (832, 480, 33), (480, 272, 81)):
         yield _case("wan2.1-vace-1.3b", "encode-image", size)
     yield _case("wan2.1-vace-1.3b", "encode-image", (640, 368, 49), is_held_out=True)
+
+
+def _hunyuan_image_cases() -> Iterator[Case]:
+    """HunyuanVideo image to video by "token_replace"; its decodes are those of text to video. Encoded in one piece."""
+    model = "hunyuan-video-i2v"
+    yield Case(model=model, part="encode-text")
+    yield Case(model=model, part="encode-text-host")
+    yield Case(model=model, part="load")
+    yield from _few_denoise_cases(model, (_SMALL, _LARGE), (960, 544, 61))
+    yield _case(model, "denoise", _SMALL, layout="ulysses8", cache=ALWAYS_SKIPS, weights_as="sharded")
+    for size in ((480, 272, 17), (832, 480, 33), (480, 272, 81)):
+        yield _case(model, "encode-image", size)
+    yield _case(model, "encode-image", (640, 368, 49), is_held_out=True)
 
 
 def _in_8_bits(model: str, size: tuple[int, int, int]) -> Iterator[Case]:

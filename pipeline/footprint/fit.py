@@ -304,6 +304,7 @@ def _leaf_bytes(known: Checkpoint) -> dict[str, int]:
         inner = 2 * AUDIO_MLP_RATIO * dim
     found = published(known.name)
     texts = [found.config(part) for part in known.model.encoder_parts if found.has(part)]
+    texts = [text.get("text_config", text) for text in texts]  # Llava's has a picture's beside it
     sizes = [text.get("vocab_size", 0) * text.get("d_model", text.get("hidden_size", 0)) for text in texts]
     table = max(sizes, default=0)
     return {"transformer": 2 * 2 * dim * inner, "text encoders": 2 * 2 * table}

@@ -269,6 +269,8 @@ def _encode_text(model: LoadedModel) -> None:
         ids, mask = _tokens(num_tokens)
         model.pipe.text_encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True)
         model.pipe.text_encoder_2(_tokens(CLIP_TOKENS)[0], output_hidden_states=False)
+    elif model.checkpoint.model.family == "hunyuan-video-i2v":
+        _see(model)
     elif model.checkpoint.model.family == "flux":
         model.pipe.text_encoder(_tokens(CLIP_TOKENS)[0], output_hidden_states=False)
         num_tokens = joint_text_tokens(model.checkpoint.configs.transformer)
@@ -280,6 +282,24 @@ def _encode_text(model: LoadedModel) -> None:
         model.pipe.text_encoder(*_tokens(model.checkpoint.configs.transformer["model_max_length"]))
     else:
         model.pipe.text_encoder(*_tokens(WAN_TEXT_TOKENS))
+
+
+def _see(model: LoadedModel) -> None:
+    """Llava over the longest prompt and a picture, expanded as `HunyuanVideoImageToVideoPipeline` does, then CLIP."""
+    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_image2video import DEFAULT_PROMPT_TEMPLATE as TEMPLATE
+
+    encoder, side = model.pipe.text_encoder, model.pipe.text_encoder.config.vision_config.image_size
+    ids, mask = _tokens(HUNYUAN_TEXT_TOKENS + TEMPLATE["crop_start"] + TEMPLATE["image_emb_len"] - 1)
+    ids[:, TEMPLATE["image_emb_start"] : TEMPLATE["image_emb_end"]] = encoder.config.image_token_index
+    pixels = torch.empty(1, 3, side, side, device=GPU)
+    encoder(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=mask.cumsum(-1) - 1,
+        pixel_values=pixels,
+        output_hidden_states=True,
+    )
+    model.pipe.text_encoder_2(_tokens(CLIP_TOKENS)[0], output_hidden_states=False)
 
 
 def _tokens(number: int) -> tuple[torch.Tensor, torch.Tensor]:

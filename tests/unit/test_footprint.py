@@ -117,7 +117,7 @@ def test_peaks_operations_and_waits_are_no_more_than_the_table_says(row):
         assert now.get(name, 0) <= row.get(name, 0), name
 
 
-@pytest.mark.parametrize("model", [WAN, "wan2.1-i2v-14b-720p", HUNYUAN])
+@pytest.mark.parametrize("model", [WAN, "wan2.1-i2v-14b-720p", HUNYUAN, I2V])
 def test_encoders_on_the_host_leave_the_gpu_and_do_the_same_work(model):
     (there,), (away,) = (
         [row for row in read_table() if (row["model"], row["part"]) == (model, part)]
