@@ -115,22 +115,8 @@ class HunyuanImageToVideo(HunyuanVideo):
     @without_gradients
     def encode(self, pipe: Any, request: ClipRequest) -> dict[str, torch.Tensor]:
         """The table of text to video, the language model having seen the picture, and "image" [1, C, 1, H, W]."""
-        import torch
-
         device, picture = pipe._execution_device, first_frame(request)
-        pixels = pipe.video_processor.preprocess(picture, request.height, request.width).to(device, pipe.vae.dtype)
-        _, image = pipe.prepare_latents(
-            pixels,
-            1,
-            1,
-            request.height,
-            request.width,
-            1,
-            torch.float32,
-            device,
-            latents=torch.zeros((), device=device),  # else it would draw the noise
-            image_condition_type=self.condition,
-        )
+        image = encode_picture(pipe, request, self.condition)
         text, pooled, mask = pipe.encode_prompt(
             image=picture, prompt=request.prompt, device=device, image_embed_interleave=INTERLEAVE[self.condition]
         )
@@ -169,6 +155,31 @@ class HunyuanImageToVideo(HunyuanVideo):
     ) -> torch.Tensor:
         video = super().decode(pipe, request, latents, generator)
         return video[:, :, DROPPED_FRAMES:] if self.condition == CONCAT else video
+
+
+def encode_picture(pipe: Any, request: ClipRequest, condition: str) -> torch.Tensor:
+    """The first frame's latents [1, C, 1, H, W].
+
+    Args:
+        condition: the transformer's image_condition_type.
+    """
+    import torch
+
+    device = pipe._execution_device
+    pixels = pipe.video_processor.preprocess(first_frame(request), request.height, request.width)
+    _, image = pipe.prepare_latents(
+        pixels.to(device, pipe.vae.dtype),
+        1,
+        1,
+        request.height,
+        request.width,
+        1,
+        torch.float32,
+        device,
+        latents=torch.zeros((), device=device),  # else it would draw the noise
+        image_condition_type=condition,
+    )
+    return image
 
 
 def _with_first(

@@ -125,25 +125,7 @@ class WanVace(wan.WanTextToVideo):
     @without_gradients
     def encode(self, pipe: Any, request: ClipRequest) -> dict[str, torch.Tensor]:
         """Text embeddings by branch, and "control" [1, C', R + F, H, W]: reference images, then frames."""
-        import torch
-
-        device, size = pipe._execution_device, (request.height, request.width)
-        video, mask, references = pipe.preprocess_conditions(
-            None,
-            mask_frames(request),
-            reference_pictures(request) or None,
-            1,
-            *size,
-            request.num_frames,
-            torch.float32,
-            device,
-        )
-        frames = control_frames(request)
-        if frames is not None:
-            video = pipe.video_processor.preprocess_video(frames, *size).to(device, torch.float32)
-        latents = pipe.prepare_video_latents(video, mask, references, None, device)
-        control = torch.cat([latents, _mask_channels(pipe, mask, len(references[0]))], dim=1)
-        return {**super().encode(pipe, request), "control": control}
+        return {**super().encode(pipe, request), "control": encode_control(pipe, request)}
 
     @without_gradients
     def start(
@@ -167,6 +149,31 @@ class WanVace(wan.WanTextToVideo):
         self, pipe: Any, request: ClipRequest, latents: torch.Tensor, generator: torch.Generator, /
     ) -> torch.Tensor:
         return wan.WanTextToVideo.decode(pipe, request, latents[:, :, len(request.reference_images) :], generator)
+
+
+def encode_control(pipe: Any, request: ClipRequest) -> torch.Tensor:
+    """What the transformer is given of the control [1, C', R + F, H, W]: reference images, then frames.
+
+    Without a control video it is one of zeros, which goes through the VAE as well.
+    """
+    import torch
+
+    device, size = pipe._execution_device, (request.height, request.width)
+    video, mask, references = pipe.preprocess_conditions(
+        None,
+        mask_frames(request),
+        reference_pictures(request) or None,
+        1,
+        *size,
+        request.num_frames,
+        torch.float32,
+        device,
+    )
+    frames = control_frames(request)
+    if frames is not None:
+        video = pipe.video_processor.preprocess_video(frames, *size).to(device, torch.float32)
+    latents = pipe.prepare_video_latents(video, mask, references, None, device)
+    return torch.cat([latents, _mask_channels(pipe, mask, len(references[0]))], dim=1)
 
 
 def _mask_channels(pipe: Any, mask: torch.Tensor, num_references: int) -> torch.Tensor:

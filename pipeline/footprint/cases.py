@@ -73,6 +73,7 @@ def request_of(case: Case, image: str | None = None) -> ClipRequest:
         fps=16,
         cache=case.cache,
         image=image,
+        seconds=known.defaults.seconds,
     )
 
 
@@ -165,6 +166,9 @@ def cases() -> Iterator[Case]:
     yield from _picture_cases()
     yield from _fixed_cases()
     yield from _open_sora_cases()
+    yield from _sound_cases()
+    yield from _vace_cases()
+    yield from _hunyuan_image_cases()
     for size in ((480, 272, 17), (832, 480, 33), (480, 272, 81)):
         yield _case("wan2.1-i2v-14b-720p", "encode-image", size)
     yield _case("wan2.1-i2v-14b-720p", "encode-image", (640, 368, 49), is_held_out=True)
@@ -202,8 +206,7 @@ def _alone_cases() -> Iterator[Case]:
     for cache in ("none", ALWAYS_SKIPS):
         for size in (_SMALL, (1280, 704, 121), last):
             yield _case(model, "denoise", size, cache=cache, is_held_out=size == last)
-    for weights in ("fp8", "int8"):
-        yield _case(model, "denoise", _SMALL, cache=ALWAYS_SKIPS, weights_as=weights)
+    yield from _in_8_bits(model, _SMALL)
     for size in ((480, 288, 33), (832, 480, 33), (832, 480, 81), (1280, 704, 33)):
         yield from _decodes(model, size, ("1", "ulysses2", "ulysses8"))
     yield from _decodes(model, last, ("1", "ulysses4"), is_held_out=True)
@@ -233,6 +236,7 @@ def _fixed_cases() -> Iterator[Case]:
         yield Case(model=model, part="load")
         for cache in ("none", ALWAYS_SKIPS):
             yield _case(model, "denoise", size, cache=cache)
+        yield from _in_8_bits(model, size)
         yield from _decodes(model, size, ("1",))
 
 
@@ -245,10 +249,55 @@ def _open_sora_cases() -> Iterator[Case]:
     for cache in ("none", ALWAYS_SKIPS):
         for size in (small, large, last):
             yield _case(model, "denoise", size, cache=cache, is_held_out=size == last)
+    yield from _in_8_bits(model, small)
     for size in ((424, 240, 17), small, (848, 480, 17), (640, 360, 34)):
         yield _case(model, "decode", size, is_held_out=size == (640, 360, 34))
     for size in ((424, 240, 17), large, (848, 480, 17), last):
         yield _case(model, "encode-image", size, is_held_out=size == last)
+
+
+def _sound_cases() -> Iterator[Case]:
+    """Stable Audio Open: each clip is cut from one of the full length, so that there is one size."""
+    model, size = "stable-audio-open-1.0", (1, 1, 1)
+    yield Case(model=model, part="load")
+    yield Case(model=model, part="encode-text")
+    yield Case(model=model, part="encode-text-host")
+    for cache in ("none", ALWAYS_SKIPS):
+        yield _case(model, "denoise", size, cache=cache)
+    yield from _in_8_bits(model, size)
+    yield _case(model, "decode", size)
+
+
+def _vace_cases() -> Iterator[Case]:
+    """Wan 2.1 VACE, whose VAE and text encoder are Wan's; its hints are as many as a row's few blocks have."""
+    last = (960, 544, 61)
+    for model in ("wan2.1-vace-1.3b", "wan2.1-vace-14b"):
+        yield Case(model=model, part="load")
+        for cache in ("none", ALWAYS_SKIPS):
+            for size in (_SMALL, _LARGE, last):
+                yield _case(model, "denoise", size, cache=cache, is_held_out=size == last)
+        yield from _in_8_bits(model, _SMALL)
+    for size in ((480, 272, 17), (832, 480, 33), (480, 272, 81)):
+        yield _case("wan2.1-vace-1.3b", "encode-image", size)
+    yield _case("wan2.1-vace-1.3b", "encode-image", (640, 368, 49), is_held_out=True)
+
+
+def _hunyuan_image_cases() -> Iterator[Case]:
+    """HunyuanVideo image to video by "token_replace"; its decodes are those of text to video. Encoded in one piece."""
+    model = "hunyuan-video-i2v"
+    yield Case(model=model, part="encode-text")
+    yield Case(model=model, part="encode-text-host")
+    yield Case(model=model, part="load")
+    yield from _few_denoise_cases(model, (_SMALL, _LARGE), (960, 544, 61))
+    yield _case(model, "denoise", _SMALL, layout="ulysses8", cache=ALWAYS_SKIPS, weights_as="sharded")
+    for size in ((480, 272, 17), (832, 480, 33), (480, 272, 81)):
+        yield _case(model, "encode-image", size)
+    yield _case(model, "encode-image", (640, 368, 49), is_held_out=True)
+
+
+def _in_8_bits(model: str, size: tuple[int, int, int]) -> Iterator[Case]:
+    for weights in ("fp8", "int8"):
+        yield _case(model, "denoise", size, cache=ALWAYS_SKIPS, weights_as=weights)
 
 
 def _few_denoise_cases(

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from cineray.pipeline.adapters import hunyuan15, wan
+from cineray.pipeline.adapters import hunyuan15, hunyuan_image, wan, wan_vace
 from cineray.pipeline.adapters.open_sora_configs import GROUP_FRAMES
 from cineray.pipeline.footprint.fake_gpu import GPU
-from cineray.pipeline.footprint.operations import WAN_TEXT_TOKENS, joint_text_tokens
+from cineray.pipeline.footprint.operations import AUDIO_TEXT_TOKENS, WAN_TEXT_TOKENS, joint_text_tokens
 from cineray.pipeline.footprint.subject import DTYPE
 from cineray.pipeline.loading.model import LoadedModel
 from cineray.pipeline.media.picture import first_frame
@@ -24,12 +24,13 @@ def encoded(model: LoadedModel, request: ClipRequest, encodes_image: bool) -> Ta
 
     Args:
         encodes_image: what a clip begins with goes through the VAE (Wan's first frame, which its image encoder sees;
-            the end of a video that Open-Sora goes on from); else its latents are as made.
+            HunyuanVideo's; the end of a video that Open-Sora goes on from; VACE's control video); else its latents are
+            as made.
     """
-    of_family = _TABLES.get(model.checkpoint.model.family)
-    if model.checkpoint.model.family == "open-sora":
-        return _open_sora(model, request, encodes_image)
-    return _wan(model, request, encodes_image) if of_family is None else of_family(model, request)
+    family = model.checkpoint.model.family
+    if family in _TABLES:
+        return _TABLES[family](model, request)
+    return _WITH_VAE.get(family, _wan)(model, request, encodes_image)
 
 
 def _empty(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
@@ -57,7 +58,10 @@ def _hunyuan(model: LoadedModel, _request: ClipRequest) -> Table:
     }
 
 
-def _hunyuan_image(model: LoadedModel, request: ClipRequest) -> Table:
+def _hunyuan_image(model: LoadedModel, request: ClipRequest, encodes_image: bool) -> Table:
+    if encodes_image:
+        condition = model.checkpoint.configs.transformer["image_condition_type"]
+        return {**_hunyuan(model, request), "image": hunyuan_image.encode_picture(model.pipe, request, condition)}
     _, height, width = _latent_size(model, request)
     image = _empty(model.pipe.transformer.config.out_channels, 1, height, width, dtype=torch.float32)
     return {**_hunyuan(model, request), "image": image}
@@ -103,7 +107,9 @@ def _wan(model: LoadedModel, request: ClipRequest, encodes_image: bool) -> Table
     return found
 
 
-def _vace(model: LoadedModel, request: ClipRequest) -> Table:
+def _vace(model: LoadedModel, request: ClipRequest, encodes_image: bool) -> Table:
+    if encodes_image:
+        return {**_wan_texts(model), "control": wan_vace.encode_control(model.pipe, request)}
     channels = model.pipe.transformer.config.vace_in_channels
     control = _empty(channels, *_latent_size(model, request), dtype=torch.float32)
     return {**_wan_texts(model), "control": control}
@@ -126,11 +132,24 @@ def _open_sora(model: LoadedModel, request: ClipRequest, encodes_image: bool) ->
     return found
 
 
+def _stable_audio(model: LoadedModel, request: ClipRequest) -> Table:
+    """Both rows of a batch, and the two tokens that tell of the seconds behind the text's."""
+    config, num_rows = model.pipe.transformer.config, 2 if request.guidance_scale > 1.0 else 1
+    text = (num_rows, AUDIO_TEXT_TOKENS + 2, config.cross_attention_input_dim)
+    seconds = (num_rows, 1, config.global_states_input_dim)
+    return {name: torch.empty(shape, dtype=DTYPE, device=GPU) for name, shape in (("text", text), ("seconds", seconds))}
+
+
+# of families whose VAE encodes something; Wan is one of several names
+_WITH_VAE: Mapping[str, Callable[[Any, ClipRequest, bool], Table]] = {
+    "open-sora": _open_sora,
+    "wan-vace": _vace,
+    "hunyuan-video-i2v": _hunyuan_image,
+}
 _TABLES: Mapping[str, Callable[[Any, ClipRequest], Table]] = {
     "hunyuan-video": _hunyuan,
-    "hunyuan-video-i2v": _hunyuan_image,
     "hunyuan-video-1.5": _hunyuan15,
     "flux": _flux,
-    "wan-vace": _vace,
     "dit": _dit,
+    "stable-audio": _stable_audio,
 }

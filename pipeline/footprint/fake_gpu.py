@@ -7,6 +7,8 @@ pretended, streams, and the choice of an attention kernel.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from cineray.pipeline.footprint.ledger import Ledger
 
 GPU = torch.device("cuda:0")
 _CAPABILITY = (9, 0)  # an H100's
+_SDE_NOISE = "torchsde._brownian.brownian_interval"  # where Stable Audio Open's scheduler has its noise from
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,8 @@ def fake_gpu() -> Iterator[FakeGPU]:
         undo.enter_context(_replaced(torch.UntypedStorage, "resize_", _resizing(gpu.ledger)))
         undo.enter_context(_replaced(accelerate.hooks, "set_module_tensor_to_device", _move))
         undo.enter_context(_replaced(dist, "new_group", _new_fake_group(dist.new_group)))
+        if importlib.util.find_spec("torchsde") is not None:
+            undo.enter_context(_replaced(importlib.import_module(_SDE_NOISE), "_randn", _noise))
         undo.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         undo.enter_context(gpu.ledger)
         undo.enter_context(torch.no_grad())
@@ -127,6 +132,11 @@ def _apply(module: nn.Module, change: Any, recurse: bool = True) -> nn.Module:
     for name, own in list(module._buffers.items()):
         module._buffers[name] = own if own is None else change(own)
     return module
+
+
+def _noise(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, _seed: int) -> torch.Tensor:
+    """As torchsde's own, which asks CUDA for a generator."""
+    return torch.empty(size, dtype=dtype, device=device)
 
 
 def _resizing(ledger: Ledger) -> Any:

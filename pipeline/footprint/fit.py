@@ -15,7 +15,13 @@ from cineray.distributed.layout import Layout
 from cineray.pipeline.adapters.model import hidden_size
 from cineray.pipeline.footprint.forecast import Parts, check_model_layout, encodes_picture, parts_of, with_margin
 from cineray.pipeline.footprint.laws import forecast_checkpoint, forecast_names, laws_of
-from cineray.pipeline.footprint.operations import DIT_MLP_RATIO, DIT_SINUSOIDS, FLUX_MLP_RATIO
+from cineray.pipeline.footprint.operations import (
+    AUDIO_MLP_RATIO,
+    DIT_MLP_RATIO,
+    DIT_SINUSOIDS,
+    FLUX_MLP_RATIO,
+    num_hints,
+)
 from cineray.pipeline.footprint.published import published
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.device import check_device, gpu_memory_bytes
@@ -125,7 +131,8 @@ def demands(known: Checkpoint, request: ClipRequest, setup: Setup) -> tuple[Dema
     text = parts.text_host if on_host else parts.text_encoder
     text = min(text, leaf["text encoders"]) if moves_layers else text
     decoding = {"VAE": parts.vae_weights, "decode": parts.decoding}
-    picture = {"VAE": parts.vae_weights, "first frame": parts.image_encoding} if takes_image else {}
+    given = "control video" if known.size_rule.takes_control else "first frame"
+    picture = {"VAE": parts.vae_weights, given: parts.image_encoding} if takes_image else {}
     step = {"transformer": weights, "step": parts.step, "cache": parts.cache}
     encode = {"text encoders": text}
     if not setup.has_finishers:
@@ -293,8 +300,11 @@ def _leaf_bytes(known: Checkpoint) -> dict[str, int]:
     inner = config.get("ffn_dim") or round(config.get("mlp_ratio", FLUX_MLP_RATIO) * dim)
     if config["_class_name"] in _MODULATED_ALONE:
         inner = 6 * dim
+    if config["_class_name"] == "StableAudioDiTModel":
+        inner = 2 * AUDIO_MLP_RATIO * dim
     found = published(known.name)
     texts = [found.config(part) for part in known.model.encoder_parts if found.has(part)]
+    texts = [text.get("text_config", text) for text in texts]  # Llava's has a picture's beside it
     sizes = [text.get("vocab_size", 0) * text.get("d_model", text.get("hidden_size", 0)) for text in texts]
     table = max(sizes, default=0)
     return {"transformer": 2 * 2 * dim * inner, "text encoders": 2 * 2 * table}
@@ -309,9 +319,14 @@ def block_linear_parameters(config: Mapping[str, Any]) -> int:
         config["_class_name"] == "DiTTransformer2DModel"
     ):  # attention, feed-forward, modulation, the timestep's embedding
         return config["num_layers"] * ((4 + 2 * DIT_MLP_RATIO + 6 + 1) * dim + DIT_SINUSOIDS) * dim
-    if config["_class_name"] == "WanTransformer3DModel":
+    if config["_class_name"] == "StableAudioDiTModel":  # attention, cross-attention and feed-forward with its gates
+        few = config["num_key_value_attention_heads"] * config["attention_head_dim"]
+        return config["num_layers"] * ((6 + 3 * AUDIO_MLP_RATIO) * dim * dim + 2 * config["cross_attention_dim"] * few)
+    if config["_class_name"] in ("WanTransformer3DModel", "WanVACETransformer3DModel"):
         picture = 2 * (config["added_kv_proj_dim"] or 0) * dim
-        return config["num_layers"] * (8 * dim * dim + 2 * dim * config["ffn_dim"] + picture)
+        hints = num_hints(config)  # VACE's: each ends with a projection, the first begins with one
+        each = 8 * dim * dim + 2 * dim * config["ffn_dim"] + picture
+        return (config["num_layers"] + hints) * each + (hints + min(hints, 1)) * dim * dim
     mlp = round(config.get("mlp_ratio", FLUX_MLP_RATIO) * dim)
     double = 8 * dim * dim + 4 * dim * mlp + 12 * dim * dim  # both streams: attention, feed-forward, modulation
     single = 3 * dim * dim + dim * mlp + (dim + mlp) * dim + 3 * dim * dim

@@ -153,8 +153,10 @@ def parts_of(checkpoint: Checkpoint, request: ClipRequest, layout: Layout, decod
 
 
 def encodes_picture(checkpoint: Checkpoint, request: ClipRequest) -> bool:
-    """Whether the VAE encodes what a clip begins with."""
+    """Whether the VAE encodes what a clip begins with, or a control video: VACE's, of zeros where there is none."""
     rule = checkpoint.size_rule
+    if rule.takes_control:
+        return True
     return rule.takes_image and (rule.needs_image or bool(request.image or request.control_video))
 
 
@@ -255,6 +257,7 @@ def _request(checkpoint: Checkpoint, width: int, height: int, frames: int, cache
         guidance_scale=checkpoint.defaults.guidance_scale,
         fps=checkpoint.defaults.fps,
         cache=cache,
+        seconds=checkpoint.defaults.seconds,
         image="first_frame" if rule.takes_image and rule.needs_image else None,
     )
     found = problems(request, rule)

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from cineray.distributed.layout import Layout, parse_layout
+from cineray.pipeline.adapters.model import hidden_size
+from cineray.pipeline.footprint.operations import num_hints
 from cineray.pipeline.footprint.published import published, published_checkpoint, published_names
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.request import ClipRequest, InputError
@@ -26,6 +28,7 @@ from cineray.text import shorten
 TABLE = Path(__file__).parent / "table.json"
 Row = dict[str, Any]
 _TWINS = ("width", "height", "frames", "layout", "cache")
+_ELEMENT_BYTES = 2  # bfloat16
 _LATENT_FRAME = 4  # frames of video that a latent frame stands for, in both VAEs
 
 
@@ -149,7 +152,11 @@ def _rows_of(model: str) -> _Rows | None:
         return [r for r in rows if r["part"] in parts and published(r["model"]).files.get(path) == found.files[path]]
 
     checkpoint = published_checkpoint(model)
-    has_encoder, takes_image = found.has("image_encoder"), checkpoint.size_rule.takes_image
+    has_encoder, takes_control = found.has("image_encoder"), checkpoint.size_rule.takes_control
+    encodes = checkpoint.size_rule.takes_image or takes_control
+
+    def is_encoded_alike(row: Row) -> bool:
+        return published_checkpoint(row["model"]).size_rule.takes_control == takes_control
 
     def text(part: str) -> Row:
         if not checkpoint.model.encoder_parts:
@@ -164,9 +171,9 @@ def _rows_of(model: str) -> _Rows | None:
         steps=[row for row in alike("transformer", "denoise") if row["weights_as"] == "whole"],
         others=[row for row in alike("transformer", "denoise") if row["weights_as"] != "whole"],
         decodes=alike("vae", "decode", "tiled"),
-        images=alike("vae", "encode-image") if takes_image else [],
+        images=[row for row in alike("vae", "encode-image") if is_encoded_alike(row)] if encodes else [],
     )
-    needed = (made.load, made.text, made.text_host, made.steps, made.decodes, made.images or not takes_image)
+    needed = (made.load, made.text, made.text_host, made.steps, made.decodes, made.images or not encodes)
     return made if all(needed) else None
 
 
@@ -186,7 +193,7 @@ def laws_of(model: str) -> Laws:
         text_flop=text["flop"],
         vae_weights=decodes[0]["weights"],
         beside_weights=_beside_weights(rows),
-        _steps=tuple(_with_tokens(row) for row in rows.steps),
+        _steps=tuple(with_tokens(row) for row in rows.steps),
         _decodes=tuple(_with_how(row) for row in decodes),
         _images=tuple(rows.images),
     )
@@ -204,10 +211,10 @@ def _beside_weights(rows: _Rows) -> dict[str, int]:
 
 def errors_of(row: Row) -> tuple[float, float]:
     """Relative errors of the laws on a row: of its largest transient, and of its operations (0 where no law tells)."""
-    laws, size = laws_of(row["model"]), (row["width"], row["height"], row["frames"])
+    laws, size, full = laws_of(row["model"]), (row["width"], row["height"], row["frames"]), row
     flop = 0.0
     if row["part"] == "denoise":
-        full = _with_tokens(row)
+        full = with_tokens(row)
         said = laws.step_bytes(full["here"], full["everywhere"], parse_layout(row["layout"]), full["is_cached"])
     elif row["part"] == "encode-image":
         said = laws.image_encode_bytes(*size)
@@ -215,10 +222,11 @@ def errors_of(row: Row) -> tuple[float, float]:
         full = _with_how(row)
         said = laws.decode_bytes(*size, full["how"], full["num_ranks"])
         flop = laws.decode_flop(*size, full["how"], full["num_ranks"]) / row["flop"] - 1
-    return said / max(row["phases"].values()) - 1, flop
+    return said / max(full["phases"].values()) - 1, flop
 
 
-def _with_tokens(row: Row) -> Row:
+def with_tokens(row: Row) -> Row:
+    """The row of a run of steps with its tokens, and with what all hints take that its few blocks have not made."""
     checkpoint, layout = published_checkpoint(row["model"]), parse_layout(row["layout"])
     clip = ClipRequest(
         id="row",
@@ -232,7 +240,16 @@ def _with_tokens(row: Row) -> Row:
     )
     everywhere = checkpoint.adapter.num_tokens(checkpoint.configs, clip)
     here = -(-everywhere // layout.sequence_ranks)
-    return row | {"here": here, "everywhere": everywhere, "is_cached": row["cache"] != "none"}
+    hints = here * _hint_bytes(checkpoint.configs.transformer, row["num_blocks"])
+    # without a cache the blocks that make them run before all others
+    phases = {name: size + (hints if name in ("before", "blocks") else 0) for name, size in row["phases"].items()}
+    return row | {"here": here, "everywhere": everywhere, "is_cached": row["cache"] != "none", "phases": phases}
+
+
+def _hint_bytes(config: Mapping[str, Any], num_blocks: int) -> int:
+    """Bytes a token of VACE's hints, all of which wait for their block, beyond those of a run of few blocks."""
+    more = num_hints(config) - num_hints({**config, "num_layers": num_blocks}) if "vace_layers" in config else 0
+    return more * hidden_size(config) * _ELEMENT_BYTES
 
 
 def _with_how(row: Row) -> Row:

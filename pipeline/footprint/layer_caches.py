@@ -9,9 +9,13 @@ from cineray.caching.policies.smoothcache import LayerPlan
 from cineray.caching.policies.taylorseer import SeriesPlan
 from cineray.pipeline.adapters import MODELS
 from cineray.pipeline.adapters.model import hidden_size
-from cineray.pipeline.footprint.operations import FLUX_MLP_RATIO, joint_text_tokens
+from cineray.pipeline.footprint.operations import FLUX_MLP_RATIO, joint_text_tokens, num_hints
 
-_BY_TOKEN = ("DiTTransformer2DModel", "STDiT3")  # each layer gives as many numbers as it was given
+_BY_TOKEN = (
+    "DiTTransformer2DModel",
+    "STDiT3",
+    "StableAudioDiTModel",
+)  # each layer gives as many numbers as it was given
 
 
 def layer_cache_bytes(
@@ -42,8 +46,9 @@ def _outputs(config: Mapping[str, Any], here: int, is_series: bool) -> list[tupl
     channels, layout = hidden_size(config), MODELS[config["_class_name"]].layout
     if config["_class_name"] in _BY_TOKEN:
         return [(number, name, here * channels) for number in range(config[layout.counts[0]]) for name in layout.layers]
-    if MODELS[config["_class_name"]].family == "wan":
-        blocks = [[(name, here * channels) for name in ("attn1", "attn2", "ffn")]] * config["num_layers"]
+    if MODELS[config["_class_name"]].family in ("wan", "wan-vace"):
+        num_blocks = config["num_layers"] + num_hints(config)
+        blocks = [[(name, here * channels) for name in ("attn1", "attn2", "ffn")]] * num_blocks
     else:
         num_text = joint_text_tokens(config)
         text, joint = num_text * channels, (here + num_text) * channels

@@ -21,14 +21,22 @@ from cineray.pipeline.footprint.encoded import encoded
 from cineray.pipeline.footprint.exchange_log import Exchange
 from cineray.pipeline.footprint.fake_gpu import GPU, FakeGPU, join_fake_world
 from cineray.pipeline.footprint.ledger import Ledger
-from cineray.pipeline.footprint.operations import HUNYUAN_TEXT_TOKENS, WAN_TEXT_TOKENS, joint_text_tokens
+from cineray.pipeline.footprint.operations import (
+    AUDIO_TEXT_TOKENS,
+    HUNYUAN_TEXT_TOKENS,
+    WAN_TEXT_TOKENS,
+    joint_text_tokens,
+)
 from cineray.pipeline.gang import SOLO, Gang
 from cineray.pipeline.loading.model import LoadedModel
-from cineray.pipeline.render import denoise_prepared, prepare_clip, to_frames
+from cineray.pipeline.render import denoise_prepared, prepare_clip, to_frames, to_samples
 from cineray.pipeline.request import ClipRequest
 
 CLIP_TOKENS = 77  # that CLIP's text encoders read
-_BEHIND = {"STDiT3": "final_layer"}  # what stands behind the blocks, where it is not called norm_out
+_BEHIND = {
+    "STDiT3": "final_layer",
+    "StableAudioDiTModel": "proj_out",
+}  # what stands behind the blocks, where it is not called norm_out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,8 +213,7 @@ def decode_on(gpu: FakeGPU, model: LoadedModel, request: ClipRequest, num_ranks:
     weights = gpu.ledger.live_bytes
     gpu.ledger.begin()
     latents = torch.empty(_latent_shape(model, request), device=GPU)
-    vae = model.pipe.vae.spatial_vae.module if model.checkpoint.model.family == "open-sora" else model.pipe.vae
-    middle = vae.decoder.mid_block
+    middle = _middle(model)
     with _Phases(gpu.ledger, [(middle, True, "middle"), (middle, False, "rows")], "rows") as phases:
         if num_ranks == 1:
             video = SOLO.decode(model, request, latents)
@@ -215,12 +222,22 @@ def decode_on(gpu: FakeGPU, model: LoadedModel, request: ClipRequest, num_ranks:
                 video = gang.decode(model, request, latents)
         phases.enter("frames")
         if video is not None:
-            to_frames(video)
+            (to_samples if model.checkpoint.model.family == "stable-audio" else to_frames)(video)
     return _taken(gpu.ledger, weights, phases)
+
+
+def _middle(model: LoadedModel) -> nn.Module:
+    """What a decoder begins with: its middle block, or the first of those that stretch a sound."""
+    family, vae = model.checkpoint.model.family, model.pipe.vae
+    if family == "stable-audio":
+        return vae.decoder.block[0]
+    return (vae.spatial_vae.module if family == "open-sora" else vae).decoder.mid_block
 
 
 def _latent_shape(model: LoadedModel, request: ClipRequest) -> tuple[int, ...]:
     config = model.pipe.vae.config
+    if model.checkpoint.model.family == "stable-audio":
+        return 1, config.decoder_input_channels, int(model.checkpoint.configs.transformer["sample_size"])
     channels = config.z_dim if "z_dim" in config else config.latent_channels
     if model.checkpoint.model.family == "flux":  # packed: four of a channel in one token
         return 1, model.adapter.num_tokens(model.checkpoint.configs, request), 4 * channels
@@ -252,14 +269,37 @@ def _encode_text(model: LoadedModel) -> None:
         ids, mask = _tokens(num_tokens)
         model.pipe.text_encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True)
         model.pipe.text_encoder_2(_tokens(CLIP_TOKENS)[0], output_hidden_states=False)
+    elif model.checkpoint.model.family == "hunyuan-video-i2v":
+        _see(model)
     elif model.checkpoint.model.family == "flux":
         model.pipe.text_encoder(_tokens(CLIP_TOKENS)[0], output_hidden_states=False)
         num_tokens = joint_text_tokens(model.checkpoint.configs.transformer)
         model.pipe.text_encoder_2(_tokens(num_tokens)[0], output_hidden_states=False)
+    elif model.checkpoint.model.family == "stable-audio":
+        text = model.pipe.text_encoder(*_tokens(AUDIO_TEXT_TOKENS))[0]
+        model.pipe.projection_model(text_hidden_states=text)
     elif model.checkpoint.model.family == "open-sora":
         model.pipe.text_encoder(*_tokens(model.checkpoint.configs.transformer["model_max_length"]))
     else:
         model.pipe.text_encoder(*_tokens(WAN_TEXT_TOKENS))
+
+
+def _see(model: LoadedModel) -> None:
+    """Llava over the longest prompt and a picture, expanded as `HunyuanVideoImageToVideoPipeline` does, then CLIP."""
+    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_image2video import DEFAULT_PROMPT_TEMPLATE as TEMPLATE
+
+    encoder, side = model.pipe.text_encoder, model.pipe.text_encoder.config.vision_config.image_size
+    ids, mask = _tokens(HUNYUAN_TEXT_TOKENS + TEMPLATE["crop_start"] + TEMPLATE["image_emb_len"] - 1)
+    ids[:, TEMPLATE["image_emb_start"] : TEMPLATE["image_emb_end"]] = encoder.config.image_token_index
+    pixels = torch.empty(1, 3, side, side, device=GPU)
+    encoder(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=mask.cumsum(-1) - 1,
+        pixel_values=pixels,
+        output_hidden_states=True,
+    )
+    model.pipe.text_encoder_2(_tokens(CLIP_TOKENS)[0], output_hidden_states=False)
 
 
 def _tokens(number: int) -> tuple[torch.Tensor, torch.Tensor]:

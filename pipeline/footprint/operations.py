@@ -13,6 +13,7 @@ from typing import Any
 
 from cineray.pipeline.adapters.flux import DEV_TOKENS, SCHNELL_TOKENS
 from cineray.pipeline.adapters.hunyuan_image import INTERLEAVE
+from cineray.pipeline.adapters.model import hidden_size
 
 WAN_TEXT_TOKENS = 512
 WAN_IMAGE_TOKENS = 257  # CLIP ViT-H/14: 16 x 16 patches and the class token
@@ -22,6 +23,8 @@ HUNYUAN_TEXT_TOKENS = 256
 HUNYUAN_PICTURE_TOKENS = 576
 _HUNYUAN_ASSISTANT_TOKENS = 4
 DIT_MLP_RATIO, DIT_SINUSOIDS = 4, 256  # of its feed-forward and of its timestep's embedding: its class's own
+AUDIO_TEXT_TOKENS = 128  # max_length of the authors' conditioner (stable-audio-tools, stable_audio_open_1_0.json)
+AUDIO_MLP_RATIO = 4  # StableAudioDiTBlock's feed-forward, whose first layer makes twice as many for its gates
 FLUX_MLP_RATIO = 4  # its class's own, which no configuration says
 
 
@@ -80,13 +83,16 @@ def forward_flop(
         return _stdit3(config, everywhere, num_times)
     if config["_class_name"] == "DiTTransformer2DModel":
         return _dit(config, everywhere)
-    if config["_class_name"] == "WanTransformer3DModel":
+    if config["_class_name"] == "StableAudioDiTModel":
+        return _stable_audio(config, everywhere)
+    if config["_class_name"] in ("WanTransformer3DModel", "WanVACETransformer3DModel"):
         return _wan(config, here, everywhere, sequence_ranks, everywhere if is_per_token else 1)
     count = {"FluxTransformer2DModel": _flux, "HunyuanVideoTransformer3DModel": _hunyuan}[config["_class_name"]]
     return count(config, here, everywhere, sequence_ranks)
 
 
 def _wan(config: Mapping[str, Any], here: int, everywhere: int, sequence_ranks: int, num_timesteps: int) -> ForwardFlop:
+    """VACE's blocks that make hints come last: a probe runs none."""
     d, text, s = config["num_attention_heads"] * config["attention_head_dim"], WAN_TEXT_TOKENS, here
     volume = config["patch_size"][0] * config["patch_size"][1] * config["patch_size"][2]
     block = 8 * s * d * d + 4 * everywhere * everywhere * d / sequence_ranks  # self-attention
@@ -97,7 +103,17 @@ def _wan(config: Mapping[str, Any], here: int, everywhere: int, sequence_ranks: 
     if config["image_dim"] is not None:
         block += 4 * WAN_IMAGE_TOKENS * config["added_kv_proj_dim"] * d + 4 * s * WAN_IMAGE_TOKENS * d
         around += 2 * WAN_IMAGE_TOKENS * config["image_dim"] * (config["image_dim"] + d)
-    return ForwardFlop(around, (block,) * config["num_layers"])
+    blocks = (block,) * config["num_layers"]
+    if "vace_layers" in config:
+        around += 2 * everywhere * volume * config["vace_in_channels"] * d
+        hints = num_hints(config)
+        blocks += (block + 4 * s * d * d,) * min(hints, 1) + (block + 2 * s * d * d,) * max(hints - 1, 0)
+    return ForwardFlop(around, blocks)
+
+
+def num_hints(config: Mapping[str, Any]) -> int:
+    """Blocks of VACE that make hints for as many as the transformer's first blocks: its `num_layers`."""
+    return sum(layer < config["num_layers"] for layer in config.get("vace_layers", ()))
 
 
 def _hunyuan(config: Mapping[str, Any], here: int, everywhere: int, sequence_ranks: int) -> ForwardFlop:
@@ -131,6 +147,20 @@ def _dit(config: Mapping[str, Any], tokens: int) -> ForwardFlop:
     block += 2 * d * (DIT_SINUSOIDS + d) + 12 * d * d  # each block embeds the timestep for itself
     around = 2 * n * patch * (config["in_channels"] + config["out_channels"]) * d
     around += 2 * d * (DIT_SINUSOIDS + d) + 4 * d * d
+    return ForwardFlop(around, (block,) * config["num_layers"])
+
+
+def _stable_audio(config: Mapping[str, Any], tokens: int) -> ForwardFlop:
+    """Of one row of its batch; keys and values of the cross-attention have fewer heads."""
+    d, n, text = hidden_size(config), tokens, AUDIO_TEXT_TOKENS + 2
+    few, width = config["num_key_value_attention_heads"] * config["attention_head_dim"], config["cross_attention_dim"]
+    block = 8 * n * d * d + 4 * n * n * d
+    block += 4 * n * d * d + 4 * text * width * few + 4 * n * text * d
+    block += 6 * AUDIO_MLP_RATIO * n * d * d
+    channels = config["in_channels"] + config["out_channels"]
+    around = 2 * n * channels * d + 2 * n * (config["in_channels"] ** 2 + config["out_channels"] ** 2)
+    around += 2 * text * width * (config["cross_attention_input_dim"] + width)
+    around += 2 * d * (config["global_states_input_dim"] + config["time_proj_dim"] + 2 * d)
     return ForwardFlop(around, (block,) * config["num_layers"])
 
 

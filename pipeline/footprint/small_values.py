@@ -15,7 +15,9 @@ from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _MAX_NUMBERS = 4096  # the longest schedule has 1,000 timesteps
-_MAX_CHARACTERS = 2**20  # a clip's trace as text, which the halves of a gang exchange, has 130 a step
+# a clip's trace as text, which the halves of a gang exchange, has 130 a step; of a picture's tokens among a prompt's
+# Llava makes a mask of all 4096 channels, in which it counts
+_MAX_CHARACTERS = 2**22
 _UNKNOWN = 1
 
 

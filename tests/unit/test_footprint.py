@@ -19,7 +19,7 @@ from cineray.pipeline.footprint.cases import ALWAYS_SKIPS, NUM_LAYERS, Case, bla
 from cineray.pipeline.footprint.exchange_log import Exchange, disagreement
 from cineray.pipeline.footprint.fake_gpu import GPU, fake_gpu
 from cineray.pipeline.footprint.fit import block_linear_parameters
-from cineray.pipeline.footprint.laws import read_table
+from cineray.pipeline.footprint.laws import read_table, with_tokens
 from cineray.pipeline.footprint.layer_caches import layer_cache_bytes
 from cineray.pipeline.footprint.measure import StepTaken, denoise_on
 from cineray.pipeline.footprint.operations import forward_flop
@@ -80,7 +80,7 @@ def test_dit_has_as_many_parameters_as_its_authors_say_with_one_copy_of_its_embe
     assert once == pytest.approx(675e6, rel=0.001)
 
 
-@pytest.mark.parametrize("model", [WAN, "wan2.1-i2v-14b-720p", HUNYUAN])
+@pytest.mark.parametrize("model", [WAN, "wan2.1-i2v-14b-720p", HUNYUAN, "stable-audio-open-1.0", "wan2.1-vace-1.3b"])
 def test_weights_that_can_be_held_in_8_bits_are_as_many_as_the_blocks_have(model):
     found = published(model)
     transformer = empty_part(found, "transformer", found.files["model_index.json"]["transformer"][1])
@@ -117,7 +117,7 @@ def test_peaks_operations_and_waits_are_no_more_than_the_table_says(row):
         assert now.get(name, 0) <= row.get(name, 0), name
 
 
-@pytest.mark.parametrize("model", [WAN, "wan2.1-i2v-14b-720p", HUNYUAN])
+@pytest.mark.parametrize("model", [WAN, "wan2.1-i2v-14b-720p", HUNYUAN, I2V])
 def test_encoders_on_the_host_leave_the_gpu_and_do_the_same_work(model):
     (there,), (away,) = (
         [row for row in read_table() if (row["model"], row["part"]) == (model, part)]
@@ -292,6 +292,16 @@ def test_weights_are_never_whole_on_a_gpu_that_they_reach_in_8_bits(kind):
 def test_transients_do_not_depend_on_the_number_of_blocks():
     case = Case(model=HUNYUAN, part="denoise", width=832, height=480, frames=33, layout="ulysses2", cache=ALWAYS_SKIPS)
     assert run(case, num_layers=2)["phases"] == run(case, num_layers=3)["phases"]
+
+
+@pytest.mark.parametrize("cache", ["none", ALWAYS_SKIPS])
+def test_hints_wait_in_memory_until_their_block_has_run(cache):
+    """One hint with two blocks, three with six; all that the published model has are reckoned from either."""
+    case = Case(model="wan2.1-vace-1.3b", part="denoise", width=480, height=272, frames=17, cache=cache)
+    runs = [run(case, num_layers=number) for number in (2, 6)]
+    few, more = (max(with_tokens(row)["phases"].values()) for row in runs)
+    assert few == pytest.approx(more, rel=1e-3)
+    assert max(runs[0]["phases"].values()) < max(runs[1]["phases"].values())
 
 
 def logs_of(model: str, layout: str, cache: str) -> list[list[Exchange]]:
