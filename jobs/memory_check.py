@@ -120,6 +120,8 @@ def _kind(request: ClipRequest) -> tuple[object, ...]:
 
 
 def _size(request: ClipRequest) -> str:
+    if request.width * request.height == 1:  # a sound
+        return "a clip"
     return f"a clip of {request.width}x{request.height}, {request.num_frames} frames"
 
 

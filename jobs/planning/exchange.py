@@ -41,7 +41,9 @@ class Shape:
 
     @property
     def text(self) -> str:
-        return f"{self.model} {self.width}x{self.height}x{self.frames}"
+        """Of a sound, which has no pixels and whose length changes nothing, the model alone."""
+        has_pixels = self.width * self.height > 1
+        return f"{self.model} {self.width}x{self.height}x{self.frames}" if has_pixels else self.model
 
 
 # Attention block by block, whose parts are merged, takes longer than in one kernel: by this share for each turn after

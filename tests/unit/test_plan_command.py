@@ -76,6 +76,12 @@ def test_people_get_a_table_of_a_hundred_columns_with_the_source_of_each_number(
     assert last.startswith("cineray render ")
 
 
+def test_a_sound_is_planned_without_pixels(plan):
+    code, stdout, _ = plan("--model", "stable-audio-open-1.0", "--gpu", "h100", "--num-clips", 10)
+    assert code == 0
+    assert stdout.splitlines()[1].split() == ["10:", "stable-audio-open-1.0,", "100", "steps"]
+
+
 @pytest.mark.parametrize("more", [[], ["--num-gpus", "8", "--num-clips", "10"], ["--num-gpus", "16"]])
 def test_the_last_line_is_a_command_that_the_command_line_takes(plan, more):
     _, stdout, _ = plan(*HD, *more, "--cache", "dicache(threshold=0.1)")
