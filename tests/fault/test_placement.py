@@ -89,17 +89,14 @@ def check_places(batch):
 
 
 @pytest.mark.usefixtures("eight_gpus")
-def test_every_number_of_gangs_and_ranks_on_eight_gpus_places_with_one_to_eight_finishers():
-    """A layout's world size is all that counts for Ray.
-
-    Each number of finishers comes up two or three times; CINERAY_ALL_PLACES=1 has all 160 combinations (minutes).
-    """
-    all_finishers = range(1, NUM_GPUS + 1)
+def test_every_number_of_gangs_and_ranks_on_eight_gpus_places_with_its_finishers():
+    """A layout's world size is all that counts for Ray; CINERAY_ALL_PLACES=1 has all numbers of finishers (minutes)."""
+    all_finishers, some = range(1, NUM_GPUS + 1), (1, 2, 3, 4, 1, 2, 8, 3)
     num_cases = 0
     for num_ranks in range(1, NUM_GPUS + 1):
         for num_gangs in range(1, NUM_GPUS // num_ranks + 1):
             has_all = os.environ.get("CINERAY_ALL_PLACES") == "1"
-            for num_finishers in all_finishers if has_all else [1 + num_cases % NUM_GPUS]:
+            for num_finishers in all_finishers if has_all else [some[num_cases % len(some)]]:
                 wait_until(all_are_free)
                 nodes = list(nodes_now().values())
                 batch = NoOpBatch.begun(Layout(ulysses=num_ranks), num_gangs, num_finishers, nodes)
