@@ -29,10 +29,12 @@ class Wave(_Part):
 
     Args:
         begin: clips before it.
+        end: clips before what follows it, as it was planned on so many gangs; None in earlier files.
         settings: speed-up by the cache as it was asked for; 1 is uncached.
     """
 
     begin: Annotated[int, Field(ge=0, le=2**53)]
+    end: Annotated[int, Field(gt=0, le=2**53)] | None = None
     settings: dict[_Text, _Speedup]
 
 

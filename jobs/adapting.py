@@ -150,7 +150,8 @@ def _read(plan: RunPlan, batch: Adaptable) -> AdaptRecord:
 
 
 def _first_wave(batch: Adaptable) -> Wave:
-    return Wave(begin=0, settings={cache: plan.speedup for cache, plan in batch.plans.items()})
+    settings = {cache: plan.speedup for cache, plan in batch.plans.items()}
+    return Wave(begin=0, end=batch.end_of(0, 1), settings=settings)
 
 
 def _with_setting(request: ClipRequest, batch: Adaptable, settings: Mapping[str, float]) -> ClipRequest:
@@ -240,7 +241,8 @@ class _Waves:
             wave = _first_wave(self.batch)
         else:
             before = self.record.waves[-1].settings
-            wave = Wave(begin=begin, settings={cache: self._next(cache, before[cache]) for cache in before})
+            end = self.batch.end_of(begin, self.plan.options.num_gangs)
+            wave = Wave(begin=begin, end=end, settings={cache: self._next(cache, before[cache]) for cache in before})
         self._keep(self.record.model_copy(update={"waves": [*self.record.waves, wave]}))
         return wave
 
@@ -252,10 +254,11 @@ class _Waves:
         return chosen
 
     def _end_of(self, number: int, begin: int) -> int:
-        """Where a wave ends: where a recorded one follows, there."""
-        follows = self.record.waves[number + 1 :]
-        if follows:
-            return min(follows[0].begin, self.batch.num_clips)
+        """Where a wave ends: where a recorded one follows, or where it was to end, whatever `--gangs` is now."""
+        recorded, *follows = self.record.waves[number:]
+        end = follows[0].begin if follows else recorded.end
+        if end is not None and end > begin:
+            return min(end, self.batch.num_clips)
         return self.batch.end_of(begin, self.plan.options.num_gangs)
 
     def _settled(
