@@ -123,7 +123,7 @@ def test_encoders_on_the_host_leave_the_gpu_and_do_the_same_work(model):
         [row for row in read_table() if (row["model"], row["part"]) == (model, part)]
         for part in ("encode-text", "encode-text-host")
     )
-    assert away["weights"] < 4096  # buffers such as rotary frequencies
+    assert away["weights"] < 8192  # buffers such as rotary frequencies, and Llava's places of patches
     assert away["phases"]["encode"] < 0.2 * there["weights"]
     assert away["flop"] == there["flop"]
 
