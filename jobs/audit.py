@@ -135,10 +135,14 @@ def audited_places(requests: Iterable[ClipRequest], share: float) -> Iterator[tu
     number = 0
     for place, request in enumerate(requests):
         if request.cache != "none":
-            # the first, and each that takes the running share over another whole clip
-            if math.floor(number * share) != math.floor((number - 1) * share):
+            if is_audited(number, share):
                 yield place, request
             number += 1
+
+
+def is_audited(number: int, share: float) -> bool:
+    """Of cached clips, counted from 0: the first, and each that takes the running share over another whole clip."""
+    return math.floor(number * share) != math.floor((number - 1) * share)
 
 
 def uncached(request: ClipRequest) -> ClipRequest:

@@ -9,7 +9,6 @@ ones keep sets the others' by the rule of `render --audit-adapt`, in waves of on
 """
 
 import argparse
-import math
 import random
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from cineray.caching.policies.adapting import UNCACHED, AuditedClip, next_speedup
 from cineray.caching.policies.auto import SCORES, FloorPlan, fastest
 from cineray.caching.profile import ANY_FAMILY, SHIPPED, QualityProfile
+from cineray.jobs.audit import is_audited
 
 MODELS = {"tiny-wan": "tiny-hunyuan", "tiny-hunyuan": "tiny-wan"}
 FLOORS = [("psnr", floor) for floor in (35.0, 40.0, 45.0, 50.0, 55.0)] + [("vmaf", 90.0), ("vmaf", 95.0)]
@@ -43,7 +43,7 @@ def replay(plan: FloorPlan, kept: Kept, num_clips: int, share: float, draw: rand
         value = kept[now][clip] if now != UNCACHED else float("inf")
         num_kept += value >= floor
         cost += 1 / now
-        if now != UNCACHED and math.floor(place * share) != math.floor((place - 1) * share):
+        if now != UNCACHED and is_audited(place, share):
             audited.append(AuditedClip(speedup=now, scores={score: value}))
             now = next_speedup(plan, now, audited, 1)
     alone = sum(kept[plan.speedup][clip] >= floor for clip in clips)
