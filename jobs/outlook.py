@@ -2,14 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from cineray.caching.policies.smoothcache import LayerPlan
-from cineray.caching.policies.taylorseer import SeriesPlan
 from cineray.jobs.idle_cache import IdleCaches, without_idle_cache
 from cineray.jobs.memory_check import MemoryCheck
 from cineray.pipeline.footprint.fit import Demand
-from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.request import ClipRequest
-from cineray.text import shorten
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,20 +14,13 @@ class Outlook:
 
     Args:
         memory: None where nothing is known of the model, or nothing runs on a GPU.
-        compiled: the checkpoint, where its blocks are compiled; else None.
     """
 
     memory: MemoryCheck | None = None
-    compiled: Checkpoint | None = None
     idle: IdleCaches = field(default_factory=IdleCaches)
 
     def __call__(self, request: ClipRequest) -> str | None:
         self.idle.add(request)
-        if self.compiled is not None and _works_within_blocks(self.compiled, without_idle_cache(request).cache):
-            return (
-                f"cache {shorten(request.cache)} works within blocks, which --compile compiles; use a policy that "
-                "decides between blocks (dicache, fbcache, interval), or leave --compile out"
-            )
         return self.memory(without_idle_cache(request)) if self.memory else None
 
     @property
@@ -45,7 +34,3 @@ class Outlook:
     def demands_of(self, request: ClipRequest, shares_gpu: bool) -> tuple[Demand, ...]:
         """As `MemoryCheck.of`, of a clip that was checked; none where nothing is known."""
         return self.memory.of(without_idle_cache(request), shares_gpu) if self.memory else ()
-
-
-def _works_within_blocks(checkpoint: Checkpoint, cache: str) -> bool:
-    return isinstance(checkpoint.plan_cache(cache), LayerPlan | SeriesPlan)

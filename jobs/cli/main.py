@@ -122,7 +122,7 @@ def render(
     options = load_options(asked, checkpoint, run.decode)
     run.check_goes_with(options)
     memory = None if run.picks_layout else memory_check(checkpoint, options, run)  # a choice looks itself
-    outlook = Outlook(memory, compiled=checkpoint if options.compile else None)
+    outlook = Outlook(memory)
     plan = RunPlan(
         checkpoint=checkpoint, load_options=options, options=run, out=out, lossless=lossless, outlook=outlook
     )

@@ -22,7 +22,7 @@ from cineray.pipeline.blocks import is_sharded
 from cineray.pipeline.caches.blocks import BlockRunner
 from cineray.pipeline.caches.clip_progress import ClipProgress
 from cineray.pipeline.caches.corrector import CorrectedScheduler, Stepper, is_flow
-from cineray.pipeline.caches.layers import check_blocks_not_compiled, run_schedule
+from cineray.pipeline.caches.layers import run_schedule
 from cineray.pipeline.caches.other_caches import other_cache, switched_on
 from cineray.pipeline.caches.signals import SIGNAL_READERS, NewReader, signal_reader
 from cineray.pipeline.caches.step_forecaster import CleanHistory, ForecastingScheduler
@@ -186,8 +186,8 @@ def attach_cache(
         consensus: how a gang's ranks agree; None for one process.
 
     Raises:
-        ValueError: a cache is enabled already, a transformer is sharded already (the cache must see shards), experts
-            of different depths, or layers are to be cached within compiled blocks.
+        ValueError: a cache is enabled already, a transformer is sharded already (the cache must see shards), or experts
+            of different depths.
     """
     depths = {tuple(getattr(t.config, count) for count in models[type(t).__name__].layout.counts) for t in transformers}
     if len(depths) > 1:
@@ -208,15 +208,13 @@ def _attach(
     models: Models,
 ) -> CacheHandle:
     """One cache on all of these, or on none."""
-    for transformer, plan in zip(transformers, plans, strict=True):
+    for transformer in transformers:
         kind = type(transformer).__name__
         if StepTracker.is_attached(transformer):
             raise ValueError(f"enable_cache: this {kind} has a cache already; call disable() of its handle first")
         if is_sharded(transformer):
             raise ValueError("enable_cache: the transformer is sharded already; enable the cache first, then shard")
         refuse_other_cache(other_cache(transformer), transformer)
-        if not isinstance(plan, CachePlan):
-            check_blocks_not_compiled(transformer, models[kind].layout)
     trace, history = _new_trace(plans[0]), CleanHistory()
     progress = ClipProgress()
     attached: list[_Attached] = []

@@ -14,9 +14,9 @@ from cineray.caching.call import StepContext
 from cineray.caching.policies.smoothcache import LayerSchedule
 from cineray.caching.trace import Trace, TraceEntry
 from cineray.pipeline.adapters import BlockLayout
-from cineray.pipeline.caches.step_tracker import is_compiled
 
 _NONE = object()
+COMPUTE = object()  # said by a hook whose layer is to run
 
 Where = Callable[[], tuple[str, int]]  # (branch, step index) of the forward in flight
 Kind = tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
@@ -26,20 +26,6 @@ def kind_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind:
     """Shape, type and device of all tensors that a layer is called with."""
     values = (*args, *kwargs.values())
     return tuple((v.shape, v.dtype, v.device) for v in values if isinstance(v, torch.Tensor))
-
-
-def check_blocks_not_compiled(transformer: nn.Module, layout: BlockLayout) -> None:
-    """Within a compiled block each layer's hook is a reason to compile anew, until PyTorch gives up compiling.
-
-    Raises:
-        ValueError: a block is compiled.
-    """
-    for blocks in layout.all_lists:
-        if any(is_compiled(block) for block in getattr(transformer, blocks).children()):
-            raise ValueError(
-                f"cache: smoothcache and taylorseer work within blocks, and {blocks} are compiled; use a policy that "
-                "decides between blocks (dicache, fbcache, interval), or leave the blocks uncompiled"
-            )
 
 
 def layers_of(transformer: nn.Module, layout: BlockLayout) -> Iterator[tuple[str, int, nn.Module]]:
@@ -74,13 +60,34 @@ class LayerHook:
         self.has_run = self.has_skipped = False
         self.original: Callable[..., Any] = self._no_hook
         self.before: Any = _NONE  # the layer's own attribute `forward`, if it has one
+        self._kind: Kind = ()  # of the call in flight
 
+    # Within a compiled block: this frame is left to Python, what it asks too, and the layer itself is compiled.
+    @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.has_run = True
-        return self.run(*args, **kwargs)
+        kept = self._ask(args, kwargs)
+        if kept is not COMPUTE:
+            return kept
+        output = self.original(*args, **kwargs)
+        self._show(output)
+        return output
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's output: of `original`, or another."""
+    @torch.compiler.disable
+    def _ask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.has_run = True
+        self._kind = kind_of(args, kwargs)
+        return self.instead(self._kind)
+
+    @torch.compiler.disable
+    def _show(self, output: Any) -> None:
+        self.keep(self._kind, output)
+
+    def instead(self, _kind: Kind, /) -> Any:
+        """What stands for the layer's output when it is called with such inputs, or COMPUTE."""
+        return COMPUTE
+
+    def keep(self, kind: Kind, output: Any, /) -> None:
+        """Takes what the layer computed of such inputs."""
         raise NotImplementedError
 
     @staticmethod
@@ -116,17 +123,18 @@ class ScheduledLayer(LayerHook):
         self._computes = lambda step: schedule.computes(layer, block, step)
         self._kept: dict[str, tuple[int, Kind, Any]] = {}
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def instead(self, kind: Kind, /) -> Any:
         branch, step = self.where()
-        kind = kind_of(args, kwargs)
         kept = self._kept.get(branch)
-        if kept is not None and kept[0] == step - 1 and kept[1] == kind and not self._computes(step):
-            self.has_skipped = True
-            output = kept[2]
-        else:
-            output = self.original(*args, **kwargs)
+        if kept is None or kept[:2] != (step - 1, kind) or self._computes(step):
+            return COMPUTE
+        self.has_skipped = True
+        self.keep(kind, kept[2])
+        return kept[2]
+
+    def keep(self, kind: Kind, output: Any, /) -> None:
+        branch, step = self.where()
         self._kept[branch] = (step, kind, output)
-        return output
 
     def reset(self) -> None:
         self._kept.clear()
@@ -145,9 +153,8 @@ class LayerRecorder(LayerHook):
         self._past: dict[str, list[tuple[int, list[torch.Tensor]]]] = {}
         self.sums: dict[tuple[int, int], list[float]] = {}  # (step before, lag) -> [sum |difference|, sum |now|]
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def keep(self, _kind: Kind, output: Any, /) -> None:
         branch, step = self.where()
-        output = self.original(*args, **kwargs)
         now = [t.detach().clone() for t in _tensors(output)]
         past = [p for p in self._past.get(branch, []) if step - self._max_lag <= p[0] < step]
         size = sum(t.abs().sum(dtype=torch.float32).item() for t in now)
@@ -157,7 +164,6 @@ class LayerRecorder(LayerHook):
             sums[0] += moved
             sums[1] += size
         self._past[branch] = [*past, (step, now)]
-        return output
 
 
 class LayerRunner:
@@ -165,7 +171,6 @@ class LayerRunner:
 
     Args:
         transformer: whose layers they are.
-        layout: of its blocks.
         modules: finds the layers, which may be exchanged; their number stays.
         new_hook: the hook of the layer with this place in `modules`.
         num_steps: of the clips that it is made for; None for any.
@@ -175,7 +180,6 @@ class LayerRunner:
     def __init__(
         self,
         transformer: nn.Module,
-        layout: BlockLayout,
         modules: Callable[[], list[nn.Module]],
         new_hook: Callable[[int, Where], LayerHook],
         num_steps: int | None,
@@ -183,7 +187,6 @@ class LayerRunner:
         where: Callable[[], StepContext],
     ) -> None:
         self._transformer = transformer
-        self._layout = layout
         self._modules = modules
         self._num_steps = num_steps
         self._trace = trace
@@ -207,10 +210,9 @@ class LayerRunner:
     def begin_forward(self, _latents: torch.Tensor, /) -> None:
         """
         Raises:
-            ValueError: blocks were compiled, or layers added or taken away, since the cache was enabled.
+            ValueError: layers were added or taken away since the cache was enabled.
         """
         self._take_down()
-        check_blocks_not_compiled(self._transformer, self._layout)
         modules = self._modules()
         if len(modules) != len(self._layers):
             raise ValueError(
@@ -300,7 +302,7 @@ def run_schedule(
     def modules() -> list[nn.Module]:
         return [module for _, _, module in layers_of(transformer, layout)]
 
-    return LayerRunner(transformer, layout, modules, new_hook, schedule.num_steps, trace, where)
+    return LayerRunner(transformer, modules, new_hook, schedule.num_steps, trace, where)
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:

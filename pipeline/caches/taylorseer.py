@@ -15,7 +15,7 @@ from cineray.caching.call import StepContext
 from cineray.caching.policies.taylorseer import TaylorSeerConfig, derivatives, extrapolate
 from cineray.caching.trace import Trace
 from cineray.pipeline.adapters import BlockLayout
-from cineray.pipeline.caches.layers import Kind, LayerHook, LayerRunner, Where, kind_of, layers_of
+from cineray.pipeline.caches.layers import COMPUTE, Kind, LayerHook, LayerRunner, Where, layers_of
 
 
 def series_layers(transformer: nn.Module, layout: BlockLayout) -> Iterator[tuple[nn.Module, bool]]:
@@ -44,7 +44,7 @@ def run_series(
     def modules() -> list[nn.Module]:
         return [module for module, _ in series_layers(transformer, layout)]
 
-    return LayerRunner(transformer, layout, modules, new_hook, None, trace, where)
+    return LayerRunner(transformer, modules, new_hook, None, trace, where)
 
 
 class SeriesLayer(LayerHook):
@@ -59,20 +59,22 @@ class SeriesLayer(LayerHook):
         self._is_extrapolated = is_extrapolated
         self._kept: dict[str, _Series] = {}
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def instead(self, kind: Kind, /) -> Any:
         branch, step = self.where()
-        kind = kind_of(args, kwargs)
         series = self._kept.get(branch)
-        goes_on = series is not None and series.last_step == step - 1 and series.kind == kind
-        if series is not None and goes_on and not self._config.computes(step):
-            self.has_skipped = True
-            series.last_step = step
-            return series.forecast(step)
-        output = self.original(*args, **kwargs)
+        if series is None or not series.goes_on(step, kind) or self._config.computes(step):
+            return COMPUTE
+        self.has_skipped = True
+        series.last_step = step
+        return series.forecast(step)
+
+    def keep(self, kind: Kind, output: Any, /) -> None:
+        branch, step = self.where()
+        series = self._kept.get(branch)
+        goes_on = series is not None and series.goes_on(step, kind)
         before = series if goes_on and self._config.keeps_derivatives(step) else None
         order = self._config.order if self._is_extrapolated else None
         self._kept[branch] = _Series(output, step, kind, order, before)
-        return output
 
     def reset(self) -> None:
         self._kept.clear()
@@ -103,6 +105,10 @@ class _Series:
             past = before._series if before else [[] for _ in outputs]
             distance = step - before._computed_step if before else 0
             self._series = [derivatives(o, p, distance, order) for o, p in zip(outputs, past, strict=True)]
+
+    def goes_on(self, step: int, kind: Kind) -> bool:
+        """Whether it reaches to the step before, of inputs of this kind."""
+        return self.last_step == step - 1 and self.kind == kind
 
     def forecast(self, step: int) -> Any:
         distance = step - self._computed_step

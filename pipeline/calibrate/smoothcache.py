@@ -14,7 +14,7 @@ from typing import Any
 from cineray.caching.policies.smoothcache import LayerSchedule, schedule_row
 from cineray.pipeline.adapters import MODELS, Models
 from cineray.pipeline.caches.enable import scheduler_of, step_tracker_of, transformers_of
-from cineray.pipeline.caches.layers import LayerRecorder, attach_hook, check_blocks_not_compiled, detach_hook, layers_of
+from cineray.pipeline.caches.layers import LayerRecorder, attach_hook, detach_hook, layers_of
 from cineray.pipeline.caches.step_tracker import StepTracker
 
 Errors = dict[str, list[list[float]]]  # layer type -> [lag - 1][step]; NaN where a step has no such successor
@@ -41,13 +41,12 @@ def measure_layer_errors(
         models: as for `enable_cache`.
 
     Raises:
-        ValueError: a clip of another number of steps, one whose loop does not say where it is, or compiled blocks.
+        ValueError: a clip of another number of steps, or one whose loop does not say where it is.
     """
     transformers = transformers_of(pipe_or_transformer)
     trackers: list[StepTracker] = []
     for transformer in transformers:
         model = models[type(transformer).__name__]
-        check_blocks_not_compiled(transformer, model.layout)
         trackers.append(step_tracker_of(transformer, model, None, scheduler_of(pipe_or_transformer)))
     values: dict[str, list[list[list[float]]]] = defaultdict(
         lambda: [[[] for _ in range(num_steps)] for _ in range(max_lag)]

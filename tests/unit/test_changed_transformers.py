@@ -16,6 +16,8 @@ pytestmark = pytest.mark.slow
 
 NEVER, OFTEN = "interval(interval=1)", "interval(interval=3)"
 STEPS = 6
+EVERY_OTHER = [1, 0, 1, 0, 1, 1]
+SERIES = ("wan", "hunyuan", "flux")  # of which TaylorSeer's authors publish settings
 
 
 @pytest.fixture
@@ -85,29 +87,72 @@ def test_what_is_compiled_as_a_whole_is_refused():
         cineray.enable_cache(pipe, NEVER)
 
 
+def counted():
+    """The graphs that are compiled from now on, and a backend that runs them as they were traced."""
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    return graphs, backend
+
+
+def cached(pipe, policy):
+    with cineray.enable_cache(pipe, policy) as handle:
+        latents = call(pipe, STEPS)
+    assert handle.trace.summary()["skipped_steps"] > 0
+    return latents
+
+
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_a_schedule_of_layers_is_refused_where_blocks_are_compiled(tmp_path):
+@pytest.mark.parametrize("name", ["wan", "hunyuan", "flux", "dit"])
+def test_layers_of_compiled_blocks(name, tmp_path):
+    """What was compiled for a first clip serves the next, and gives what uncompiled blocks give."""
     path = tmp_path / "schedule.json"
-    path.write_text('{"attn1": [1, 0, 1, 0, 1, 1]}')
-    pipe = build("dit")
-    with cineray.enable_cache(pipe, f"smoothcache:{path}"):
-        compile_blocks(pipe.transformer, "eager")
-        with pytest.raises(ValueError, match="work within blocks, and transformer_blocks are compiled"):
-            call(pipe, STEPS)
-    for refused in (
-        lambda: cineray.enable_cache(pipe, f"smoothcache:{path}"),
-        lambda: measure_layer_errors(pipe, [lambda: call(pipe, STEPS)], STEPS, max_lag=1),
-    ):
-        with pytest.raises(ValueError, match="or leave the blocks uncompiled"):
-            refused()
-    cineray.enable_cache(pipe, NEVER).disable()  # nothing was left behind
+    pipe = in_double(build(name))
+    layers = {layer for layer, _, _ in layers_of(pipe.transformer, layout_of(pipe.transformer))}
+    path.write_text(json.dumps(dict.fromkeys(sorted(layers), EVERY_OTHER)))
+    policies = [f"smoothcache:{path}", *(["taylorseer(interval=2,order=1)"] if name in SERIES else [])]
+    uncompiled = [cached(pipe, policy) for policy in policies]
+    graphs, backend = counted()
+    compile_blocks(pipe.transformer, backend)
+    for policy, expected in zip(policies, uncompiled, strict=True):
+        found = cached(pipe, policy)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        num_graphs = len(graphs)
+        assert torch.equal(cached(pipe, policy), found)
+        assert len(graphs) == num_graphs > 1
 
 
-def test_a_series_of_layers_is_refused_there_too():
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("compiles_in_place", [True, False])
+def test_one_compiled_layer_serves_all_blocks(compiles_in_place):
     pipe = build("wan")
-    compile_blocks(pipe.transformer, "eager")
-    with pytest.raises(ValueError, match="smoothcache and taylorseer work within blocks, and blocks are compiled"):
-        cineray.enable_cache(pipe, "taylorseer")
+    blocks = pipe.transformer.blocks
+    assert len(blocks) > 2
+    graphs, backend = counted()
+    for number, block in enumerate(list(blocks)):
+        if compiles_in_place:
+            block.compile(backend=backend)
+        else:
+            blocks[number] = torch.compile(block, backend=backend)
+    # a hook that is compiled, or told from another block's, is a function compiled anew for each block
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        cached(pipe, "taylorseer(interval=2,order=1)")
+    assert len(graphs) > 1
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_errors_of_layers_are_measured_within_compiled_blocks():
+    pipe = build("dit")
+    errors = measure_layer_errors(pipe, [lambda: call(pipe, STEPS)], STEPS, max_lag=1)
+    _, backend = counted()
+    compile_blocks(pipe.transformer, backend)
+    compiled = measure_layer_errors(pipe, [lambda: call(pipe, STEPS)], STEPS, max_lag=1)
+    assert list(compiled) == list(errors)
+    for layer, by_lag in errors.items():
+        assert compiled[layer] == [pytest.approx(row, rel=1e-3, nan_ok=True) for row in by_lag]
 
 
 def add_lora(transformer):

@@ -240,10 +240,6 @@ def test_blocks_hold_their_weights_in_eight_bits_and_render_nearly_the_same():
             ("--attention", "xfuser", "--device", "cuda"),
             "--attention xfuser is that of ranks that share a clip's tokens, layout 1 has none; give --sp 2 or more",
         ),
-        (
-            ("--compile", "--cache", "taylorseer(interval=2,order=1)"),
-            "works within blocks, which --compile compiles; use a policy that decides between blocks",
-        ),
         (("--quantize", "int4"), "'int4' is not one of 'none'"),
         (("--vae-dtype", "float8"), "vae-dtype must be auto or one of float32, bfloat16, float16, got 'float8'"),
         (("--offload", "group"), "offload group moves weights between CPU and GPU; it needs --device cuda"),
