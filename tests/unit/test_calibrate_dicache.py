@@ -19,26 +19,8 @@ def run(checkpoint_folder, tmp_path, capsys):
     return MeasureRuns(checkpoint_folder, tmp_path / "clips.jsonl", capsys)
 
 
-def test_a_calibrated_profile_is_used_and_comes_out_the_same_again(run, tmp_path):
-    out = [tmp_path / "a.json", tmp_path / "b.json"]
-    words = ["calibrate", "dicache", "--trials", "1", "--json", "--out"]
-    code, said, err = run(*words, str(out[0]), steps=12)
-    assert code == 0
-    assert run(*words, str(out[1]), steps=12)[0] == 0
-    assert out[0].read_text() == out[1].read_text()
-    found = DiCacheProfile.model_validate_json(out[0].read_text())
-    assert len(found.skip_costs) == 12
-    assert said["threshold"] == found.threshold
-    assert "proposes threshold" in err
-    assert len(said["curve"]) == 9
-    code, measured, _ = run("bench", "quality", f"dicache(profile={out[0]})", "--json", steps=12)
-    assert code == 0
-    assert measured["rows"][0]["row"]["speedup"] > 1
-    assert sorted(p.name for p in tmp_path.glob("*.json")) == ["a.json", "b.json"]
-
-
-def test_a_search_that_is_stopped_goes_on_where_it_was(run, tmp_path, monkeypatch):
-    measure, measured = StepCostSearch._measure, []
+def test_a_calibrated_profile_is_used_and_comes_out_the_same_of_a_search_that_is_stopped(run, tmp_path, monkeypatch):
+    whole, measure, measured = tmp_path / "whole.json", StepCostSearch._measure, []
 
     def stop_after(num_points: int):
         def counted(self, *arguments):
@@ -50,27 +32,36 @@ def test_a_search_that_is_stopped_goes_on_where_it_was(run, tmp_path, monkeypatc
         measured.clear()
         monkeypatch.setattr(StepCostSearch, "_measure", counted)
 
-    def calibrate(out: Path) -> tuple[int, str]:
-        code, _, err = run("calibrate", "dicache", "--trials", "1", "--out", str(out), steps=12)
-        return code, err
+    def calibrate(out: Path):
+        return run("calibrate", "dicache", "--trials", "1", "--json", "--out", str(out), steps=12)
 
     stop_after(99)
-    assert calibrate(tmp_path / "whole.json")[0] == 0
+    code, said, err = calibrate(whole)
+    assert code == 0
+    found = DiCacheProfile.model_validate_json(whole.read_text())
+    assert len(found.skip_costs) == 12
+    assert said["threshold"] == found.threshold
+    assert "proposes threshold" in err
+    assert len(said["curve"]) == 9
     num_points = len(measured)
     stop_after(4)
-    code, _ = calibrate(tmp_path / "a.json")
+    code, _, _ = calibrate(tmp_path / "a.json")
     assert code == 130
     assert not (tmp_path / "a.json").exists()
     trials = tmp_path / "a.json.trials"
     trials.write_text(trials.read_text() + '\n{"search": "tor')
     stop_after(99)
-    code, err = calibrate(tmp_path / "a.json")
+    code, _, err = calibrate(tmp_path / "a.json")
     assert code == 0
     assert "resuming from 4 points of an earlier run" in err
     assert "trials, best so far" in err
     assert len(measured) == num_points - 4
-    assert (tmp_path / "a.json").read_text() == (tmp_path / "whole.json").read_text()
+    assert (tmp_path / "a.json").read_text() == whole.read_text()
     assert not list(tmp_path.glob("*.trials"))
+    code, used, _ = run("bench", "quality", f"dicache(profile={whole})", "--json", steps=12)
+    assert code == 0
+    assert used["rows"][0]["row"]["speedup"] > 1
+    assert sorted(p.name for p in tmp_path.glob("*.json")) == ["a.json", "whole.json"]
 
 
 def test_a_floor_is_kept_on_every_clip_or_refused(run, tmp_path, monkeypatch):
