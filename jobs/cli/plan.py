@@ -184,6 +184,7 @@ def _batch(
     from cineray.jobs.manifest.check import RunDefaults, check_manifest
     from cineray.jobs.planning.cache_share import computed_share_of
     from cineray.jobs.planning.plan import Batch
+    from cineray.pipeline.footprint.published import FROM_FOLDERS
     from cineray.pipeline.request import InputError
 
     share = asked.computed_share
@@ -217,6 +218,8 @@ def _batch(
             requests = check_manifest(asked.manifest, defaults, checkpoint, on_row)
         kinds = Counter(map(plain_kind, requests))
     notes: dict[str, None] = {}
+    if asked.model in FROM_FOLDERS:
+        notes[f"{asked.model} renders from a folder in diffusers' layout, not by this name (docs/models.md)"] = None
     known: dict[ClipKind, ClipKind] = {}
     for kind in kinds:
         found, note = computed_share_of(kind.policy, asked.model, past, share)
@@ -317,13 +320,15 @@ def _command(asked: PlanArguments, found: Plan, fleet: Fleet, render: frozenset[
     """The command that renders as the recommended row says; None where none fits."""
     import shlex
 
+    from cineray.pipeline.footprint.published import FROM_FOLDERS
+
     row = found.recommended
     if row is None:
         return None
     layout = row.layout
     words = ["cineray", "submit" if fleet.num_nodes > 1 else "render"]
     words += ["--manifest", "MANIFEST.jsonl" if asked.manifest is None else str(asked.manifest)]
-    words += ["--model", asked.model, "--device", "cuda"]
+    words += ["--model", "FOLDER" if asked.model in FROM_FOLDERS else asked.model, "--device", "cuda"]
     for name in ("width", "height", "frames", "steps", "guidance"):
         value = getattr(asked, name)
         words += [] if value is None else [f"--{name}", f"{value:g}"]

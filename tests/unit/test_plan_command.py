@@ -82,6 +82,13 @@ def test_a_sound_is_planned_without_pixels(plan):
     assert stdout.splitlines()[1].split() == ["10:", "stable-audio-open-1.0,", "100", "steps"]
 
 
+def test_what_has_no_name_for_render_is_a_folder_there(plan):
+    code, stdout, _ = plan("--model", "open-sora-1.2", "--gpu", "h100")
+    assert code == 0
+    assert "open-sora-1.2 renders from a folder in diffusers' layout, not by this name" in stdout
+    assert " --model FOLDER " in stdout.splitlines()[-1]
+
+
 @pytest.mark.parametrize("more", [[], ["--num-gpus", "8", "--num-clips", "10"], ["--num-gpus", "16"]])
 def test_the_last_line_is_a_command_that_the_command_line_takes(plan, more):
     _, stdout, _ = plan(*HD, *more, "--cache", "dicache(threshold=0.1)")
