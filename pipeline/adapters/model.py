@@ -75,7 +75,8 @@ class ShardedArguments:
         text_first: text stands before the image in joint attention and in the rotary embedding.
         first_frame: place of the number of tokens of the first frame, which get their own modulation; or None.
         masks_tokens_here: the attention makes its mask of the tokens that it is given, which are a rank's own.
-        per_token: place of an argument that must have no dimension of tokens, and the dimensions it must have.
+        timesteps: the module that embeds timesteps, which has one for each token [B, S, F] where the model gives one to
+            each; "" for none.
     """
 
     attention: str
@@ -84,12 +85,13 @@ class ShardedArguments:
     text_first: bool = False
     first_frame: int | None = None
     masks_tokens_here: bool = False
-    per_token: tuple[int, int] | None = None
+    timesteps: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleOutput:
-    """A signal that a module of the transformer gives before the blocks run, the same for all tokens."""
+    """A signal that a module of the transformer gives before the blocks run: [B, D], the same for all tokens, or with
+    a dimension of tokens [B, S, D]."""
 
     module: str
 

@@ -303,7 +303,7 @@ MODEL = Model(
         unread=("rope", *(f"condition_embedder.{name}" for name in ("time_proj", "text_embedder", "image_embedder"))),
     ),
     branches=BRANCHES,
-    sharded=ShardedArguments(attention="attn1", rotary=3, rotary_dim=1, per_token=(2, 3)),
+    sharded=ShardedArguments(attention="attn1", rotary=3, rotary_dim=1, timesteps="condition_embedder.time_embedder"),
     pipelines={"WanPipeline": WanTextToVideo(), "WanImageToVideoPipeline": WanImageToVideo()},
     encoder_parts=("text_encoder", "image_encoder"),
     presets={

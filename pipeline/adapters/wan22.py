@@ -215,7 +215,6 @@ EXPERTS = replace(
 PER_TOKEN = replace(
     wan.MODEL,
     family="wan2.2-ti2v",
-    sharded=None,  # what stands behind the blocks needs the timesteps of all tokens
     pipelines={"WanPipeline": TextToVideoPerToken(), "WanImageToVideoPipeline": ImageToVideoPerToken()},
     checkpoints={
         "wan2.2-ti2v-5b": KnownCheckpoint(source="Wan-AI/Wan2.2-TI2V-5B-Diffusers", note="text to video, 720p, 24 fps")

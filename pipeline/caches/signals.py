@@ -51,7 +51,7 @@ class _TimestepReader:
 
 
 class _OutputReader:
-    """Reads what a module gives, the same for all tokens."""
+    """Reads what a module gives, the same for all tokens or with a dimension of them."""
 
     def __init__(self, transformer: nn.Module, module: str) -> None:
         self._output: torch.Tensor | None = None
@@ -67,7 +67,7 @@ class _OutputReader:
 
     def read(self, _block: nn.Module, _hidden_states: torch.Tensor, _temb: torch.Tensor, /) -> SignalValues:
         assert self._output is not None  # the module runs before the blocks
-        return SignalValues(self._output, is_sharded=False)
+        return SignalValues(self._output, is_sharded=self._output.ndim == 3)
 
     def detach(self) -> None:
         if self._hook is not None:

@@ -86,7 +86,7 @@ def forward_flop(
     if config["_class_name"] == "StableAudioDiTModel":
         return _stable_audio(config, everywhere)
     if config["_class_name"] in ("WanTransformer3DModel", "WanVACETransformer3DModel"):
-        return _wan(config, here, everywhere, sequence_ranks, everywhere if is_per_token else 1)
+        return _wan(config, here, everywhere, sequence_ranks, here if is_per_token else 1)
     count = {"FluxTransformer2DModel": _flux, "HunyuanVideoTransformer3DModel": _hunyuan}[config["_class_name"]]
     return count(config, here, everywhere, sequence_ranks)
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from cineray.distributed.attention import JointSequence, SequenceAttention, join_joint, split_joint
 from cineray.distributed.mesh import Mesh
-from cineray.distributed.tokens import gather_tokens, split_tokens
+from cineray.distributed.tokens import TokenShards, gather_tokens, split_tokens
 from cineray.pipeline.adapters import MODELS, Models, transformers_in
 from cineray.pipeline.blocks import BlockArguments, BlockListProxy, ShardedBlockList, is_sharded
 
@@ -67,6 +67,9 @@ class ShardedTransformer:
                 setattr(transformer, name, ShardedBlockList(blocks, transformer, self._inner, run))
             gather = transformer.get_submodule("proj_out").register_forward_hook(self._gather_output)
             undo.callback(gather.remove)
+            if self._sharded.timesteps:
+                timesteps = transformer.get_submodule(self._sharded.timesteps)
+                undo.callback(timesteps.register_forward_pre_hook(self._own_timesteps).remove)
             self._attached = undo.pop_all()
 
     def detach(self) -> None:
@@ -84,20 +87,25 @@ class ShardedTransformer:
         arguments = BlockArguments(self._layout, args, kwargs)
         if is_first:
             hidden_states = arguments.hidden_states  # [B, S, D], on every rank
-            axis = self._mesh.sequence
-            shards = split_tokens(hidden_states.shape[1], axis.size, axis.index)
+            shards = self._shards(hidden_states.shape[1])
             self._sequence = JointSequence(shards=shards, text_first=self._sharded.text_first)
             arguments = arguments.with_hidden_states(shards.own(hidden_states, 1).contiguous())
         blocks = self._inner[name]
         callables = blocks.yields if isinstance(blocks, BlockListProxy) else list(blocks)
         return self._own(arguments).through(callables).output()
 
+    def _shards(self, num_tokens: int) -> TokenShards:
+        return split_tokens(num_tokens, self._mesh.sequence.size, self._mesh.sequence.index)
+
+    def _own_timesteps(self, _module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
+        """Timesteps of this rank's tokens [B, S here, F]: all that is made of them then is of these tokens."""
+        (timesteps,) = args
+        return (self._shards(timesteps.shape[1]).own(timesteps, 1),) if timesteps.dim() == 3 else None
+
     def _own(self, arguments: BlockArguments) -> BlockArguments:
         """The arguments beside the hidden states, as they are for this rank's tokens."""
         assert self._sequence is not None  # the first list has run
         shards, sharded = self._sequence.shards, self._sharded
-        if sharded.per_token is not None and arguments.at(sharded.per_token[0]).dim() != sharded.per_token[1]:
-            raise ValueError("sharding: timesteps per token (Wan 2.2 TI2V) cannot be sharded")
         num_image = sum(shards.sizes)
 
         def own_rotary(values: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ import torch
 from gang_renders import render_alone, render_on
 from more_models import clip_of
 
+from cineray.pipeline.gang import MIN_TOKENS_PER_RANK
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 
 CACHE = "dicache(threshold=0.5)"
@@ -13,17 +14,31 @@ RING_BOUND = 1e-4
 
 
 def requests_of(name, new_request, tmp_path):
-    request = clip_of(name, new_request, tmp_path, num_inference_steps=8)
-    return [request, clip_of(name, new_request, tmp_path, num_inference_steps=8, cache=CACHE, seed=5)]
+    changes = {"num_inference_steps": 8} | ({"width": 128, "height": 64} if "ti2v" in name else {})
+    request = clip_of(name, new_request, tmp_path, **changes)
+    return [request, clip_of(name, new_request, tmp_path, **changes, cache=CACHE, seed=5)]
 
 
-NAMES = ("flux", "hunyuan_concat", "hunyuan_replace", "hunyuan15", "hunyuan15_image", "wan22", "wan22_image")
+NAMES = (
+    "flux",
+    "hunyuan_concat",
+    "hunyuan_replace",
+    "hunyuan15",
+    "hunyuan15_image",
+    "wan22",
+    "wan22_image",
+    "ti2v",
+    "ti2v_image",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_make_the_bits_of_one(ranks, checkpoint_folder, new_request, tmp_path, name):
     folder, requests = checkpoint_folder(name), requests_of(name, new_request, tmp_path)
-    assert open_checkpoint(str(folder)).model.sharded is not None
+    checkpoint = open_checkpoint(str(folder))
+    assert checkpoint.model.sharded is not None
+    # of fewer tokens every rank holds all
+    assert checkpoint.adapter.num_tokens(checkpoint.configs, requests[0]) >= 2 * MIN_TOKENS_PER_RANK
     alone = render_alone(ranks, folder, requests)
     assert any(not entry.compute for entry in alone[1].entries)
     for theirs, ours in zip(alone, render_on(ranks, "ulysses2", folder, requests), strict=True):
@@ -32,7 +47,7 @@ def test_two_ranks_make_the_bits_of_one(ranks, checkpoint_folder, new_request, t
         assert (theirs.frames == ours.frames).all()
     (ring,) = render_on(ranks, "ring2", folder, requests[:1])
     assert (ring.latents - alone[0].latents).abs().max() < RING_BOUND * alone[0].latents.abs().max()
-    if "wan" in name or "hunyuan15" in name:
+    if any(family in name for family in ("wan", "ti2v", "hunyuan15")):
         (half,) = render_on(ranks, "cfg2", folder, requests[:1])
         assert torch.equal(half.latents, alone[0].latents)
 

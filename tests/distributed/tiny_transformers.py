@@ -85,10 +85,17 @@ def draw(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
-def call(model, frames=5, height=16, width=16, valid_text=(8,), num_text=8, seed=0):
-    """Output for a batch of len(valid_text): `valid_text` of `num_text` text tokens count, where there is a mask."""
+def call(model, frames=5, height=16, width=16, valid_text=(8,), num_text=8, seed=0, num_done=None):
+    """Output for a batch of len(valid_text): `valid_text` of `num_text` text tokens count, where there is a mask.
+
+    Args:
+        num_done: each token has a timestep of its own, 0 for so many of the first (Wan 2.2 TI2V).
+    """
     batch, channels = len(valid_text), model.config.in_channels
     kwargs = {"timestep": torch.full((batch,), 500.0), "return_dict": False}
+    if num_done is not None:
+        num_tokens = frames * (height // 2) * (width // 2)
+        kwargs["timestep"] = torch.where(torch.arange(num_tokens) < num_done, 0.0, 500.0).expand(batch, -1)
     kwargs["encoder_hidden_states"] = draw(batch, num_text, 32, seed=seed)
     kind = type(model).__name__
     if kind == "WanTransformer3DModel":

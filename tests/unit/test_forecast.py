@@ -220,19 +220,26 @@ def test_operations_of_flux_are_those_that_its_run_on_fake_cuda_counted():
     assert said.total == pytest.approx(2_857_090_154_496, rel=1e-4)
 
 
-def test_a_model_whose_tokens_no_ranks_share_is_one_line():
+def test_a_timestep_for_each_token_is_forecast_on_one_rank_and_on_many():
     clip = {"width": 1280, "height": 704, "frames": 121, "cfg": 1, "ring": 1, "cache": "dicache"}
     alone, _ = forecast("wan2.2-ti2v-5b", **clip, ulysses=1)
     halves, _ = forecast("wan2.2-ti2v-5b", **clip | {"cfg": 2}, ulysses=1)
     assert halves.cache == alone.cache // 2
-    assert laws_of("wan2.2-ti2v-5b").beside_weights.keys() == {"fp8", "int8"}
+    assert laws_of("wan2.2-ti2v-5b").beside_weights.keys() == {"fp8", "int8", "sharded"}
     assert forecast("wan2.2-ti2v-5b", **clip, ulysses=1, decode="gang")[0].total < alone.total
-    with pytest.raises(InputError, match=r"wan2\.2-ti2v-5b: its tokens cannot be shared by ranks, got ulysses2"):
-        forecast("wan2.2-ti2v-5b", **clip, ulysses=2)
+    eight, _ = forecast("wan2.2-ti2v-5b", **clip, ulysses=8)
+    assert eight.cache == pytest.approx(alone.cache / 8, rel=0.01)
+    assert eight.activations < alone.activations / 3  # what stands per token there is of a rank's own tokens
+
+
+def test_a_model_whose_tokens_no_ranks_share_is_one_line():
+    clip = {"width": 832, "height": 480, "frames": 81, "cfg": 1, "ring": 1, "cache": "dicache"}
+    with pytest.raises(InputError, match=r"wan2\.1-vace-14b: its tokens cannot be shared by ranks, got ulysses2"):
+        forecast("wan2.1-vace-14b", **clip, ulysses=2)
     setup = Setup(options=LoadOptions(device="cuda"), layout=parse_layout("ring2"), has_finishers=True)
-    known = published_checkpoint("wan2.2-ti2v-5b")
+    known = published_checkpoint("wan2.1-vace-14b")
     request = ClipRequest(
-        id="1", prompt="a", width=1280, height=704, num_frames=121, num_inference_steps=50, guidance_scale=5.0, fps=24
+        id="1", prompt="a", width=832, height=480, num_frames=81, num_inference_steps=50, guidance_scale=5.0, fps=16
     )
     with pytest.raises(InputError, match="its tokens cannot be shared by ranks, got ring2"):
         demands(known, request, setup)
