@@ -283,13 +283,16 @@ def _vace_cases() -> Iterator[Case]:
 
 
 def _hunyuan_image_cases() -> Iterator[Case]:
-    """HunyuanVideo image to video by "token_replace"; its decodes are those of text to video. Encoded in one piece."""
+    """HunyuanVideo image to video, by "token_replace" and by "latent_concat"; decodes are those of text to video, and
+    encoders, VAE and the picture, encoded in one piece, the same in both."""
     model = "hunyuan-video-i2v"
     yield Case(model=model, part="encode-text")
     yield Case(model=model, part="encode-text-host")
-    yield Case(model=model, part="load")
-    yield from _few_denoise_cases(model, (_SMALL, _LARGE), (960, 544, 61))
-    yield _case(model, "denoise", _SMALL, layout="ulysses8", cache=ALWAYS_SKIPS, weights_as="sharded")
+    for kind in (model, "hunyuan-video-i2v-33ch"):
+        yield Case(model=kind, part="load")
+        yield from _few_denoise_cases(kind, (_SMALL, _LARGE), (960, 544, 61))
+        yield _case(kind, "denoise", _SMALL, layout="ulysses8", cache=ALWAYS_SKIPS, weights_as="sharded")
+        yield from _in_8_bits(kind, _SMALL)
     for size in ((480, 272, 17), (832, 480, 33), (480, 272, 81)):
         yield _case(model, "encode-image", size)
     yield _case(model, "encode-image", (640, 368, 49), is_held_out=True)
