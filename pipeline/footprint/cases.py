@@ -100,8 +100,10 @@ def run(case: Case, num_layers: int | None = NUM_LAYERS) -> dict[str, Any]:
             options = replace(CUDA, text_encoders="host" if case.part == "encode-text-host" else "gpu")
             taken = encode_text_on(gpu, load_fake(case.model, known.model.encoder_parts, options=options))
             return row | {"weights": taken.weights_bytes, "phases": taken.phase_bytes, "flop": taken.flop}
-        has_encoder, takes_image = published(case.model).has("image_encoder"), known.size_rule.takes_image
-        parts = (*known.model.denoiser_parts, *(("image_encoder", "image_processor") if has_encoder else ()))
+        index, takes_image = published(case.model).files["model_index.json"], known.size_rule.takes_image
+        # Wan's; what HunyuanVideo 1.5 sees is told, and encoded with its texts
+        seeing = {"image_encoder", "image_processor"}
+        parts = (*known.model.denoiser_parts, *(seeing if seeing <= index.keys() else ()))
         if case.part == "encode-image":
             parts = (*parts, "vae")
         request = request_of(case, blank_picture(folder, case) if takes_image else None)
@@ -169,6 +171,7 @@ def cases() -> Iterator[Case]:
     yield from _sound_cases()
     yield from _vace_cases()
     yield from _hunyuan_image_cases()
+    yield from _hunyuan15_cases()
     for size in ((480, 272, 17), (832, 480, 33), (480, 272, 81)):
         yield _case("wan2.1-i2v-14b-720p", "encode-image", size)
     yield _case("wan2.1-i2v-14b-720p", "encode-image", (640, 368, 49), is_held_out=True)
@@ -296,6 +299,30 @@ def _hunyuan_image_cases() -> Iterator[Case]:
     for size in ((480, 272, 17), (832, 480, 33), (480, 272, 81)):
         yield _case(model, "encode-image", size)
     yield _case(model, "encode-image", (640, 368, 49), is_held_out=True)
+
+
+def _hunyuan15_cases() -> Iterator[Case]:
+    """HunyuanVideo 1.5, of which 720p is built as 480p is. Steps with a picture have its tokens among the text's."""
+    text, image = "hunyuan-video-1.5-t2v-480p", "hunyuan-video-1.5-i2v-480p"
+    small, last = (848, 480, 81), (960, 544, 61)
+    for model in (text, image):
+        yield Case(model=model, part="load")
+        yield Case(model=model, part="encode-text")
+        yield Case(model=model, part="encode-text-host")
+        yield from _few_denoise_cases(model, (small, _LARGE), last)
+        for layout, size in (("ring2xulysses4", last), ("1", (1280, 720, 121))):
+            yield _case(model, "denoise", size, layout=layout, cache=ALWAYS_SKIPS, is_held_out=True)
+        yield _case(model, "denoise", small, layout="ulysses8", cache=ALWAYS_SKIPS, weights_as="sharded")
+        yield from _in_8_bits(model, small)
+    # a frame more or less decides here: the VAE attends over all frames of a clip, or of a tile, at once
+    for size in ((480, 272, 33), (480, 272, 121), (848, 480, 33), (848, 480, 81), (1280, 720, 17)):
+        yield from _decodes(text, size, ("1",))
+    yield _case(text, "tiled", (848, 480, 121))
+    yield from _decodes(text, last, ("1",), is_held_out=True)
+    yield _case(text, "tiled", (1280, 720, 121), is_held_out=True)
+    for size in ((480, 272, 17), (848, 480, 33), (1280, 720, 17), (480, 272, 81)):
+        yield _case(image, "encode-image", size)
+    yield _case(image, "encode-image", (640, 368, 49), is_held_out=True)
 
 
 def _in_8_bits(model: str, size: tuple[int, int, int]) -> Iterator[Case]:
