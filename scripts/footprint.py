@@ -85,6 +85,7 @@ CLIPS = (
     ("wan2.2-ti2v-5b", 1280, 704, 121, (1,)),
     ("hunyuan-video", 960, 544, 129, (1, 8)),
     ("hunyuan-video", 1280, 720, 129, (1, 2, 4, 8)),
+    ("hunyuan-video-1.5-t2v-720p", 1280, 720, 121, (1, 8)),
     ("flux.1-dev", 1024, 1024, 1, (1, 4)),
 )
 CARDS = (("24 GB", 25.3), ("48 GB", 48.3), ("80 GB", 85.0), ("141 GB", 151.0))  # GB = 1e9 bytes that CUDA can hand out
@@ -124,6 +125,10 @@ FULLEST = (
     ("hunyuan-video", 1280, 720, 129, 2, 91.7),
     ("hunyuan-video", 1280, 720, 129, 4, 86.6),
     ("hunyuan-video", 1280, 720, 129, 8, 84.3),
+    ("hunyuan-video-1.5-t2v-480p", 848, 480, 121, 1, None),
+    ("hunyuan-video-1.5-t2v-720p", 1280, 720, 121, 1, None),
+    ("hunyuan-video-1.5-t2v-720p", 1280, 720, 121, 8, None),
+    ("hunyuan-video-1.5-i2v-720p", 1280, 720, 121, 8, None),
     ("flux.1-dev", 1024, 1024, 1, 1, None),
     ("flux.1-dev", 1024, 1024, 1, 4, None),
     ("open-sora-1.2", 424, 240, 51, 1, None),

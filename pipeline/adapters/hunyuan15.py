@@ -210,6 +210,15 @@ class HunyuanImageToVideo15(HunyuanVideo15):
     def size_rule(self, configs: ModelConfigs) -> SizeRule:
         return replace(super().size_rule(configs), takes_image=True)
 
+    def loaded(self, pipe: Any, device: str) -> None:
+        """SigLIP's pooling head is not run: nobody reads its output, and where layers are moved onto a GPU one by one
+        its MultiheadAttention uses a projection without calling it, so that it would not be there."""
+        super().loaded(pipe, device)
+        if pipe.image_encoder is not None:
+            for module in pipe.image_encoder.modules():
+                if hasattr(module, "use_head"):  # of its vision transformer, which transformers 5 has no module for
+                    module.use_head = False
+
     def encode_inputs(self, request: ClipRequest) -> dict[str, Any]:
         """The picture, and the size in which its encoders see it, beside the prompts."""
         return super().encode_inputs(request) | picture_inputs(request)
@@ -217,10 +226,8 @@ class HunyuanImageToVideo15(HunyuanVideo15):
     @without_gradients
     def encode(self, pipe: Any, request: ClipRequest) -> dict[str, torch.Tensor]:
         """The table of text to video, and of the picture "image" [1, C, 1, H, W], its latents, and "seen" [1, S, D]."""
-        device, height, width = pipe._execution_device, request.height, request.width
-        picture = pipe.video_processor.resize(first_frame(request), height=height, width=width)
-        image = pipe._get_image_latents(pipe.vae, pipe.video_processor, picture, height, width, device)
-        seen = pipe._get_image_embeds(pipe.image_encoder, pipe.feature_extractor, picture, device)
+        picture, image = _fitted_picture(pipe, request), encode_picture(pipe, request)
+        seen = pipe._get_image_embeds(pipe.image_encoder, pipe.feature_extractor, picture, pipe._execution_device)
         return {**super().encode(pipe, request), "image": image, "seen": seen}
 
     @without_gradients
@@ -231,6 +238,17 @@ class HunyuanImageToVideo15(HunyuanVideo15):
         if not pipe.transformer.config.use_meanflow:
             return clip
         return replace(clip, step_arguments=partial(_next_timestep, clip.timesteps, pipe.transformer.dtype))
+
+
+def encode_picture(pipe: Any, request: ClipRequest) -> torch.Tensor:
+    """The first frame's latents [1, C, 1, H, W]."""
+    picture, device = _fitted_picture(pipe, request), pipe._execution_device
+    return pipe._get_image_latents(pipe.vae, pipe.video_processor, picture, request.height, request.width, device)
+
+
+def _fitted_picture(pipe: Any, request: ClipRequest) -> Any:
+    """The first frame in the clip's size."""
+    return pipe.video_processor.resize(first_frame(request), height=request.height, width=request.width)
 
 
 def _chat_limit(pipe: Any) -> TextLimit:

@@ -100,8 +100,10 @@ def run(case: Case, num_layers: int | None = NUM_LAYERS) -> dict[str, Any]:
             options = replace(CUDA, text_encoders="host" if case.part == "encode-text-host" else "gpu")
             taken = encode_text_on(gpu, load_fake(case.model, known.model.encoder_parts, options=options))
             return row | {"weights": taken.weights_bytes, "phases": taken.phase_bytes, "flop": taken.flop}
-        has_encoder, takes_image = published(case.model).has("image_encoder"), known.size_rule.takes_image
-        parts = (*known.model.denoiser_parts, *(("image_encoder", "image_processor") if has_encoder else ()))
+        index, takes_image = published(case.model).files["model_index.json"], known.size_rule.takes_image
+        # Wan's; what HunyuanVideo 1.5 sees is told, and encoded with its texts
+        seeing = {"image_encoder", "image_processor"}
+        parts = (*known.model.denoiser_parts, *(seeing if seeing <= index.keys() else ()))
         if case.part == "encode-image":
             parts = (*parts, "vae")
         request = request_of(case, blank_picture(folder, case) if takes_image else None)
@@ -162,13 +164,14 @@ def cases() -> Iterator[Case]:
         yield from _other_weights_cases(model)
     for model in ("wan2.1-t2v-14b", "hunyuan-video"):
         yield from _decode_cases(model)
-    yield from _alone_cases()
+    yield from _per_token_cases()
     yield from _picture_cases()
     yield from _fixed_cases()
     yield from _open_sora_cases()
     yield from _sound_cases()
     yield from _vace_cases()
     yield from _hunyuan_image_cases()
+    yield from _hunyuan15_cases()
     for size in ((480, 272, 17), (832, 480, 33), (480, 272, 81)):
         yield _case("wan2.1-i2v-14b-720p", "encode-image", size)
     yield _case("wan2.1-i2v-14b-720p", "encode-image", (640, 368, 49), is_held_out=True)
@@ -199,13 +202,14 @@ def _denoise_cases(model: str) -> Iterator[Case]:
             yield _case(model, "denoise", size, layout=layout, cache=cache, is_held_out=True)
 
 
-def _alone_cases() -> Iterator[Case]:
-    """Wan 2.2 TI2V-5B, whose tokens no two ranks share; its sides are multiples of 32."""
+def _per_token_cases() -> Iterator[Case]:
+    """Wan 2.2 TI2V-5B, with a timestep for each token; its sides are multiples of 32."""
     model, last = "wan2.2-ti2v-5b", (960, 544, 61)
     yield Case(model=model, part="load")
+    yield from _few_denoise_cases(model, (_SMALL, (1280, 704, 121)), last)
     for cache in ("none", ALWAYS_SKIPS):
-        for size in (_SMALL, (1280, 704, 121), last):
-            yield _case(model, "denoise", size, cache=cache, is_held_out=size == last)
+        yield _case(model, "denoise", last, cache=cache, is_held_out=True)
+    yield _case(model, "denoise", _SMALL, layout="ulysses8", cache=ALWAYS_SKIPS, weights_as="sharded")
     yield from _in_8_bits(model, _SMALL)
     for size in ((480, 288, 33), (832, 480, 33), (832, 480, 81), (1280, 704, 33)):
         yield from _decodes(model, size, ("1", "ulysses2", "ulysses8"))
@@ -283,16 +287,43 @@ def _vace_cases() -> Iterator[Case]:
 
 
 def _hunyuan_image_cases() -> Iterator[Case]:
-    """HunyuanVideo image to video by "token_replace"; its decodes are those of text to video. Encoded in one piece."""
+    """HunyuanVideo image to video, by "token_replace" and by "latent_concat"; decodes are those of text to video, and
+    encoders, VAE and the picture, encoded in one piece, the same in both."""
     model = "hunyuan-video-i2v"
     yield Case(model=model, part="encode-text")
     yield Case(model=model, part="encode-text-host")
-    yield Case(model=model, part="load")
-    yield from _few_denoise_cases(model, (_SMALL, _LARGE), (960, 544, 61))
-    yield _case(model, "denoise", _SMALL, layout="ulysses8", cache=ALWAYS_SKIPS, weights_as="sharded")
+    for kind in (model, "hunyuan-video-i2v-33ch"):
+        yield Case(model=kind, part="load")
+        yield from _few_denoise_cases(kind, (_SMALL, _LARGE), (960, 544, 61))
+        yield _case(kind, "denoise", _SMALL, layout="ulysses8", cache=ALWAYS_SKIPS, weights_as="sharded")
+        yield from _in_8_bits(kind, _SMALL)
     for size in ((480, 272, 17), (832, 480, 33), (480, 272, 81)):
         yield _case(model, "encode-image", size)
     yield _case(model, "encode-image", (640, 368, 49), is_held_out=True)
+
+
+def _hunyuan15_cases() -> Iterator[Case]:
+    """HunyuanVideo 1.5, of which 720p is built as 480p is. Steps with a picture have its tokens among the text's."""
+    text, image = "hunyuan-video-1.5-t2v-480p", "hunyuan-video-1.5-i2v-480p"
+    small, last = (848, 480, 81), (960, 544, 61)
+    for model in (text, image):
+        yield Case(model=model, part="load")
+        yield Case(model=model, part="encode-text")
+        yield Case(model=model, part="encode-text-host")
+        yield from _few_denoise_cases(model, (small, _LARGE), last)
+        for layout, size in (("ring2xulysses4", last), ("1", (1280, 720, 121))):
+            yield _case(model, "denoise", size, layout=layout, cache=ALWAYS_SKIPS, is_held_out=True)
+        yield _case(model, "denoise", small, layout="ulysses8", cache=ALWAYS_SKIPS, weights_as="sharded")
+        yield from _in_8_bits(model, small)
+    # a frame more or less decides here: the VAE attends over all frames of a clip, or of a tile, at once
+    for size in ((480, 272, 33), (480, 272, 121), (848, 480, 33), (848, 480, 81), (1280, 720, 17)):
+        yield from _decodes(text, size, ("1",))
+    yield _case(text, "tiled", (848, 480, 121))
+    yield from _decodes(text, last, ("1",), is_held_out=True)
+    yield _case(text, "tiled", (1280, 720, 121), is_held_out=True)
+    for size in ((480, 272, 17), (848, 480, 33), (1280, 720, 17), (480, 272, 81)):
+        yield _case(image, "encode-image", size)
+    yield _case(image, "encode-image", (640, 368, 49), is_held_out=True)
 
 
 def _in_8_bits(model: str, size: tuple[int, int, int]) -> Iterator[Case]:

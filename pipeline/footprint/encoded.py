@@ -24,8 +24,8 @@ def encoded(model: LoadedModel, request: ClipRequest, encodes_image: bool) -> Ta
 
     Args:
         encodes_image: what a clip begins with goes through the VAE (Wan's first frame, which its image encoder sees;
-            HunyuanVideo's; the end of a video that Open-Sora goes on from; VACE's control video); else its latents are
-            as made.
+            HunyuanVideo's, 1.5 too; the end of a video that Open-Sora goes on from; VACE's control video); else its
+            latents are as made.
     """
     family = model.checkpoint.model.family
     if family in _TABLES:
@@ -67,7 +67,7 @@ def _hunyuan_image(model: LoadedModel, request: ClipRequest, encodes_image: bool
     return {**_hunyuan(model, request), "image": image}
 
 
-def _hunyuan15(model: LoadedModel, request: ClipRequest) -> Table:
+def _hunyuan15(model: LoadedModel, request: ClipRequest, encodes_image: bool) -> Table:
     pipe, config = model.pipe, model.pipe.transformer.config
     found: Table = {}
     for branch in hunyuan15.BRANCHES:
@@ -77,7 +77,10 @@ def _hunyuan15(model: LoadedModel, request: ClipRequest) -> Table:
         found[f"{branch}_glyph_mask"] = _ones(pipe.tokenizer_2_max_length)
     if request.image is not None:
         _, height, width = _latent_size(model, request)
-        found["image"] = _empty(config.out_channels, 1, height, width)
+        if encodes_image:
+            found["image"] = hunyuan15.encode_picture(pipe, request)
+        else:
+            found["image"] = _empty(config.out_channels, 1, height, width, dtype=torch.float16)  # the VAE's type
         found["seen"] = _empty(pipe.vision_num_semantic_tokens, config.image_embed_dim)
     return found
 
@@ -145,10 +148,10 @@ _WITH_VAE: Mapping[str, Callable[[Any, ClipRequest, bool], Table]] = {
     "open-sora": _open_sora,
     "wan-vace": _vace,
     "hunyuan-video-i2v": _hunyuan_image,
+    "hunyuan-video-1.5": _hunyuan15,
 }
 _TABLES: Mapping[str, Callable[[Any, ClipRequest], Table]] = {
     "hunyuan-video": _hunyuan,
-    "hunyuan-video-1.5": _hunyuan15,
     "flux": _flux,
     "dit": _dit,
     "stable-audio": _stable_audio,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from cineray.distributed.layout import Layout
 from cineray.pipeline.adapters import MODELS
@@ -30,16 +32,12 @@ def step_exchanges(
     checkpoint: Checkpoint,
     layout: Layout,
     num_tokens: int,
-    width: int,
-    height: int,
-    frames: int,
     num_blocks: int | None = None,
 ) -> Exchanges:
     """The exchanges of the fullest rank.
 
     Args:
         num_tokens: image tokens of the clip.
-        width, height, frames: pixels and frames of the clip.
         num_blocks: that run; None for all.
     """
     config = checkpoint.configs.transformer
@@ -64,12 +62,16 @@ def step_exchanges(
             count += 1
     sent, count = num_blocks * sent, num_blocks * count
     if ranks > 1:  # the output's tokens
-        patch = config["patch_size"]
-        volume = patch**2 if isinstance(patch, int) else patch[0] * patch[1] * patch[2]
-        sent += (ranks - 1) * here * volume * (config.get("out_channels") or config["in_channels"])
+        sent += (ranks - 1) * here * _volume(config) * (config.get("out_channels") or config["in_channels"])
         count += 1
     sent, count = (len(model.branches) // layout.cfg) * sent, (len(model.branches) // layout.cfg) * count
     if layout.cfg > 1:  # the other branch's velocity
-        sent += config["out_channels"] * ((frames - 1) // 4 + 1) * (height // 8) * (width // 8)
+        sent += config["out_channels"] * num_tokens * _volume(config)
         count += 1
     return Exchanges(sent * _BYTES, count)
+
+
+def _volume(config: Mapping[str, Any]) -> int:
+    """Latents of a channel that a token stands for."""
+    patch = config["patch_size"]
+    return patch**2 if isinstance(patch, int) else patch[0] * patch[1] * patch[2]

@@ -29,6 +29,7 @@ from cineray.pipeline.footprint.ledger import Ledger
 
 GPU = torch.device("cuda:0")
 _CAPABILITY = (9, 0)  # an H100's
+_HUNYUAN15_VAE = "diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15"
 _SDE_NOISE = "torchsde._brownian.brownian_interval"  # where Stable Audio Open's scheduler has its noise from
 
 
@@ -71,6 +72,8 @@ def fake_gpu() -> Iterator[FakeGPU]:
         undo.enter_context(_replaced(dist, "new_group", _new_fake_group(dist.new_group)))
         if importlib.util.find_spec("torchsde") is not None:
             undo.enter_context(_replaced(importlib.import_module(_SDE_NOISE), "_randn", _noise))
+        attention = importlib.import_module(_HUNYUAN15_VAE).HunyuanVideo15AttnBlock
+        undo.enter_context(_replaced(attention, "prepare_causal_attention_mask", staticmethod(_mask_of_frames)))
         undo.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         undo.enter_context(gpu.ledger)
         undo.enter_context(torch.no_grad())
@@ -87,7 +90,7 @@ def join_fake_world(world_size: int, rank: int) -> None:
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     is_own = name in vars(owner)  # else inherited: then it is taken away again
-    before = getattr(owner, name)
+    before = vars(owner).get(name)  # as it stands there: a static method's attribute is its function
     setattr(owner, name, value)
     try:
         yield
@@ -137,6 +140,14 @@ def _apply(module: nn.Module, change: Any, recurse: bool = True) -> nn.Module:
 def _noise(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, _seed: int) -> torch.Tensor:
     """As torchsde's own, which asks CUDA for a generator."""
     return torch.empty(size, dtype=dtype, device=device)
+
+
+def _mask_of_frames(
+    n_frame: int, n_hw: int, dtype: torch.dtype, device: torch.device, batch_size: int | None = None
+) -> torch.Tensor:
+    """As HunyuanVideo 1.5's own, which writes into it row by row, one for each latent."""
+    mask = torch.empty(n_frame * n_hw, n_frame * n_hw, dtype=dtype, device=device)
+    return mask if batch_size is None else mask.expand(batch_size, -1, -1)
 
 
 def _resizing(ledger: Ledger) -> Any:

@@ -30,7 +30,11 @@ from cineray.pipeline.loading.options import LoadOptions
 from cineray.pipeline.request import ClipRequest, InputError
 
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_MODULATED_ALONE = ("DiTTransformer2DModel", "STDiT3")  # whose widest layer makes the modulation
+_MODULATED_ALONE = (
+    "DiTTransformer2DModel",
+    "STDiT3",
+    "HunyuanVideo15Transformer3DModel",
+)  # whose widest layer makes the modulation
 MAX_CHANGES = 3  # of a setup, that are advised together
 
 
@@ -330,4 +334,5 @@ def block_linear_parameters(config: Mapping[str, Any]) -> int:
     mlp = round(config.get("mlp_ratio", FLUX_MLP_RATIO) * dim)
     double = 8 * dim * dim + 4 * dim * mlp + 12 * dim * dim  # both streams: attention, feed-forward, modulation
     single = 3 * dim * dim + dim * mlp + (dim + mlp) * dim + 3 * dim * dim
-    return config["num_layers"] * double + config["num_single_layers"] * single
+    # HunyuanVideo 1.5 has blocks of two streams alone
+    return config["num_layers"] * double + config.get("num_single_layers", 0) * single

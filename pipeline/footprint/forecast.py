@@ -228,7 +228,7 @@ def forecast(
     if isinstance(plan, CachePlan):
         is_whole = plan.forecasting.target == "clean_latents"
         skipped = 0.0 if is_whole else forward.skipped(plan.probe_depth)
-    exchanged = step_exchanges(checkpoint, layout, num_tokens, width, height, frames)
+    exchanged = step_exchanges(checkpoint, layout, num_tokens)
     work = Work(
         computed_step_flop=num_calls * forward.total,
         skipped_step_flop=num_calls * skipped,

@@ -19,8 +19,8 @@ import numpy as np
 
 from cineray.distributed.layout import Layout, parse_layout
 from cineray.pipeline.adapters.model import hidden_size
-from cineray.pipeline.footprint.operations import num_hints
-from cineray.pipeline.footprint.published import published, published_checkpoint, published_names
+from cineray.pipeline.footprint.operations import joint_text_tokens, num_hints
+from cineray.pipeline.footprint.published import Published, published, published_checkpoint, published_names
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.request import ClipRequest, InputError
 from cineray.text import shorten
@@ -29,7 +29,13 @@ TABLE = Path(__file__).parent / "table.json"
 Row = dict[str, Any]
 _TWINS = ("width", "height", "frames", "layout", "cache")
 _ELEMENT_BYTES = 2  # bfloat16
-_LATENT_FRAME = 4  # frames of video that a latent frame stands for, in both VAEs
+_LATENT_FRAME = 4  # frames of video that a latent frame stands for, in every VAE of videos but Open-Sora's
+# HunyuanVideo 1.5's 480p and 720p, text and image to video: what its pipelines read to choose a size and a task by. No
+# module of the transformer has a shape from it, and steps with a picture are told by the pipeline (`takes_image`).
+_CHANGES_NO_TENSOR = ("target_size", "task_type")
+_ATTENDS_OVER_CLIP = ("AutoencoderKLHunyuanVideo15",)  # VAEs with a mask of all latents, or a tile's, by all
+_LATENT_SIDE = 16  # pixels of theirs to a latent
+_MASK_ROW = 16  # values to which a row of a mask is filled up for the kernel, in a copy (`fake_gpu`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,7 @@ class Laws:
     text_flop: float
     vae_weights: int
     beside_weights: Mapping[str, int]
+    _num_text: int
     _steps: tuple[Row, ...]
     _decodes: tuple[Row, ...]
     _images: tuple[Row, ...]
@@ -64,8 +71,8 @@ class Laws:
         """
         kind = _kind(layout)
         rows = [r for r in self._steps if r["is_cached"] == is_cached and _kind(parse_layout(r["layout"])) == kind]
-        wanted = _step_features(here, everywhere, layout)
-        known = [_step_features(r["here"], r["everywhere"], parse_layout(r["layout"])) for r in rows]
+        wanted = _step_features(here, everywhere, layout, self._num_text)
+        known = [_step_features(r["here"], r["everywhere"], parse_layout(r["layout"]), self._num_text) for r in rows]
         return _largest_phase(rows, known, wanted)
 
     def image_encode_bytes(self, width: int, height: int, frames: int) -> int:
@@ -86,7 +93,7 @@ class Laws:
             num_ranks: that share the rows.
         """
         rows = self._decoded(how)
-        clip: Row = {"width": width, "height": height, "frames": frames, "num_ranks": num_ranks}
+        clip = rows[0] | {"width": width, "height": height, "frames": frames, "num_ranks": num_ranks}
         found = 0
         for phase in ("middle", "rows", "frames"):
             known = [_decode_features(r, phase) for r in rows]
@@ -101,7 +108,7 @@ class Laws:
     def decode_flop(self, width: int, height: int, frames: int, how: str, num_ranks: int) -> float:
         """Operations of a decode on one device."""
         rows = self._decoded(how)
-        clip: Row = {"width": width, "height": height, "frames": frames, "num_ranks": num_ranks}
+        clip = rows[0] | {"width": width, "height": height, "frames": frames, "num_ranks": num_ranks}
         return _predict([_flop_features(r) for r in rows], [r["flop"] for r in rows], _flop_features(clip))
 
 
@@ -148,15 +155,20 @@ def _rows_of(model: str) -> _Rows | None:
     rows, found = [row for row in read_table() if not row["is_held_out"]], published(model)
 
     def alike(name: str, *parts: str) -> list[Row]:
-        path = f"{name}/config.json"
-        return [r for r in rows if r["part"] in parts and published(r["model"]).files.get(path) == found.files[path]]
+        config = _shaping(found, name)
+        return [r for r in rows if r["part"] in parts and _shaping(published(r["model"]), name) == config]
 
     checkpoint = published_checkpoint(model)
     has_encoder, takes_control = found.has("image_encoder"), checkpoint.size_rule.takes_control
-    encodes = checkpoint.size_rule.takes_image or takes_control
+    takes_image = checkpoint.size_rule.takes_image
+    encodes = takes_image or takes_control
 
     def is_encoded_alike(row: Row) -> bool:
         return published_checkpoint(row["model"]).size_rule.takes_control == takes_control
+
+    def steps() -> list[Row]:
+        rows = alike("transformer", "denoise")
+        return [row for row in rows if published_checkpoint(row["model"]).size_rule.takes_image == takes_image]
 
     def text(part: str) -> Row:
         if not checkpoint.model.encoder_parts:
@@ -168,13 +180,20 @@ def _rows_of(model: str) -> _Rows | None:
         load=next(iter(alike("transformer", "load")), {}),
         text=text("encode-text"),
         text_host=text("encode-text-host"),
-        steps=[row for row in alike("transformer", "denoise") if row["weights_as"] == "whole"],
-        others=[row for row in alike("transformer", "denoise") if row["weights_as"] != "whole"],
+        steps=[row for row in steps() if row["weights_as"] == "whole"],
+        others=[row for row in steps() if row["weights_as"] != "whole"],
         decodes=alike("vae", "decode", "tiled"),
         images=[row for row in alike("vae", "encode-image") if is_encoded_alike(row)] if encodes else [],
     )
     needed = (made.load, made.text, made.text_host, made.steps, made.decodes, made.images or not encodes)
     return made if all(needed) else None
+
+
+def _shaping(found: Published, part: str) -> Mapping[str, Any] | None:
+    """A part's configuration, as far as shapes of tensors follow from it; None where there is no such part."""
+    if not found.has(part):
+        return None
+    return {name: value for name, value in found.config(part).items() if name not in _CHANGES_NO_TENSOR}
 
 
 def laws_of(model: str) -> Laws:
@@ -193,6 +212,7 @@ def laws_of(model: str) -> Laws:
         text_flop=text["flop"],
         vae_weights=decodes[0]["weights"],
         beside_weights=_beside_weights(rows),
+        _num_text=joint_text_tokens(checkpoint.configs.transformer),
         _steps=tuple(with_tokens(row) for row in rows.steps),
         _decodes=tuple(_with_how(row) for row in decodes),
         _images=tuple(rows.images),
@@ -255,7 +275,8 @@ def _hint_bytes(config: Mapping[str, Any], num_blocks: int) -> int:
 def _with_how(row: Row) -> Row:
     num_ranks = parse_layout(row["layout"]).world_size
     how = "tiled" if row["part"] == "tiled" else "whole" if num_ranks == 1 else "rows"
-    return row | {"how": how, "num_ranks": num_ranks}
+    vae = published(row["model"]).config("vae").get("_class_name")
+    return row | {"how": how, "num_ranks": num_ranks, "attends_over_clip": vae in _ATTENDS_OVER_CLIP}
 
 
 def _kind(layout: Layout) -> str:
@@ -263,13 +284,15 @@ def _kind(layout: Layout) -> str:
     return f"{'ring' if layout.ring > 1 else ''}{'ulysses' if layout.ulysses > 1 else ''}"
 
 
-def _step_features(here: int, everywhere: int, layout: Layout) -> list[float]:
+def _step_features(here: int, everywhere: int, layout: Layout, num_text: int) -> list[float]:
     if layout.sequence_ranks == 1:
         return [here, 1.0]
     if layout.ring == 1:
         return [here, everywhere, 1.0]
+    # text that attends beside the image's tokens is whole on each rank; FLUX's is as long as a small picture's tokens
+    joint = here + num_text
     # from three ranks on, what arrives next is there beside what is at work at the widest moment
-    return [here, everywhere, here if layout.ring > 2 else 0.0]
+    return [joint, everywhere, joint if layout.ring > 2 else 0.0]
 
 
 def _size(clip: Row) -> list[float]:
@@ -279,16 +302,38 @@ def _size(clip: Row) -> list[float]:
 
 def _decode_features(clip: Row, phase: str) -> list[float]:
     pixels, volume = _size(clip)
-    if phase == "middle":
-        return [pixels**2, pixels, volume]
     if phase == "frames":
         return [pixels, volume]
+    if clip["attends_over_clip"]:  # and its tiles, all as wide and as high, go on over all frames
+        frames = clip["frames"]
+        if clip["how"] == "tiled":
+            return [volume, frames, frames**2 if phase == "middle" else pixels, 1.0]
+        return [_mask(clip), volume, pixels] if phase == "middle" else [volume, pixels, 1.0]
+    if phase == "middle":
+        return [pixels**2, pixels, volume]
     return [pixels / clip["num_ranks"], pixels, volume] if clip["num_ranks"] > 1 else [pixels, volume, 1.0]
+
+
+def _latents(clip: Row) -> int:
+    return _latent_frames(clip) * (clip["width"] // _LATENT_SIDE) * (clip["height"] // _LATENT_SIDE)
+
+
+def _mask(clip: Row) -> float:
+    """Values of a mask of all latents by all, and of its copy where its rows are filled up."""
+    latents = _latents(clip)
+    return latents**2 * (2.0 if latents % _MASK_ROW else 1.0)
+
+
+def _latent_frames(clip: Row) -> int:
+    return (clip["frames"] - 1) // _LATENT_FRAME + 1
 
 
 def _flop_features(clip: Row) -> list[float]:
     pixels, num_ranks = clip["width"] * clip["height"], clip["num_ranks"]
-    latent = ((clip["frames"] - 1) // _LATENT_FRAME + 1) * pixels
+    frames = _latent_frames(clip)
+    latent = frames * pixels
+    if clip["attends_over_clip"]:
+        return [latent, pixels, latent * (frames if clip["how"] == "tiled" else latent)]
     shared = [latent / num_ranks, pixels / num_ranks] if num_ranks > 1 else []
     return [latent, pixels, latent * pixels, *shared]
 

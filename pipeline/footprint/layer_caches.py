@@ -55,5 +55,5 @@ def _outputs(config: Mapping[str, Any], here: int, is_series: bool) -> list[tupl
         double = [("attn", joint), ("ff", here * channels), ("ff_context", text)]
         single = [("attn", joint), ("proj_mlp", round(config.get("mlp_ratio", FLUX_MLP_RATIO) * joint))]
         single = [("proj_out", joint)] if is_series else single
-        blocks = [double] * config["num_layers"] + [single] * config["num_single_layers"]
+        blocks = [double] * config["num_layers"] + [single] * config.get("num_single_layers", 0)
     return [(number, name, size) for number, block in enumerate(blocks) for name, size in block]

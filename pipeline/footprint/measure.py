@@ -27,6 +27,7 @@ from cineray.pipeline.footprint.operations import (
     WAN_TEXT_TOKENS,
     joint_text_tokens,
 )
+from cineray.pipeline.footprint.subject import DTYPE
 from cineray.pipeline.gang import SOLO, Gang
 from cineray.pipeline.loading.model import LoadedModel
 from cineray.pipeline.render import denoise_prepared, prepare_clip, to_frames, to_samples
@@ -271,6 +272,8 @@ def _encode_text(model: LoadedModel) -> None:
         model.pipe.text_encoder_2(_tokens(CLIP_TOKENS)[0], output_hidden_states=False)
     elif model.checkpoint.model.family == "hunyuan-video-i2v":
         _see(model)
+    elif model.checkpoint.model.family == "hunyuan-video-1.5":
+        _read_and_see(model.pipe)
     elif model.checkpoint.model.family == "flux":
         model.pipe.text_encoder(_tokens(CLIP_TOKENS)[0], output_hidden_states=False)
         num_tokens = joint_text_tokens(model.checkpoint.configs.transformer)
@@ -300,6 +303,19 @@ def _see(model: LoadedModel) -> None:
         output_hidden_states=True,
     )
     model.pipe.text_encoder_2(_tokens(CLIP_TOKENS)[0], output_hidden_states=False)
+
+
+def _read_and_see(pipe: Any) -> None:
+    """HunyuanVideo 1.5: Qwen2.5-VL's text model over the template and the longest prompt, of which the pipeline takes
+    all layers' outputs; ByT5 over the longest text in quotes; and SigLIP, where there is a picture."""
+    ids, mask = _tokens(pipe.prompt_template_encode_start_idx + pipe.tokenizer_max_length)
+    pipe.text_encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+    ids, mask = _tokens(pipe.tokenizer_2_max_length)
+    pipe.text_encoder_2(input_ids=ids, attention_mask=mask.float())
+    vision = getattr(pipe, "image_encoder", None)
+    if vision is not None:
+        side = vision.config.image_size
+        vision(pixel_values=torch.empty(1, 3, side, side, dtype=DTYPE, device=GPU))
 
 
 def _tokens(number: int) -> tuple[torch.Tensor, torch.Tensor]:

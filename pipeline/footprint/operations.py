@@ -26,12 +26,18 @@ DIT_MLP_RATIO, DIT_SINUSOIDS = 4, 256  # of its feed-forward and of its timestep
 AUDIO_TEXT_TOKENS = 128  # max_length of the authors' conditioner (stable-audio-tools, stable_audio_open_1_0.json)
 AUDIO_MLP_RATIO = 4  # StableAudioDiTBlock's feed-forward, whose first layer makes twice as many for its gates
 FLUX_MLP_RATIO = 4  # its class's own, which no configuration says
+# HunyuanVideo15Pipeline: tokenizer_max_length, tokenizer_2_max_length and vision_num_semantic_tokens
+HUNYUAN15_TEXT_TOKENS, HUNYUAN15_GLYPH_TOKENS, HUNYUAN15_PICTURE_TOKENS = 1000, 256, 729
+# HunyuanVideo15Transformer3DModel: of its refiner's feed-forward, and inside what projects ByT5's output
+_HUNYUAN15_REFINER_MLP_RATIO, _HUNYUAN15_GLYPH_WIDTH = 4, 2048
 
 
 def joint_text_tokens(config: Mapping[str, Any]) -> int:
     """Text tokens that attend beside the image's in a transformer's blocks; 0 where they have their own attention."""
     if config["_class_name"] == "FluxTransformer2DModel":
         return DEV_TOKENS if config.get("guidance_embeds") else SCHNELL_TOKENS
+    if config["_class_name"] == "HunyuanVideo15Transformer3DModel":
+        return HUNYUAN15_TEXT_TOKENS + HUNYUAN15_GLYPH_TOKENS + _hunyuan15_picture_tokens(config)
     if config["_class_name"] != "HunyuanVideoTransformer3DModel":
         return 0
     condition = config.get("image_condition_type")
@@ -87,8 +93,7 @@ def forward_flop(
         return _stable_audio(config, everywhere)
     if config["_class_name"] in ("WanTransformer3DModel", "WanVACETransformer3DModel"):
         return _wan(config, here, everywhere, sequence_ranks, here if is_per_token else 1)
-    count = {"FluxTransformer2DModel": _flux, "HunyuanVideoTransformer3DModel": _hunyuan}[config["_class_name"]]
-    return count(config, here, everywhere, sequence_ranks)
+    return _JOINT[config["_class_name"]](config, here, everywhere, sequence_ranks)
 
 
 def _wan(config: Mapping[str, Any], here: int, everywhere: int, sequence_ranks: int, num_timesteps: int) -> ForwardFlop:
@@ -129,6 +134,26 @@ def _hunyuan(config: Mapping[str, Any], here: int, everywhere: int, sequence_ran
     around = 2 * everywhere * patch * config["in_channels"] * d + 2 * s * d * patch * config["out_channels"]
     around += refiner + 2 * text * config["text_embed_dim"] * d
     return ForwardFlop(around, (double,) * config["num_layers"] + (single,) * config["num_single_layers"])
+
+
+def _hunyuan15_picture_tokens(config: Mapping[str, Any]) -> int:
+    """Those of text to video are trimmed, padding that they are."""
+    return HUNYUAN15_PICTURE_TOKENS if config.get("task_type") == "i2v" else 0
+
+
+def _hunyuan15(config: Mapping[str, Any], here: int, everywhere: int, sequence_ranks: int) -> ForwardFlop:
+    d, text, seen = hidden_size(config), joint_text_tokens(config), _hunyuan15_picture_tokens(config)
+    s, joint, mlp, read = here, here + text, config["mlp_ratio"], HUNYUAN15_TEXT_TOKENS
+    block = 8 * joint * d * d + 4 * mlp * joint * d * d + 24 * d * d
+    block += 4 * (everywhere + text) ** 2 * d / sequence_ranks
+    refiner = 8 * read * d * d + 4 * _HUNYUAN15_REFINER_MLP_RATIO * read * d * d + 4 * read * read * d + 4 * d * d
+    patch = config["patch_size"] ** 2 * config["patch_size_t"]
+    around = 2 * everywhere * patch * config["in_channels"] * d + 2 * s * d * patch * config["out_channels"]
+    around += config["num_refiner_layers"] * refiner + 2 * read * config["text_embed_dim"] * d
+    width, dim = _HUNYUAN15_GLYPH_WIDTH, config["image_embed_dim"]
+    around += 2 * HUNYUAN15_GLYPH_TOKENS * width * (config["text_embed_2_dim"] + width + d)
+    around += 2 * seen * dim * (dim + d)
+    return ForwardFlop(around, (block,) * config["num_layers"])
 
 
 def _flux(config: Mapping[str, Any], here: int, everywhere: int, sequence_ranks: int) -> ForwardFlop:
@@ -174,3 +199,11 @@ def _stdit3(config: Mapping[str, Any], tokens: int, num_times: int) -> ForwardFl
     made = config["in_channels"] * (2 if config["pred_sigma"] else 1)
     around = 2 * n * volume * (config["in_channels"] + made) * d + 2 * text * (config["caption_channels"] + d) * d
     return ForwardFlop(around, (block,) * config["depth"])
+
+
+# of transformers whose text attends beside the image, tokens of which ranks share
+_JOINT = {
+    "FluxTransformer2DModel": _flux,
+    "HunyuanVideoTransformer3DModel": _hunyuan,
+    "HunyuanVideo15Transformer3DModel": _hunyuan15,
+}

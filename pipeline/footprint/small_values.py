@@ -102,10 +102,14 @@ class SmallValues:
         return func(*tree_map(here, args), **tree_map(here, kwargs))
 
     def _unknown(self, func: Any, args: Any, made: list[FakeTensor]) -> list[torch.Tensor]:
-        """What comes of values that are not known: 1, in place where `func` works in place."""
+        """What comes of values that are not known: 1, in place where `func` works in place; 1 equals no other number.
+
+        (HunyuanVideo 1.5's transformer asks whether what it is told of a picture is all 0: then there is none.)
+        """
         if func._schema.is_mutable and args and isinstance(args[0], FakeTensor) and args[0] in self._twins:
             return [self._twins[args[0]].fill_(_UNKNOWN)]
-        return [torch.full(tuple(t.shape) if _is_small(t) else (0,), _UNKNOWN, dtype=t.dtype) for t in made]
+        value = args[1] == _UNKNOWN if func is torch.ops.aten.eq.Scalar else _UNKNOWN
+        return [torch.full(tuple(t.shape) if _is_small(t) else (0,), value, dtype=t.dtype) for t in made]
 
 
 def _is_small(tensor: torch.Tensor) -> bool:

@@ -25,7 +25,7 @@ def devices(pipe, names):
     return {parameter.device.type for part in parts for parameter in part.parameters()}
 
 
-@pytest.mark.parametrize("name", ["wan", "hunyuan", "hunyuan_concat", "flux", "stable_audio"])
+@pytest.mark.parametrize("name", ["wan", "hunyuan", "hunyuan_concat", "hunyuan15_image", "flux", "stable_audio"])
 def test_prompts_are_the_same_bit_for_bit_and_weights_are_gone_between_them(
     name, checkpoint_folder, new_request, tmp_path
 ):

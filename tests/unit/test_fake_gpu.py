@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15AttnBlock
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
@@ -52,6 +53,27 @@ def test_small_tensors_have_values():
         assert torch.arange(6, device=GPU).view(2, 3).T.tolist() == [[0, 3], [1, 4], [2, 5]]
         mixed = torch.cat([numbers, torch.empty(10**6, device=GPU, dtype=torch.float64).sum().view(1)])
         assert mixed.tolist() == [10, 4, 6, 1]  # the last is not known
+
+
+def test_what_is_not_known_equals_1_alone():
+    """So a picture of which nothing is known is not taken for zeros, which HunyuanVideo 1.5 takes for none."""
+    with fake_gpu():
+        seen, none = torch.empty(1, 729, 1152, device=GPU), torch.empty(1, 0, 1152, device=GPU)
+        assert not torch.all(seen == 0)
+        assert torch.all(seen == 1)
+        assert torch.all(none == 0)
+
+
+def test_the_mask_of_frames_is_as_large_as_diffusers_own_which_is_back_afterwards():
+    block, host = HunyuanVideo15AttnBlock(8), torch.device("cpu")
+    own = block.prepare_causal_attention_mask(3, 4, torch.float16, host, batch_size=2)
+    with fake_gpu() as gpu:
+        made = block.prepare_causal_attention_mask(3, 4, torch.float16, GPU, batch_size=2)
+        assert (made.shape, made.dtype, made.stride()) == (own.shape, own.dtype, own.stride())
+        assert gpu.ledger.live_bytes == 512  # 288, in the allocator's blocks: nothing is expanded
+        del made
+    again = block.prepare_causal_attention_mask(3, 4, torch.float16, host, batch_size=2)
+    assert torch.equal(again, own)
 
 
 def test_a_mask_names_as_many_places_as_it_has_and_the_host_waits_to_know():

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 MODELS_DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 WAN, HUNYUAN, FLUX = "wan2.1-t2v-14b", "hunyuan-video", "flux.1-dev"
-I2V, HUNYUAN_15 = "hunyuan-video-i2v", "hunyuan-video-1.5-t2v-480p"
+I2V, HUNYUAN_15, I2V_15 = "hunyuan-video-i2v", "hunyuan-video-1.5-t2v-480p", "hunyuan-video-1.5-i2v-480p"
 
 
 @pytest.mark.parametrize("model", published_names())
@@ -80,7 +80,9 @@ def test_dit_has_as_many_parameters_as_its_authors_say_with_one_copy_of_its_embe
     assert once == pytest.approx(675e6, rel=0.001)
 
 
-@pytest.mark.parametrize("model", [WAN, "wan2.1-i2v-14b-720p", HUNYUAN, "stable-audio-open-1.0", "wan2.1-vace-1.3b"])
+@pytest.mark.parametrize(
+    "model", [WAN, "wan2.1-i2v-14b-720p", HUNYUAN, HUNYUAN_15, "stable-audio-open-1.0", "wan2.1-vace-1.3b"]
+)
 def test_weights_that_can_be_held_in_8_bits_are_as_many_as_the_blocks_have(model):
     found = published(model)
     transformer = empty_part(found, "transformer", found.files["model_index.json"]["transformer"][1])
@@ -92,14 +94,15 @@ def test_weights_that_can_be_held_in_8_bits_are_as_many_as_the_blocks_have(model
 def rows() -> Iterator[dict]:
     """A few of the table's: each family, with and without ranks, with a cache."""
     decoded = ((WAN, "decode"), (HUNYUAN, "decode"), (HUNYUAN, "tiled"))  # Wan's many small tiles take half a minute
-    denoised = ((WAN, "denoise"), (HUNYUAN, "denoise"))
-    encoded = ((WAN, "encode-text-host"), (HUNYUAN, "encode-text-host"))
+    denoised = ((WAN, "denoise"), (HUNYUAN, "denoise"), (I2V_15, "denoise"))
+    encoded = ((WAN, "encode-text-host"), (HUNYUAN, "encode-text-host"), (I2V_15, "encode-text-host"))
     for row in read_table():
         size = (row["width"], row["height"], row["frames"])
         what = (row["model"], row["part"])
         is_denoised = what in denoised and size == (1280, 720, 81) and row["layout"] in ("1", "ring2xulysses4")
         is_denoised |= what in denoised and row["weights_as"] == "sharded" and row["layout"] == "ulysses8"
-        is_decoded = what in decoded and size == (832, 480, 33) and row["layout"] != "ulysses2"
+        is_decoded = what == (HUNYUAN_15, "tiled") and size == (480, 272, 33)
+        is_decoded |= what in decoded and size == (832, 480, 33) and row["layout"] != "ulysses2"
         if (is_denoised and row["cache"] != "none") or is_decoded or what in encoded:
             yield row
 
@@ -117,7 +120,7 @@ def test_peaks_operations_and_waits_are_no_more_than_the_table_says(row):
         assert now.get(name, 0) <= row.get(name, 0), name
 
 
-@pytest.mark.parametrize("model", [WAN, "wan2.1-i2v-14b-720p", HUNYUAN, I2V])
+@pytest.mark.parametrize("model", [WAN, "wan2.1-i2v-14b-720p", HUNYUAN, I2V, HUNYUAN_15, I2V_15])
 def test_encoders_on_the_host_leave_the_gpu_and_do_the_same_work(model):
     (there,), (away,) = (
         [row for row in read_table() if (row["model"], row["part"]) == (model, part)]
@@ -153,7 +156,7 @@ def picture(case: Case) -> Iterator[str | None]:
 
 
 # Text refiners attend twice a call, to text alone: diffusers gives them a mask, whatever the prompt.
-REFINED = {HUNYUAN: 2, I2V: 2, HUNYUAN_15: 2}
+REFINED = {HUNYUAN: 2, I2V: 2, HUNYUAN_15: 2, I2V_15: 2}
 
 
 @pytest.mark.parametrize(
@@ -169,6 +172,7 @@ REFINED = {HUNYUAN: 2, I2V: 2, HUNYUAN_15: 2}
         (I2V, "ulysses2"),
         (HUNYUAN_15, "1"),
         (HUNYUAN_15, "ulysses2"),
+        (I2V_15, "ulysses2"),
         (FLUX, "1"),
         (FLUX, "ring2xulysses2"),
     ],
@@ -236,7 +240,7 @@ def test_forecasts_of_whole_steps_never_have_the_host_wait(model, layout):
     assert not any(step.exchanges for step in taken if not step.is_computed)
 
 
-@pytest.mark.parametrize("model", [WAN, "wan2.1-t2v-1.3b", HUNYUAN])
+@pytest.mark.parametrize("model", [WAN, "wan2.1-t2v-1.3b", HUNYUAN, HUNYUAN_15, I2V_15])
 @pytest.mark.parametrize("layout", ["1", "ulysses2", "ring2xulysses2"])
 def test_operations_in_closed_form_are_those_that_pytorch_counts(model, layout):
     degrees, checkpoint = parse_layout(layout), published_checkpoint(model)
@@ -262,7 +266,7 @@ def test_a_series_of_each_layer_holds_what_the_closed_form_says(model):
     assert said == taken.cache_bytes
 
 
-@pytest.mark.parametrize("model", [WAN, HUNYUAN])
+@pytest.mark.parametrize("model", [WAN, HUNYUAN, HUNYUAN_15])
 def test_what_is_gathered_of_sharded_weights_does_not_depend_on_the_number_of_blocks(model):
     case = Case(
         model=model,
@@ -337,6 +341,7 @@ def logs_of(model: str, layout: str, cache: str) -> list[list[Exchange]]:
         (I2V, "ring2xulysses2", ALWAYS_SKIPS),
         (HUNYUAN_15, "cfg2xring2xulysses2", ALWAYS_SKIPS),
         (HUNYUAN_15, "ulysses2", "none"),
+        (I2V_15, "ring2xulysses2", ALWAYS_SKIPS),
         (FLUX, "ring2xulysses2", ALWAYS_SKIPS),
         (FLUX, "ring2xulysses2", "none"),
     ],
