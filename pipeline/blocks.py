@@ -35,7 +35,11 @@ class BlockListProxy(nn.ModuleList):
         is_forward = caller.f_code.co_argcount and (
             caller.f_locals.get(caller.f_code.co_varnames[0]) is self._transformer[0]
         )
-        return iter(self.yields if is_forward else self._modules.values())
+        return iter(self.for_forward() if is_forward else self._modules.values())
+
+    def for_forward(self) -> Sequence[Callable[..., Any]]:
+        """What the forward that asks now gets."""
+        return self.yields
 
     def __getitem__(self, idx: Any) -> Any:
         return nn.ModuleList(list(self._modules.values())[idx]) if isinstance(idx, slice) else super().__getitem__(idx)
@@ -49,14 +53,22 @@ class ShardedBlockList(BlockListProxy):
 
     Args:
         inner: the lists that run on shards, by their names; a cache replaces them for a forward.
-        run: what the transformer's forward gets.
+        run: gives what the transformer's forward gets, each time that it asks.
     """
 
     def __init__(
-        self, blocks: nn.ModuleList, transformer: nn.Module, inner: dict[str, Any], run: Callable[..., Any]
+        self,
+        blocks: nn.ModuleList,
+        transformer: nn.Module,
+        inner: dict[str, Any],
+        run: Callable[[], Sequence[Callable[..., Any]]],
     ) -> None:
-        super().__init__(blocks, transformer, (run,))
+        super().__init__(blocks, transformer, ())
         self.inner = inner
+        self._run = run
+
+    def for_forward(self) -> Sequence[Callable[..., Any]]:
+        return self._run()
 
 
 @contextmanager

@@ -207,7 +207,6 @@ MODEL = replace(
         hinted="vace_layers",
         unread=(*wan.MODEL.layout.unread, "vace_patch_embedding"),
     ),
-    sharded=None,  # hints are added between the blocks
     pipelines={"WanVACEPipeline": WanVace()},
     encoder_parts=("text_encoder",),
     presets={},

@@ -183,7 +183,7 @@ def _case(model: str, part: Part, size: tuple[int, int, int], **more: Any) -> Ca
 
 
 def _wide(model: str) -> str:
-    return "ulysses4" if model == "wan2.1-t2v-1.3b" else "ulysses8"  # 1.3B has 12 heads
+    return "ulysses4" if model.endswith("-1.3b") else "ulysses8"  # Wan 1.3B has 12 heads
 
 
 def _denoise_cases(model: str) -> Iterator[Case]:
@@ -277,9 +277,10 @@ def _vace_cases() -> Iterator[Case]:
     last = (960, 544, 61)
     for model in ("wan2.1-vace-1.3b", "wan2.1-vace-14b"):
         yield Case(model=model, part="load")
+        yield from _few_denoise_cases(model, (_SMALL, _LARGE), last)
         for cache in ("none", ALWAYS_SKIPS):
-            for size in (_SMALL, _LARGE, last):
-                yield _case(model, "denoise", size, cache=cache, is_held_out=size == last)
+            yield _case(model, "denoise", last, cache=cache, is_held_out=True)
+        yield _case(model, "denoise", _SMALL, layout=_wide(model), cache=ALWAYS_SKIPS, weights_as="sharded")
         yield from _in_8_bits(model, _SMALL)
     for size in ((480, 272, 17), (832, 480, 33), (480, 272, 81)):
         yield _case("wan2.1-vace-1.3b", "encode-image", size)
@@ -337,7 +338,7 @@ def _few_denoise_cases(
     """As few as the laws need, of a model of which others have shown that they hold."""
     for cache in ("none", ALWAYS_SKIPS):
         for size in sizes:
-            for layout in ("1", "ulysses8", "ring2", "ring2xulysses4"):
+            for layout in ("1", _wide(model), "ring2", "ring2xulysses4"):
                 yield _case(model, "denoise", size, layout=layout, cache=cache)
         for layout in ("ulysses2", "ring4", "ring2xulysses2"):
             yield _case(model, "denoise", sizes[0], layout=layout, cache=cache)

@@ -9,7 +9,7 @@ from typing import Any
 from cineray.distributed.layout import Layout
 from cineray.pipeline.adapters import MODELS
 from cineray.pipeline.adapters.model import hidden_size
-from cineray.pipeline.footprint.operations import joint_text_tokens
+from cineray.pipeline.footprint.operations import joint_text_tokens, num_hints
 from cineray.pipeline.loading.checkpoint import Checkpoint
 
 _BYTES = 2  # bfloat16
@@ -38,7 +38,7 @@ def step_exchanges(
 
     Args:
         num_tokens: image tokens of the clip.
-        num_blocks: that run; None for all.
+        num_blocks: that run, beside those that make hints for them; None for all.
     """
     config = checkpoint.configs.transformer
     model = MODELS[config["_class_name"]]
@@ -46,6 +46,7 @@ def step_exchanges(
     channels = hidden_size(config)
     if num_blocks is None:
         num_blocks = sum(config[name] for name in model.layout.counts)
+    num_blocks += num_hints({**config, "num_layers": num_blocks})
     text = joint_text_tokens(config)
     here = -(-num_tokens // ranks)
     group = min(num_tokens, here * ulysses)  # image tokens of a ulysses group

@@ -112,7 +112,7 @@ def _unread(
             checkpoint.configs.index[name][1],
             folder / name,
             DTYPES[options.dtype_name],
-            checkpoint.model.layout.lists,
+            checkpoint.model.layout.all_lists,
             checkpoint.name,
         )
         for name in names

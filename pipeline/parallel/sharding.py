@@ -7,6 +7,7 @@ the model's own attention processors run, with an attention that spans ranks whe
 Letters: B batch, S image tokens, T text tokens, D channels.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from copy import copy
 from functools import partial
@@ -54,7 +55,7 @@ class ShardedTransformer:
         transformer = self._transformer
         if is_sharded(transformer):
             raise ValueError(f"sharding: this {type(transformer).__name__} is sharded already; detach that first")
-        lists = {name: getattr(transformer, name) for name in self._layout.lists}
+        lists = {name: getattr(transformer, name) for name in self._layout.all_lists}
         self._inner.update(lists)
         with ExitStack() as undo:
             for name, blocks in lists.items():
@@ -62,8 +63,8 @@ class ShardedTransformer:
                     module = getattr(block, self._sharded.attention)
                     undo.callback(setattr, module, "processor", module.processor)
                     module.processor = _calling(module.processor, self._attend)
-                run = partial(self._run_list, name, name == self._layout.lists[0])
                 undo.callback(setattr, transformer, name, blocks)
+                run = partial(self._for_forward, name)
                 setattr(transformer, name, ShardedBlockList(blocks, transformer, self._inner, run))
             gather = transformer.get_submodule("proj_out").register_forward_hook(self._gather_output)
             undo.callback(gather.remove)
@@ -83,16 +84,52 @@ class ShardedTransformer:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
-    def _run_list(self, name: str, is_first: bool, *args: Any, **kwargs: Any) -> Any:
-        arguments = BlockArguments(self._layout, args, kwargs)
-        if is_first:
-            hidden_states = arguments.hidden_states  # [B, S, D], on every rank
-            shards = self._shards(hidden_states.shape[1])
-            self._sequence = JointSequence(shards=shards, text_first=self._sharded.text_first)
-            arguments = arguments.with_hidden_states(shards.own(hidden_states, 1).contiguous())
+    def _for_forward(self, name: str) -> list[Callable[..., Any]]:
+        """What a forward gets in the place of a list: one callable for all of its blocks, or, where hints are added
+        between them, one for each."""
         blocks = self._inner[name]
         callables = blocks.yields if isinstance(blocks, BlockListProxy) else list(blocks)
-        return self._own(arguments).through(callables).output()
+        if self._layout.hints is None:
+            return [partial(self._run, callables, name == self._layout.lists[0])]
+        run = self._run_hint if name == self._layout.hints else self._run
+        return [partial(run, [block], number == 0) for number, block in enumerate(callables)]
+
+    def _run(self, blocks: list[Callable[..., Any]], is_first: bool, *args: Any, **kwargs: Any) -> Any:
+        """Blocks one after the other.
+
+        Args:
+            is_first: they are called with all tokens; else with this rank's.
+        """
+        arguments = BlockArguments(self._layout, args, kwargs)
+        if is_first:
+            arguments = arguments.with_hidden_states(self._begin(arguments.hidden_states))
+        return self._own(arguments).through(blocks).output()
+
+    def _run_hint(
+        self,
+        blocks: list[Callable[..., Any]],
+        is_first: bool,
+        hidden_states: torch.Tensor,
+        text: torch.Tensor,
+        control: torch.Tensor,
+        temb: torch.Tensor,
+        rotary: tuple[torch.Tensor, ...],
+    ) -> Any:
+        """One block that makes a hint (Wan VACE), which is called with all tokens of the hidden states [B, S, D].
+
+        Args:
+            is_first: the control's hidden states are of all tokens, too; else of this rank's.
+        """
+        own, (block,) = self._begin(hidden_states), blocks
+        assert self._sequence is not None
+        control = self._sequence.shards.own(control, 1).contiguous() if is_first else control
+        return block(own, text, control, temb, self._own_rotary(rotary))
+
+    def _begin(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """This rank's tokens [B, S here, D] of all [B, S, D], which every rank has."""
+        shards = self._shards(hidden_states.shape[1])
+        self._sequence = JointSequence(shards=shards, text_first=self._sharded.text_first)
+        return shards.own(hidden_states, 1).contiguous()
 
     def _shards(self, num_tokens: int) -> TokenShards:
         return split_tokens(num_tokens, self._mesh.sequence.size, self._mesh.sequence.index)
@@ -106,20 +143,25 @@ class ShardedTransformer:
         """The arguments beside the hidden states, as they are for this rank's tokens."""
         assert self._sequence is not None  # the first list has run
         shards, sharded = self._sequence.shards, self._sharded
-        num_image = sum(shards.sizes)
-
-        def own_rotary(values: torch.Tensor) -> torch.Tensor:
-            text, image = values.split([values.shape[sharded.rotary_dim] - num_image, num_image], sharded.rotary_dim)
-            own = shards.own(image, sharded.rotary_dim)
-            return torch.cat([text, own], sharded.rotary_dim) if text.numel() else own
-
-        rotary = tuple(own_rotary(values) for values in arguments.at(sharded.rotary))
-        arguments = arguments.with_value(sharded.rotary, rotary)
+        arguments = arguments.with_value(sharded.rotary, self._own_rotary(arguments.at(sharded.rotary)))
         if sharded.first_frame is not None:
             num_first = arguments.at(sharded.first_frame)
             own_first = min(max(num_first - shards.begin, 0), shards.size)
             arguments = arguments.with_value(sharded.first_frame, own_first)
         return arguments
+
+    def _own_rotary(self, rotary: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The rotary embedding of the text, where it has a part in it, and of this rank's tokens."""
+        assert self._sequence is not None
+        shards, dim = self._sequence.shards, self._sharded.rotary_dim
+        num_image = sum(shards.sizes)
+
+        def own(values: torch.Tensor) -> torch.Tensor:
+            text, image = values.split([values.shape[dim] - num_image, num_image], dim)
+            here = shards.own(image, dim)
+            return torch.cat([text, here], dim) if text.numel() else here
+
+        return tuple(own(values) for values in rotary)
 
     def _attend(
         self,

@@ -51,7 +51,7 @@ def shard_weights(
         raise ValueError(f"shard-weights: {kind} is not supported; supported: {supported}")
     blocks = {
         f"{name}.{number}": block
-        for name in models[kind].layout.lists
+        for name in models[kind].layout.all_lists
         for number, block in enumerate(getattr(transformer, name))
     }
     mesh = DeviceMesh.from_group(axis.group, device.type)  # type: ignore[arg-type]  # more than one rank has a group

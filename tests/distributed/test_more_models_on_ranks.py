@@ -29,6 +29,7 @@ NAMES = (
     "wan22_image",
     "ti2v",
     "ti2v_image",
+    "vace",
 )
 
 
@@ -47,16 +48,6 @@ def test_two_ranks_make_the_bits_of_one(ranks, checkpoint_folder, new_request, t
         assert (theirs.frames == ours.frames).all()
     (ring,) = render_on(ranks, "ring2", folder, requests[:1])
     assert (ring.latents - alone[0].latents).abs().max() < RING_BOUND * alone[0].latents.abs().max()
-    if any(family in name for family in ("wan", "ti2v", "hunyuan15")):
+    if any(family in name for family in ("wan", "ti2v", "vace", "hunyuan15")):
         (half,) = render_on(ranks, "cfg2", folder, requests[:1])
         assert torch.equal(half.latents, alone[0].latents)
-
-
-def test_guidance_halves_of_a_clip_whose_tokens_cannot_be_shared(ranks, checkpoint_folder, new_request, tmp_path):
-    folder, requests = checkpoint_folder("vace"), requests_of("vace", new_request, tmp_path)
-    assert open_checkpoint(str(folder)).model.sharded is None
-    alone = render_alone(ranks, folder, requests)
-    assert any(not entry.compute for entry in alone[1].entries)
-    for theirs, ours in zip(alone, render_on(ranks, "cfg2", folder, requests), strict=True):
-        assert torch.equal(theirs.latents, ours.latents)
-        assert theirs.decisions == ours.decisions

@@ -22,6 +22,7 @@ EVEN, ODD = {}, {"frames": 5, "height": 14, "width": 18}  # 320 and 315 tokens
 CALLS = {
     "wan": ("wan", [EVEN, ODD, {"valid_text": (8, 8)}]),
     "wan-per-token": ("wan", [{"num_done": 64}, {"num_done": 0, **ODD}, {"num_done": 200, "valid_text": (8, 8)}]),
+    "wan-vace": ("wan_vace", [EVEN, ODD, {"valid_text": (8, 8)}]),
     "wan-i2v": ("wan_i2v", [EVEN, ODD]),
     "hunyuan": (
         "hunyuan",

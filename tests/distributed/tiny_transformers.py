@@ -35,6 +35,12 @@ def wan(**changes):
     return _random(WanTransformer3DModel(**(WAN | changes)))
 
 
+def wan_vace():
+    from diffusers import WanVACETransformer3DModel
+
+    return _random(WanVACETransformer3DModel(**WAN, vace_layers=[0, 2], vace_in_channels=6))
+
+
 def wan_i2v():
     return wan(in_channels=12, image_dim=48, added_kv_proj_dim=128)
 
@@ -98,7 +104,9 @@ def call(model, frames=5, height=16, width=16, valid_text=(8,), num_text=8, seed
         kwargs["timestep"] = torch.where(torch.arange(num_tokens) < num_done, 0.0, 500.0).expand(batch, -1)
     kwargs["encoder_hidden_states"] = draw(batch, num_text, 32, seed=seed)
     kind = type(model).__name__
-    if kind == "WanTransformer3DModel":
+    if kind == "WanVACETransformer3DModel":
+        kwargs["control_hidden_states"] = draw(batch, 6, frames, height, width, seed=seed)
+    if kind in ("WanTransformer3DModel", "WanVACETransformer3DModel"):
         kwargs["encoder_hidden_states"] = draw(batch, 512, 32, seed=seed)
         if model.config.image_dim is not None:
             kwargs["encoder_hidden_states_image"] = draw(batch, 257, 48, seed=seed)
@@ -113,7 +121,10 @@ def call(model, frames=5, height=16, width=16, valid_text=(8,), num_text=8, seed
     else:
         hidden_states = draw(batch, channels, frames, height, width, seed=seed)
     dtype = next(model.parameters()).dtype
-    floats = {k: v.to(dtype) if k in ("encoder_hidden_states_image", "guidance") else v for k, v in kwargs.items()}
+    floats = {
+        k: v.to(dtype) if k in ("encoder_hidden_states_image", "control_hidden_states", "guidance") else v
+        for k, v in kwargs.items()
+    }
     floats |= {k: kwargs[k].to(dtype) for k in ("encoder_hidden_states", "pooled_projections") if k in kwargs}
     with torch.no_grad():
         return model(hidden_states=hidden_states.to(dtype), **floats)[0]

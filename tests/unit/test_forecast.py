@@ -245,13 +245,13 @@ def test_a_timestep_for_each_token_is_forecast_on_one_rank_and_on_many():
 
 
 def test_a_model_whose_tokens_no_ranks_share_is_one_line():
-    clip = {"width": 832, "height": 480, "frames": 81, "cfg": 1, "ring": 1, "cache": "dicache"}
-    with pytest.raises(InputError, match=r"wan2\.1-vace-14b: its tokens cannot be shared by ranks, got ulysses2"):
-        forecast("wan2.1-vace-14b", **clip, ulysses=2)
+    clip = {"width": 848, "height": 480, "frames": 51, "cfg": 1, "ring": 1, "cache": "dicache"}
+    with pytest.raises(InputError, match=r"open-sora-1\.2: its tokens cannot be shared by ranks, got ulysses2"):
+        forecast("open-sora-1.2", **clip, ulysses=2)
     setup = Setup(options=LoadOptions(device="cuda"), layout=parse_layout("ring2"), has_finishers=True)
-    known = published_checkpoint("wan2.1-vace-14b")
+    known = published_checkpoint("open-sora-1.2")
     request = ClipRequest(
-        id="1", prompt="a", width=832, height=480, num_frames=81, num_inference_steps=50, guidance_scale=5.0, fps=16
+        id="1", prompt="a", width=848, height=480, num_frames=51, num_inference_steps=30, guidance_scale=7.0, fps=24
     )
     with pytest.raises(InputError, match="its tokens cannot be shared by ranks, got ring2"):
         demands(known, request, setup)
@@ -328,8 +328,8 @@ def test_the_control_video_of_vace_is_encoded_whether_or_not_there_is_one():
     more = parts_of(known, replace(clip, reference_images=("a.png",)), setup.layout, "finisher")
     assert more.step > plain.step  # a latent frame more
     assert published_like(replace(known, name="out/mine", source="out/mine", is_local=True)) == known
-    with pytest.raises(InputError, match="its tokens cannot be shared by ranks"):
-        demands(known, clip, replace(setup, layout=parse_layout("ulysses2")))
+    eight = parts_of(known, clip, parse_layout("ulysses4"), "finisher")
+    assert eight.step < plain.step / 2
 
 
 def test_a_picture_is_seen_and_encoded_beside_what_text_to_video_takes():
@@ -428,8 +428,8 @@ def test_weights_in_closed_form_are_those_that_the_harness_holds(row):
         table = 2 * (config["num_embeds_ada_norm"] + 1) * hidden_size(config)
         outside -= (config["num_layers"] - row["num_blocks"]) * table
     kept = few // parse_layout(row["layout"]).sequence_ranks if row["weights_as"] == "sharded" else few // 2
-    # norms and biases of blocks stand in `outside`, for all of them
-    assert outside + kept >= row["weights_bytes"] >= 0.97 * (outside + kept)
+    # norms and biases of blocks stand in `outside`, for all of them: 3.5 % of a quarter of two blocks of VACE 1.3B's 45
+    assert outside + kept >= row["weights_bytes"] >= 0.96 * (outside + kept)
 
 
 @pytest.mark.parametrize(
