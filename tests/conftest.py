@@ -176,7 +176,7 @@ BUILDERS = {"wan": build_wan, "wan_i2v": build_wan_i2v, "hunyuan": build_hunyuan
 
 
 FOLDERS = {"distributed": "ranks", "parity": "slow", "golden": "slow"}
-DEAREST_FIRST = ("ray", "ranks", "slow", "process")  # marks of tests that are not `fast`
+DEAREST_FIRST = ("ray", "ranks", "slow", "process", "exhaustive")  # marks of tests that are not `fast`
 WATCH = pytest.StashKey[FastWatch]()
 
 

@@ -5,7 +5,7 @@ hook stands in the place of each layer's own `forward`; between two forwards the
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -52,6 +52,19 @@ def _attributes(layout: BlockLayout, blocks: str) -> Iterator[tuple[str, str]]:
             yield layer, attribute
 
 
+_Run = TypeVar("_Run", bound=Callable[..., Any])
+
+
+def _left_to_python(run: _Run) -> _Run:
+    """Within a compiled block this function is not compiled; what it calls is."""
+    return torch.compiler.disable(run, recursive=False)  # type: ignore[return-value]  # typed as a context
+
+
+def _uncompiled(run: _Run) -> _Run:
+    """Nor is what this one calls."""
+    return torch.compiler.disable(run)  # type: ignore[return-value]
+
+
 class LayerHook:
     """Stands in place of a layer's forward; what it holds and whether it skipped is asked after each forward."""
 
@@ -62,8 +75,7 @@ class LayerHook:
         self.before: Any = _NONE  # the layer's own attribute `forward`, if it has one
         self._kind: Kind = ()  # of the call in flight
 
-    # Within a compiled block: this frame is left to Python, what it asks too, and the layer itself is compiled.
-    @torch.compiler.disable(recursive=False)
+    @_left_to_python
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kept = self._ask(args, kwargs)
         if kept is not COMPUTE:
@@ -72,13 +84,13 @@ class LayerHook:
         self._show(output)
         return output
 
-    @torch.compiler.disable
+    @_uncompiled
     def _ask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.has_run = True
         self._kind = kind_of(args, kwargs)
         return self.instead(self._kind)
 
-    @torch.compiler.disable
+    @_uncompiled
     def _show(self, output: Any) -> None:
         self.keep(self._kind, output)
 

@@ -33,7 +33,12 @@ NAMES = (
 )
 
 
-@pytest.mark.parametrize("name", NAMES)
+ALIKE = ("hunyuan_concat", "hunyuan15_image", "wan22_image", "ti2v")  # another of NAMES runs the same code on ranks
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.exhaustive) if name in ALIKE else name for name in NAMES]
+)
 def test_two_ranks_make_the_bits_of_one(ranks, checkpoint_folder, new_request, tmp_path, name):
     folder, requests = checkpoint_folder(name), requests_of(name, new_request, tmp_path)
     checkpoint = open_checkpoint(str(folder))

@@ -14,7 +14,7 @@ from cineray.jobs.cli.main import main
 from cineray.jobs.report.event_log import read_events
 from cineray.jobs.report.timeline import sessions_of
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.exhaustive]
 
 NUM_CLIPS = 4
 

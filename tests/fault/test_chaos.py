@@ -5,7 +5,7 @@ import random
 import pytest
 from chaos import Chaos
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.exhaustive]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # pipes of nodes that were killed

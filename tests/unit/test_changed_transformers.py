@@ -14,6 +14,8 @@ from cineray.pipeline.calibrate.smoothcache import measure_layer_errors
 
 pytestmark = pytest.mark.slow
 
+SOME = ("wan", "hunyuan", "flux", "dit")  # the others run by scripts/test --all
+MODELS = [name if name in SOME else pytest.param(name, marks=pytest.mark.exhaustive) for name in EVERY_MODEL]
 NEVER, OFTEN = "interval(interval=1)", "interval(interval=3)"
 STEPS = 6
 EVERY_OTHER = [1, 0, 1, 0, 1, 1]
@@ -38,10 +40,9 @@ def compile_blocks(transformer, backend):
 
 # "eager" ends where the tracing does, which is what a cache may break; "aot_eager" also makes the graphs functional
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize(
-    ("name", "backend"), [(name, "aot_eager" if name in ("wan", "dit") else "eager") for name in EVERY_MODEL]
-)
-def test_compiled_blocks(name, backend):
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_blocks(name):
+    backend = "aot_eager" if name in ("wan", "dit") else "eager"
     pipe = in_double(build(name))
     with cineray.enable_cache(pipe, OFTEN):
         uncompiled = call(pipe, STEPS)
@@ -60,6 +61,7 @@ def test_compiled_blocks(name, backend):
     assert torch.equal(call(later, STEPS), plain)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
 def test_blocks_compiled_to_machine_code():
@@ -106,7 +108,7 @@ def cached(pipe, policy):
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("name", ["wan", "hunyuan", "flux", "dit"])
+@pytest.mark.parametrize("name", SOME)
 def test_layers_of_compiled_blocks(name, tmp_path):
     """What was compiled for a first clip serves the next, and gives what uncompiled blocks give."""
     path = tmp_path / "schedule.json"
@@ -166,7 +168,7 @@ def add_lora(transformer):
         peft.inject_adapter_in_model(config, transformer)
 
 
-@pytest.mark.parametrize("name", EVERY_MODEL)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("policy", ["blocks", "layers"])
 def test_lora(name, policy, tmp_path):
     pipe = build(name)
@@ -197,7 +199,7 @@ def test_lora(name, policy, tmp_path):
     assert torch.equal(call(later, STEPS), plain)  # no hook stayed on a layer that LoRA has wrapped
 
 
-@pytest.mark.parametrize("name", EVERY_MODEL)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_block_that_is_exchanged_while_the_cache_is_on_is_the_one_that_runs(name):
     pipe, other = build(name), EVERY_MODEL[name](seed=1)
     with cineray.enable_cache(pipe, NEVER):
@@ -209,7 +211,7 @@ def test_a_block_that_is_exchanged_while_the_cache_is_on_is_the_one_that_runs(na
     assert not torch.equal(call(build(name), STEPS), cached)
 
 
-@pytest.mark.parametrize("name", EVERY_MODEL)
+@pytest.mark.parametrize("name", MODELS)
 def test_bfloat16(name):
     def cast(pipe):
         (pipe.transformer if name == "open_sora" else pipe).to(torch.bfloat16)
