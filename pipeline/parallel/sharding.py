@@ -7,7 +7,7 @@ the model's own attention processors run, with an attention that spans ranks whe
 Letters: B batch, S image tokens, T text tokens, D channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import copy
 from functools import partial
@@ -94,7 +94,7 @@ class ShardedTransformer:
         run = self._run_hint if name == self._layout.hints else self._run
         return [partial(run, [block], number == 0) for number, block in enumerate(callables)]
 
-    def _run(self, blocks: list[Callable[..., Any]], is_first: bool, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, blocks: Sequence[Callable[..., Any]], is_first: bool, *args: Any, **kwargs: Any) -> Any:
         """Blocks one after the other.
 
         Args:
@@ -107,7 +107,7 @@ class ShardedTransformer:
 
     def _run_hint(
         self,
-        blocks: list[Callable[..., Any]],
+        blocks: Sequence[Callable[..., Any]],
         is_first: bool,
         hidden_states: torch.Tensor,
         text: torch.Tensor,
