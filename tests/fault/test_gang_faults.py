@@ -131,6 +131,7 @@ def test_a_clip_that_kills_its_rank_each_time_is_quarantined_and_the_others_are_
     assert not (out / ".state").exists()
 
 
+@pytest.mark.exhaustive
 def test_drivers_that_are_two_or_killed_or_told_to_stop(cluster, batch, undisturbed):
     """One of two drivers renders; what it had done when it was killed or stopped is not done again."""
     _, out, _ = batch

@@ -1,6 +1,5 @@
 """Where a real Ray places gangs and finishers: on pretended GPUs, by actors that do nothing, and once in earnest."""
 
-import os
 import subprocess
 import sys
 import threading
@@ -88,23 +87,31 @@ def check_places(batch):
         assert device in gangs[number % batch.fleet.num_gangs]
 
 
+def place(num_ranks, num_gangs, num_finishers):
+    """A layout's world size is all that counts for Ray."""
+    wait_until(all_are_free)
+    batch = NoOpBatch.begun(Layout(ulysses=num_ranks), num_gangs, num_finishers, list(nodes_now().values()))
+    batch.until(batch.all_are_placed)
+    check_places(batch)
+    assert len(batch.finisher_places()) == num_finishers
+    batch.end()
+
+
 @pytest.mark.usefixtures("eight_gpus")
-def test_every_number_of_gangs_and_ranks_on_eight_gpus_places_with_its_finishers():
-    """A layout's world size is all that counts for Ray. Here as many gangs as there is room for, of each size;
-    CINERAY_ALL_PLACES=1 has fewer gangs too, and all numbers of finishers (a quarter of an hour)."""
-    sizes = range(1, NUM_GPUS + 1)
-    if os.environ.get("CINERAY_ALL_PLACES") == "1":
-        cases = [(ranks, gangs, some) for ranks in sizes for gangs in range(1, NUM_GPUS // ranks + 1) for some in sizes]
-    else:
-        cases = [(ranks, NUM_GPUS // ranks, some) for ranks, some in zip(sizes, (1, 2, 3, 4, 1, 2, 8, 3), strict=True)]
-    for num_ranks, num_gangs, num_finishers in cases:
-        wait_until(all_are_free)
-        nodes = list(nodes_now().values())
-        batch = NoOpBatch.begun(Layout(ulysses=num_ranks), num_gangs, num_finishers, nodes)
-        batch.until(batch.all_are_placed)
-        check_places(batch)
-        assert len(batch.finisher_places()) == num_finishers
-        batch.end()
+def test_as_many_gangs_as_there_is_room_for_place_with_their_finishers():
+    for num_ranks, num_finishers in zip(range(1, NUM_GPUS + 1), (1, 2, 3, 4, 1, 2, 8, 3), strict=True):
+        place(num_ranks, NUM_GPUS // num_ranks, num_finishers)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("eight_gpus")
+@pytest.mark.parametrize(
+    ("num_ranks", "num_gangs"),
+    [(ranks, gangs) for ranks in range(1, NUM_GPUS + 1) for gangs in range(1, NUM_GPUS // ranks + 1)],
+)
+def test_every_number_of_gangs_ranks_and_finishers_places(num_ranks, num_gangs):
+    for num_finishers in range(1, NUM_GPUS + 1):
+        place(num_ranks, num_gangs, num_finishers)
 
 
 @pytest.mark.usefixtures("eight_gpus")

@@ -80,7 +80,7 @@ def in_tmpfs(folder: Path, size_kib: int, script: str) -> subprocess.CompletedPr
     )
 
 
-@pytest.mark.parametrize("on_ray", [(), pytest.param(("--gangs", 2), marks=pytest.mark.ray)])
+@pytest.mark.parametrize("on_ray", [(), pytest.param(("--gangs", 2), marks=[pytest.mark.ray, pytest.mark.exhaustive])])
 def test_a_full_disk_ends_the_run_with_one_line_and_no_half_clip(checkpoint_folder, tmp_path, on_ray):
     out, num_clips = tmp_path / "out", 12 if on_ray else 5
     out.mkdir()

@@ -26,7 +26,9 @@ def _cluster():
     ray.shutdown()
 
 
-@pytest.mark.parametrize(("model", "prompt"), [("tiny-wan2.2", CLIP), ("tiny-dit", STILL)])
+@pytest.mark.parametrize(
+    ("model", "prompt"), [("tiny-wan2.2", CLIP), pytest.param("tiny-dit", STILL, marks=pytest.mark.exhaustive)]
+)
 def test_a_rank_that_dies_loses_no_clip(model, prompt, tmp_path, capsys):
     manifest = tmp_path / "m.jsonl"
     rows = [{"id": name, "prompt": prompt, "seed": i, "steps": STEPS} for i, name in enumerate("abc")]

@@ -18,8 +18,9 @@ from cineray.pipeline.resume.encoded_prompts import encode_prompt, read_encoded
 
 STEPS = 6
 MARK = "0123456789ab"
-# latent frames that `output_type="latent"` leaves out, frames that the pipeline makes and leaves out
 ALIKE = ("hunyuan_concat", "hunyuan15_image", "wan22_image", "ti2v_image")  # cached as their text-to-video kin are
+SOME_AND_ALIKE = [pytest.param(name, marks=pytest.mark.exhaustive) if name in ALIKE else name for name in MORE_MODELS]
+# latent frames that `output_type="latent"` leaves out, frames that the pipeline makes and leaves out
 NOT_SHOWN = {"hunyuan_concat": (1, 4)}
 
 
@@ -114,6 +115,7 @@ def test_the_same_bits_with_other_settings(loaded, new_request, tmp_path, name, 
     assert np.array_equal(render_clip(model, request, quiet).frames, pixels_of(name, model, request))
 
 
+@pytest.mark.parametrize("name", SOME_AND_ALIKE)
 def test_a_clip_resumes_bit_for_bit(loaded, new_request, tmp_path, name):
     model, path = loaded(name), tmp_path / f"1.{MARK}.safetensors"
     request = clip_of(name, new_request, tmp_path, num_inference_steps=STEPS)
@@ -169,9 +171,7 @@ def test_stages_that_hold_only_their_parts_make_the_same_clip(checkpoint_folder,
     assert np.array_equal(decode_clip(finisher, clip, request).frames, whole.frames)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.exhaustive) if name in ALIKE else name for name in MORE_MODELS]
-)
+@pytest.mark.parametrize("name", SOME_AND_ALIKE)
 @pytest.mark.parametrize("cache", ["dicache(threshold=1.0)", "interval(interval=2)", "fitted(speedup=2)"])
 def test_a_clip_is_cached_and_as_before_without(loaded, new_request, tmp_path, monkeypatch, name, cache):
     model = loaded(name)

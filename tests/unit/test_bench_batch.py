@@ -11,6 +11,7 @@ from conftest import REPOSITORY
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("arguments", "measured"),
     [

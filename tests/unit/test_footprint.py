@@ -92,6 +92,11 @@ def test_weights_that_can_be_held_in_8_bits_are_as_many_as_the_blocks_have(model
     assert block_linear_parameters(found.config("transformer")) == sum(layer.weight.numel() for layer in layers)
 
 
+def _more(*values: Any) -> Any:
+    """A case for `scripts/test --all`."""
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
+
+
 def rows() -> Iterator[Any]:
     """A few of the table's: each family, with and without ranks, with a cache."""
     decoded = ((WAN, "decode"), (HUNYUAN, "decode"), (HUNYUAN, "tiled"))  # Wan's many small tiles take half a minute
@@ -106,7 +111,7 @@ def rows() -> Iterator[Any]:
         is_decoded |= what in decoded and size == (832, 480, 33) and row["layout"] != "ulysses2"
         if (is_denoised and row["cache"] != "none") or is_decoded or what in encoded:
             is_dear = row["part"] == "tiled" or row["layout"] == "ring2xulysses4"
-            yield pytest.param(row, marks=pytest.mark.exhaustive) if is_dear else row
+            yield _more(row) if is_dear else row
 
 
 FIELDS = ("model", "part", "width", "height", "frames", "layout", "cache", "weights_as")
@@ -230,7 +235,11 @@ def test_the_host_waits_for_the_gpu_a_few_times_a_step(model, layout, computed, 
 
 @pytest.mark.parametrize(
     ("model", "layout"),
-    [(WAN, "ulysses2"), ("wan2.2-i2v-a14b", "1"), (HUNYUAN, "ulysses2"), (HUNYUAN_15, "1"), (FLUX, "ulysses2")],
+    [
+        (WAN, "ulysses2"),
+        (HUNYUAN, "ulysses2"),
+        *(_more(*case) for case in (("wan2.2-i2v-a14b", "1"), (HUNYUAN_15, "1"), (FLUX, "ulysses2"))),
+    ],
 )
 def test_forecasts_of_whole_steps_never_have_the_host_wait(model, layout):
     """But for a model's own waits, and one of HunyuanVideo and FLUX for the noise levels, in the first step."""
@@ -243,8 +252,8 @@ def test_forecasts_of_whole_steps_never_have_the_host_wait(model, layout):
     assert not any(step.exchanges for step in taken if not step.is_computed)
 
 
-@pytest.mark.parametrize("model", [WAN, "wan2.1-t2v-1.3b", HUNYUAN, HUNYUAN_15, I2V_15])
-@pytest.mark.parametrize("layout", ["1", "ulysses2", "ring2xulysses2"])
+@pytest.mark.parametrize("model", [WAN, HUNYUAN, HUNYUAN_15, *map(_more, ("wan2.1-t2v-1.3b", I2V_15))])
+@pytest.mark.parametrize("layout", ["ring2xulysses2", *map(_more, ("1", "ulysses2"))])
 def test_operations_in_closed_form_are_those_that_pytorch_counts(model, layout):
     degrees, checkpoint = parse_layout(layout), published_checkpoint(model)
     taken = denoise(model, layout, ALWAYS_SKIPS)
@@ -340,7 +349,7 @@ def logs_of(model: str, layout: str, cache: str) -> list[list[Exchange]]:
         (HUNYUAN_15, "cfg2xulysses2", ALWAYS_SKIPS),
         (FLUX, "ring2xulysses2", "none"),
         *(
-            pytest.param(*case, marks=pytest.mark.exhaustive)
+            _more(*case)
             for case in (
                 *itertools.product(["wan2.1-t2v-1.3b"], ["ulysses2", "ring2", "cfg2"], ["none"]),
                 ("wan2.1-t2v-1.3b", "cfg2xring2xulysses2", ALWAYS_SKIPS),
