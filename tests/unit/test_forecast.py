@@ -428,8 +428,9 @@ def test_weights_in_closed_form_are_those_that_the_harness_holds(row):
         table = 2 * (config["num_embeds_ada_norm"] + 1) * hidden_size(config)
         outside -= (config["num_layers"] - row["num_blocks"]) * table
     kept = few // parse_layout(row["layout"]).sequence_ranks if row["weights_as"] == "sharded" else few // 2
-    # norms and biases of blocks stand in `outside`, for all of them: 3.5 % of a quarter of two blocks of VACE 1.3B's 45
-    assert outside + kept >= row["weights_bytes"] >= 0.96 * (outside + kept)
+    # norms and biases of blocks stand in `outside`, for all of them: 3.5 % of a quarter of two of VACE 1.3B's 45 blocks
+    least = 0.96 if row["model"] == "wan2.1-vace-1.3b" else 0.97
+    assert outside + kept >= row["weights_bytes"] >= least * (outside + kept)
 
 
 @pytest.mark.parametrize(
