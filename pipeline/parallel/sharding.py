@@ -91,8 +91,9 @@ class ShardedTransformer:
         callables = blocks.yields if isinstance(blocks, BlockListProxy) else list(blocks)
         if self._layout.hints is None:
             return [partial(self._run, callables, name == self._layout.lists[0])]
-        run = self._run_hint if name == self._layout.hints else self._run
-        return [partial(run, [block], number == 0) for number, block in enumerate(callables)]
+        if name == self._layout.hints:
+            return [partial(self._run_hint, block, number == 0) for number, block in enumerate(callables)]
+        return [partial(self._run, [block], number == 0) for number, block in enumerate(callables)]
 
     def _run(self, blocks: Sequence[Callable[..., Any]], is_first: bool, *args: Any, **kwargs: Any) -> Any:
         """Blocks one after the other.
@@ -107,7 +108,7 @@ class ShardedTransformer:
 
     def _run_hint(
         self,
-        blocks: Sequence[Callable[..., Any]],
+        block: Callable[..., Any],
         is_first: bool,
         hidden_states: torch.Tensor,
         text: torch.Tensor,
@@ -120,7 +121,7 @@ class ShardedTransformer:
         Args:
             is_first: the control's hidden states are of all tokens, too; else of this rank's.
         """
-        own, (block,) = self._begin(hidden_states), blocks
+        own = self._begin(hidden_states)
         assert self._sequence is not None
         control = self._sequence.shards.own(control, 1).contiguous() if is_first else control
         return block(own, text, control, temb, self._own_rotary(rotary))
