@@ -257,6 +257,8 @@ def quality(
 ) -> int:
     """Compares cached clips with uncached ones: PSNR, SSIM, VMAF, cost and time of each policy.
 
+    Sounds are compared by their signal-to-noise ratio and their spectra.
+
     A policy is written as for --cache, or is fewer-steps(N): N uncached steps, the rival that every cache must beat,
     or fewer-steps(N,profile=auto): those of the steps that `fitted` with this profile would compute; or a cache of
     diffusers: diffusers:taylorseer-lite(interval=3,order=1,before=12,after=48), taylorseer, seacache, fbcache,
@@ -293,7 +295,13 @@ def _print_quality(rows: "list[BenchRow]") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("at", "by blocks", "by CPU time", "PSNR dB [95 %]", "worst clip dB", "VMAF", "denoising s", box=None)
+    from cineray.jobs.measure.quality_tables import kept_text
+
+    is_of_sounds = any(bench_row.row is not None and bench_row.row.is_of_sounds for bench_row in rows)
+    kept, further = ("SNR", "log STFT dB apart") if is_of_sounds else ("PSNR", "VMAF")
+    table = Table(
+        "at", "by blocks", "by CPU time", f"{kept} dB [95 %]", "worst clip dB", further, "denoising s", box=None
+    )
     table.add_column("policy", overflow="fold")
     for bench_row in rows:
         at, row = f"{bench_row.at:g}x" if bench_row.at else "", bench_row.row
@@ -301,10 +309,10 @@ def _print_quality(rows: "list[BenchRow]") -> None:
         if row is None:
             table.add_row(at, f"at most {bench_row.best_speedup:.2f}x", "", "", "", "", "", policy)
             continue
-        interval = "" if row.psnr_ci95 is None else f" [{row.psnr_ci95[0]:.1f}, {row.psnr_ci95[1]:.1f}]"
         by_time = "" if row.cpu_ratio is None else f"{1 / row.cpu_ratio:.2f}x"
-        psnr, vmaf = f"{row.psnr_db:.1f}{interval}", "" if row.vmaf is None else f"{row.vmaf:.1f}"
-        values = (f"{row.speedup:.2f}x", by_time, psnr, f"{row.worst_psnr_db:.1f}", vmaf)
+        score = row.log_stft_db if is_of_sounds else row.vmaf
+        values = (f"{row.speedup:.2f}x", by_time, kept_text(row), f"{row.worst_kept_db:.1f}")
+        values += ("" if score is None else f"{score:.1f}",)
         table.add_row(at, *values, f"{row.denoise_s:.2f}", policy)
     print_table(table)
 

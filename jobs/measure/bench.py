@@ -16,7 +16,6 @@ from cineray.jobs.measure.quality import NUM_TIMED_CLIPS, QualityMeter, QualityR
 from cineray.jobs.measure.quality_tables import files_of
 from cineray.jobs.out_file import check_out, ended_by_sigterm, locked, replace_text
 from cineray.jobs.output.record import render_options, software_versions
-from cineray.jobs.pixels import refuse_sounds
 from cineray.pipeline.loading.model import LoadedModel
 from cineray.pipeline.media.inputs import Pictures
 from cineray.pipeline.request import ClipRequest, InputError, fingerprint
@@ -63,7 +62,6 @@ def bench_quality(
     Raises:
         InputError: a bad policy or target, or `out` holds a bench of other clips, or cannot be written.
     """
-    refuse_sounds(model.checkpoint, "bench quality")
     asked = _asked(model, policies, targets, {request.num_inference_steps for request in requests})
     file = None if out is None else _BenchFile(out, measured_on(model, requests), model)
     known = {} if file is None else file.add({})
@@ -94,11 +92,16 @@ def in_short(row: BenchRow) -> dict[str, Any]:
         "num_clips": found.num_clips,
         "cost": found.cost,
         "wall_ratio": found.wall_ratio,
-        "psnr_mean": found.psnr_db,
-        "psnr_worst": found.worst_psnr_db,
-        "psnr_ci95": found.psnr_ci95,
-        "ssim": found.ssim,
+        **_quality_in_short(found),
     }
+
+
+def _quality_in_short(row: QualityRow) -> dict[str, Any]:
+    if row.is_of_sounds:
+        kept = {"snr_mean": row.snr_db, "snr_worst": row.worst_snr_db, "snr_ci95": row.snr_ci95}
+        return kept | {"log_stft_db": row.log_stft_db, "stft_convergence": row.stft_convergence}
+    kept = {"psnr_mean": row.psnr_db, "psnr_worst": row.worst_psnr_db, "psnr_ci95": row.psnr_ci95}
+    return kept | {"ssim": row.ssim, "vmaf": row.vmaf}
 
 
 def write_tables(folder: Path, rows: list[BenchRow], title: str) -> None:

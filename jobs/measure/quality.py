@@ -1,6 +1,5 @@
 """Quality against cost: the same clips with and without a cache."""
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,15 +8,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from cineray.jobs.measure import peers
+from cineray.jobs.measure.clip_scores import mean, scores_of
 from cineray.jobs.measure.fewer_steps import FewerSteps, parse_fewer_steps
 from cineray.pipeline.loading.model import LoadedModel
-from cineray.pipeline.media.compare import EQUAL_CLIPS_DB, motion_psnr_db, psnr_db, ssim, vmaf_and_xpsnr
-from cineray.pipeline.media.ffmpeg import VideoError
 from cineray.pipeline.render import DenoisedClip, decode_clip, denoise_prepared, prepare_clip
 from cineray.pipeline.request import ClipRequest, InputError
 
 NUM_TIMED_CLIPS = 3  # of each policy, in turn with the uncached ones
-NUM_RESAMPLES = 2000  # of the bootstrap
 
 ClipDone = Callable[[str, int, int], None]  # (policy, clips done, clips)
 
@@ -30,12 +27,15 @@ class QualityRow:
         text: the policy with all its options.
         cost: block evaluations as a share of those of the uncached clip, probes included; mean over clips.
         speedup: 1 / cost.
-        psnr_db, ssim: mean over clips, against the uncached clips; `worst_psnr_db` is the worst clip's.
+        denoise_s: seconds that denoising a clip took here, mean over clips.
+        psnr_db, ssim: mean over clips, against the uncached clips; `worst_psnr_db` is the worst clip's. None for
+            sounds, as all of pixels.
+        psnr_ci95: 95 % interval of the mean PSNR, bootstrap over clips; None for one clip.
         vmaf, xpsnr_db: the same; None where ffmpeg has no libvmaf or xpsnr.
         motion_psnr_db: the same of what changes from frame to frame; None for pictures.
-        denoise_s: seconds that denoising a clip took here, mean over clips.
-        psnr_ci95: 95 % interval of the mean PSNR, bootstrap over clips; None for one clip.
         clips_psnr_db, clips_vmaf: of each clip, in order, to compare policies pair by pair.
+        snr_db, worst_snr_db, snr_ci95, clips_snr_db: of sounds, as those of PSNR.
+        log_stft_db, stft_convergence: distances of sounds' spectra (`pipeline/media/spectra.py`), mean over clips.
         wall_ratio, cpu_ratio: denoising time over that of the uncached clip, which was rendered right before or after
             it in this process; median over the first `num_timed` clips.
     """
@@ -45,10 +45,10 @@ class QualityRow:
     num_clips: int
     cost: float
     speedup: float
-    psnr_db: float
-    worst_psnr_db: float
-    ssim: float
     denoise_s: float
+    psnr_db: float | None = None
+    worst_psnr_db: float | None = None
+    ssim: float | None = None
     psnr_ci95: tuple[float, float] | None = None
     clips_psnr_db: tuple[float, ...] = ()
     wall_ratio: float | None = None
@@ -58,6 +58,34 @@ class QualityRow:
     xpsnr_db: float | None = None
     motion_psnr_db: float | None = None
     clips_vmaf: tuple[float, ...] = ()
+    snr_db: float | None = None
+    worst_snr_db: float | None = None
+    snr_ci95: tuple[float, float] | None = None
+    clips_snr_db: tuple[float, ...] = ()
+    log_stft_db: float | None = None
+    stft_convergence: float | None = None
+
+    @property
+    def is_of_sounds(self) -> bool:
+        return self.psnr_db is None
+
+    @property
+    def kept_db(self) -> float:
+        """What rows are ranked by: PSNR, or of sounds SNR."""
+        kept = self.snr_db if self.is_of_sounds else self.psnr_db
+        assert kept is not None
+        return kept
+
+    @property
+    def worst_kept_db(self) -> float:
+        """The worst clip's."""
+        kept = self.worst_snr_db if self.is_of_sounds else self.worst_psnr_db
+        assert kept is not None
+        return kept
+
+    @property
+    def kept_ci95(self) -> tuple[float, float] | None:
+        return self.snr_ci95 if self.is_of_sounds else self.psnr_ci95
 
 
 def policy_text(policy: str, model: LoadedModel) -> str:
@@ -82,8 +110,6 @@ def policy_text(policy: str, model: LoadedModel) -> str:
 class QualityMeter:
     """Renders clips with policies and compares them with the uncached ones, which are rendered once.
 
-    Frames are compared before any encoding.
-
     Args:
         on_clip: told of every clip that is rendered.
     """
@@ -96,7 +122,6 @@ class QualityMeter:
     _rows: dict[str, QualityRow] = field(default_factory=dict)  # by policy: nothing is measured twice
     _speedups: dict[tuple[str, int], float] = field(default_factory=dict)
     _products: float | None = None
-    _has_no_vmaf: bool = False
 
     def measure(self, policy: str) -> QualityRow:
         """Renders with one policy and returns its row of the table.
@@ -108,36 +133,24 @@ class QualityMeter:
             return self._rows[policy]
         if not self._reference:
             self._reference = [self._frames(clip, r) for clip, r in self._render("none", self.requests)]
-        psnr, similar, seen, motion, timed, pairs = [], [], [], [], [], []
+        scores, timed, pairs = scores_of(self.model.checkpoint.model.output), [], []
         for (clip, request), original in zip(self._render(policy, self.requests), self._reference, strict=True):
-            frames = self._frames(clip, request)
-            psnr.append(min(psnr_db(frames, original), EQUAL_CLIPS_DB))
-            similar.append(ssim(frames, original))
-            seen.append(self._vmaf_and_xpsnr(frames, original))
-            motion.append(motion_psnr_db(frames, original))
+            scores.add(self._frames(clip, request), original)
             timed.append(clip)
             if len(pairs) < min(self.num_timed, len(self.requests)):
                 pairs.append((clip, self._denoise("none", self.requests[len(pairs)])))
-        cost = _mean([clip.cost for clip in timed])
+        cost = mean([clip.cost for clip in timed])
         self._rows[policy] = QualityRow(
             policy=policy,
             text=policy_text(policy, self.model),
-            num_clips=len(psnr),
+            num_clips=len(timed),
             cost=round(cost, 4),
             speedup=round(1 / cost, 3),
-            psnr_db=round(_mean(psnr), 2),
-            worst_psnr_db=round(min(psnr), 2),
-            ssim=round(_mean(similar), 4),
-            denoise_s=round(_mean([clip.denoised.denoise_s for clip in timed]), 3),
-            psnr_ci95=interval_of_mean(psnr),
-            clips_psnr_db=tuple(round(value, 2) for value in psnr),
+            denoise_s=round(mean([clip.denoised.denoise_s for clip in timed]), 3),
             wall_ratio=_median_ratio([(c.denoised.denoise_s, bare.denoised.denoise_s) for c, bare in pairs]),
             cpu_ratio=_median_ratio([(c.cpu_s, bare.cpu_s) for c, bare in pairs]),
             num_timed=len(pairs),
-            vmaf=_mean_of_all([score and score[0] for score in seen], 2),
-            xpsnr_db=_mean_of_all([score and min(score[1], EQUAL_CLIPS_DB) for score in seen], 2),
-            motion_psnr_db=_mean_of_all([value and min(value, EQUAL_CLIPS_DB) for value in motion], 2),
-            clips_vmaf=tuple(round(score[0], 2) for score in seen if score is not None),
+            **scores.columns(),
         )
         return self._rows[policy]
 
@@ -146,7 +159,7 @@ class QualityMeter:
         place = (policy, num_clips)
         if place not in self._speedups:
             found = [clip.cost for clip, _ in self._render(policy, self.requests[:num_clips])]
-            self._speedups[place] = 1 / _mean(found)
+            self._speedups[place] = 1 / mean(found)
         return self._speedups[place]
 
     def _render(self, policy: str, requests: list[ClipRequest]) -> Iterator[tuple["_Clip", ClipRequest]]:
@@ -157,15 +170,6 @@ class QualityMeter:
 
     def _frames(self, clip: "_Clip", request: ClipRequest) -> np.ndarray:
         return decode_clip(self.model, clip.denoised, request).frames
-
-    def _vmaf_and_xpsnr(self, frames: np.ndarray, original: np.ndarray) -> tuple[float, float] | None:
-        if self._has_no_vmaf:
-            return None
-        try:
-            return vmaf_and_xpsnr(frames, original)
-        except VideoError:  # of another ffmpeg than the one that imageio-ffmpeg ships
-            self._has_no_vmaf = True
-            return None
 
     def _denoise(self, policy: str, request: ClipRequest) -> "_Clip":
         if peers.is_peer(policy):
@@ -196,18 +200,6 @@ class QualityMeter:
         return self._products
 
 
-def interval_of_mean(values: Sequence[float]) -> tuple[float, float] | None:
-    """95 % interval of the mean, percentile bootstrap; None for fewer than two values."""
-    from scipy.stats import bootstrap  # takes a second to import
-
-    if len(values) < 2:
-        return None
-    found = bootstrap(
-        (np.asarray(values),), np.mean, n_resamples=NUM_RESAMPLES, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    return round(float(found.low), 2), round(float(found.high), 2)
-
-
 def _median_ratio(pairs: Sequence[tuple[float, float]]) -> float | None:
     return round(statistics.median(one / other for one, other in pairs), 4) if pairs else None
 
@@ -217,13 +209,3 @@ class _Clip:
     denoised: DenoisedClip
     cost: float
     cpu_s: float
-
-
-def _mean_of_all(values: Sequence[float | None], digits: int) -> float | None:
-    """None where one is missing."""
-    known = [value for value in values if value is not None]
-    return round(_mean(known), digits) if known and len(known) == len(values) else None
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)

@@ -7,6 +7,7 @@ from cineray.caching.profile import QualityPoint, QualityProfile
 from cineray.jobs.measure.bench import bench_quality
 from cineray.jobs.measure.calibration import family_of, identity_of, source_of
 from cineray.jobs.out_file import check_out, replace_text
+from cineray.jobs.pixels import refuse_sounds
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.model import LoadOptions, load_model
 from cineray.pipeline.request import ClipRequest, InputError
@@ -26,9 +27,11 @@ def calibrate_quality(
         fitted: the profile of `fitted`.
 
     Raises:
-        InputError: too few clips or steps, a bad profile, an unsupported model, or `out` not writable.
+        InputError: too few clips or steps, a bad profile, an unsupported model, one of sounds, or `out` not
+            writable.
     """
     check_out(out, "calibrate")
+    refuse_sounds(checkpoint, "calibrate quality")
     if len(requests) < MIN_CLIPS:
         raise InputError(f"calibrate quality: give {MIN_CLIPS} or more clips, got {len(requests)}")
     if any(request.num_inference_steps < MIN_STEPS for request in requests):

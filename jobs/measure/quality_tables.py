@@ -10,14 +10,16 @@ from cineray.jobs.measure.quality import QualityRow
 from cineray.jobs.measure.study_plots import COLOURS, DPI, FORMATS, MARKERS
 
 _NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?")
-_COLUMNS = (
-    *("policy", "num_clips", "speedup", "wall_ratio", "cpu_ratio", "num_timed"),
-    *("psnr_db", "psnr_ci95", "worst_psnr_db", "ssim", "vmaf", "xpsnr_db", "motion_psnr_db", "best", "text"),
-)
+_RUN = ("policy", "num_clips", "speedup", "wall_ratio", "cpu_ratio", "num_timed")
+_OF_FRAMES = ("psnr_db", "psnr_ci95", "worst_psnr_db", "ssim", "vmaf", "xpsnr_db", "motion_psnr_db")
+_OF_SOUNDS = ("snr_db", "snr_ci95", "worst_snr_db", "log_stft_db", "stft_convergence")
+_FRAME_HEADS = ("PSNR dB, mean [95 %]", "worst", "SSIM", "VMAF", "XPSNR dB", "frame to frame, dB")
+_SOUND_HEADS = ("SNR dB, mean [95 %]", "worst", "log STFT, dB apart", "spectral convergence")
 
 
 def best_rows(rows: Sequence[QualityRow]) -> set[str]:
-    """Policies that no other beats in both mean PSNR and cost: the Pareto front. Cost is time where it was measured."""
+    """Policies that no other beats in both what they keep and cost: the Pareto front. Cost is time where it was
+    measured."""
 
     def cost(row: QualityRow) -> float:
         return row.cpu_ratio if has_times and row.cpu_ratio is not None else row.cost
@@ -28,8 +30,8 @@ def best_rows(rows: Sequence[QualityRow]) -> set[str]:
         for row in rows
         for other in rows
         if cost(other) <= cost(row)
-        and other.psnr_db >= row.psnr_db
-        and (cost(other), other.psnr_db) != (cost(row), row.psnr_db)
+        and other.kept_db >= row.kept_db
+        and (cost(other), other.kept_db) != (cost(row), row.kept_db)
     }
     return {row.policy for row in rows} - beaten
 
@@ -43,33 +45,45 @@ def files_of(rows: Sequence[QualityRow], title: str) -> dict[str, bytes]:
 def _csv(rows: Sequence[QualityRow]) -> str:
     content, best = StringIO(), best_rows(rows)
     writer = csv.writer(content, lineterminator="\n")
-    writer.writerow(_COLUMNS)
+    columns = (*_RUN, *(_OF_SOUNDS if rows[0].is_of_sounds else _OF_FRAMES), "best", "text")
+    writer.writerow(columns)
     for row in rows:
-        low, high = row.psnr_ci95 or ("", "")
-        values = {"psnr_ci95": f"{low}:{high}" if row.psnr_ci95 else "", "best": row.policy in best}
-        writer.writerow([values[name] if name in values else getattr(row, name) for name in _COLUMNS])
+        low, high = row.kept_ci95 or ("", "")
+        interval = f"{low}:{high}" if row.kept_ci95 else ""
+        values = {"psnr_ci95": interval, "snr_ci95": interval, "best": row.policy in best}
+        writer.writerow([values[name] if name in values else getattr(row, name) for name in columns])
     return content.getvalue()
 
 
 def markdown(rows: Sequence[QualityRow], title: str) -> str:
     """Sorted by speed-up; the Pareto front in bold, rivals before cineray's own where they are as fast."""
-    best = best_rows(rows)
+    best, heads = best_rows(rows), _SOUND_HEADS if rows[0].is_of_sounds else _FRAME_HEADS
     lines = [
         f"{title}; **bold**: no other row is both faster and better",
         "",
-        "| policy | clips | speed-up by blocks | by CPU time | by wall time | PSNR dB, mean [95 %] | worst | SSIM | "
-        "VMAF | XPSNR dB | frame to frame, dB |",
-        f"|{'---|' * 11}",
+        f"| policy | clips | speed-up by blocks | by CPU time | by wall time | {' | '.join(heads)} |",
+        f"|{'---|' * (5 + len(heads))}",
     ]
-    for row in sorted(rows, key=lambda row: (round(row.speedup, 1), not peers.is_peer(row.policy), -row.psnr_db)):
+    for row in sorted(rows, key=lambda row: (round(row.speedup, 1), not peers.is_peer(row.policy), -row.kept_db)):
         mark = "**" if row.policy in best else ""
-        interval = "" if row.psnr_ci95 is None else f" [{row.psnr_ci95[0]:.1f}, {row.psnr_ci95[1]:.1f}]"
         lines.append(
             f"| {mark}{row.policy}{mark} | {row.num_clips} | {row.speedup:.2f}x | {_times(row.cpu_ratio)} | "
-            f"{_times(row.wall_ratio)} | {row.psnr_db:.1f}{interval} | {row.worst_psnr_db:.1f} | {row.ssim:.4f} | "
-            f"{_shown(row.vmaf)} | {_shown(row.xpsnr_db)} | {_shown(row.motion_psnr_db)} |"
+            f"{_times(row.wall_ratio)} | {' | '.join(_scores(row))} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def kept_text(row: QualityRow) -> str:
+    """What it keeps, as 45.3 [44.1, 46.6]."""
+    interval = "" if row.kept_ci95 is None else f" [{row.kept_ci95[0]:.1f}, {row.kept_ci95[1]:.1f}]"
+    return f"{row.kept_db:.1f}{interval}"
+
+
+def _scores(row: QualityRow) -> tuple[str, ...]:
+    both = (kept_text(row), f"{row.worst_kept_db:.1f}")
+    if row.is_of_sounds:
+        return (*both, f"{row.log_stft_db:.2f}", f"{row.stft_convergence:.3f}")
+    return (*both, f"{row.ssim:.4f}", _shown(row.vmaf), _shown(row.xpsnr_db), _shown(row.motion_psnr_db))
 
 
 def _times(ratio: float | None) -> str:
@@ -97,8 +111,8 @@ def _draw(rows: Sequence[QualityRow], title: str, kind: str) -> bytes:
     for number, family in enumerate(families):
         own = sorted((r for r in rows if _family(r.policy) == family), key=lambda r: r.speedup)
         x = [1 / (row.cpu_ratio or row.cost) for row in own]
-        y = [row.psnr_db for row in own]
-        spread = [row.psnr_ci95 or (row.psnr_db, row.psnr_db) for row in own]
+        y = [row.kept_db for row in own]
+        spread = [row.kept_ci95 or (row.kept_db, row.kept_db) for row in own]
         errors = [[max(0, v - low) for v, (low, _) in zip(y, spread, strict=True)]]
         errors.append([max(0, high - v) for v, (_, high) in zip(y, spread, strict=True)])
         axes.errorbar(
@@ -114,7 +128,7 @@ def _draw(rows: Sequence[QualityRow], title: str, kind: str) -> bytes:
             marker=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],  # another one where colours come again
         )
     axes.set_xlabel("speed-up of denoising, by CPU time where it was measured, else by blocks")
-    axes.set_ylabel("PSNR against the uncached clip, dB, mean")
+    axes.set_ylabel(f"{'SNR' if rows[0].is_of_sounds else 'PSNR'} against the uncached clip, dB, mean")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=7)
     figure.suptitle(title, fontsize=9)

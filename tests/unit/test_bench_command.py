@@ -35,7 +35,10 @@ def test_rows_come_in_the_order_asked_and_are_kept(run, tmp_path, monkeypatch):
     assert first["rows"][2]["row"]["psnr_db"] == 100
     kept = json.loads(out.read_text())["rows"]
     assert [{name: row[name] for name in kept[0]} for row in first["rows"]] == kept
+    short = {"policy", "num_clips", "cost", "wall_ratio", "psnr_mean", "psnr_worst", "psnr_ci95", "ssim", "vmaf"}
+    assert short < set(first["rows"][0])  # which scripts read
     assert first["rows"][0]["psnr_mean"] == kept[0]["row"]["psnr_db"]
+    assert first["rows"][0]["vmaf"] == kept[0]["row"]["vmaf"]
 
     def no_rendering(*_):
         raise AssertionError("rendered again")
@@ -46,6 +49,47 @@ def test_rows_come_in_the_order_asked_and_are_kept(run, tmp_path, monkeypatch):
     assert second is not None
     assert [row["asked"] for row in second["rows"]] == ["none", "fewer-steps(?)"]
     assert len(json.loads(out.read_text())["rows"]) == 3  # rows that were not asked for stay
+
+
+def test_sounds_are_compared_by_samples_and_spectra(checkpoint_folder, tmp_path, capsys):
+    manifest, tables = tmp_path / "sounds.jsonl", tmp_path / "tables"
+    manifest.write_text("".join(json.dumps({"prompt": "rain", "seed": seed, "seconds": 1.5}) + "\n" for seed in (1, 2)))
+    clips = ["--model", str(checkpoint_folder("stable_audio")), "--manifest", str(manifest), "--steps", "8"]
+    words = ["bench", "quality", "none", "fewer-steps(4)", "smoothcache:SCHEDULE", "interval", *clips, "--json"]
+    schedule = tmp_path / "schedule.json"
+    assert main(["calibrate", "smoothcache", *clips, "--alpha", "0.3", "--out", str(schedule)]) == 0
+    words[4] = f"smoothcache:{schedule}"
+    capsys.readouterr()
+    assert main([*words, "--out", str(tmp_path / "bench.json"), "--tables", str(tables)]) == 0
+    said = capsys.readouterr()
+    rows = json.loads(said.out.strip().rsplit("\n", 1)[-1])["rows"]
+    none, fewer, _, interval = rows
+    assert (none["snr_mean"], none["snr_worst"], none["log_stft_db"], none["stft_convergence"]) == (100, 100, 0, 0)
+    for row in (fewer, interval):
+        assert row["snr_worst"] <= row["snr_mean"] < 100
+        assert row["log_stft_db"] > 0
+        assert row["stft_convergence"] > 0
+        assert len(row["row"]["clips_snr_db"]) == 2
+        assert row["row"]["psnr_db"] is None
+    assert "SNR dB" in said.out
+    assert "log STFT, dB apart" in (tables / "quality.md").read_text()
+    assert (
+        (tables / "quality.csv")
+        .read_text()
+        .startswith("policy,num_clips,speedup,wall_ratio,cpu_ratio,num_timed,snr_db,")
+    )
+    assert {path.name for path in tables.iterdir()} == {f"quality.{kind}" for kind in ("csv", "md", "png", "svg")}
+
+
+def test_calibrations_of_pixels_refuse_sounds(checkpoint_folder, tmp_path, capsys):
+    manifest, out = tmp_path / "sounds.jsonl", tmp_path / "profile.json"
+    manifest.write_text('{"prompt": "rain"}\n')
+    for command in ("dicache", "quality"):
+        words = ["calibrate", command, "--model", str(checkpoint_folder("stable_audio")), "--manifest", str(manifest)]
+        capsys.readouterr()
+        assert main([*words, "--out", str(out)]) == 2
+        assert "makes sounds, and quality is measured in pixels" in capsys.readouterr().err
+        assert not out.exists()
 
 
 def test_an_interrupted_bench_goes_on_where_it_was(run, tmp_path, monkeypatch):

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from cineray.jobs.measure.clip_scores import interval_of_mean
 from cineray.jobs.measure.equal_cost import parse_sweep
 from cineray.jobs.measure.peers import PEERS, option_types, parse_peer
-from cineray.jobs.measure.quality import QualityMeter, QualityRow, interval_of_mean
+from cineray.jobs.measure.quality import QualityMeter, QualityRow
 from cineray.jobs.measure.quality_tables import _family, best_rows, files_of, markdown
 from cineray.pipeline.request import InputError
 
