@@ -115,8 +115,14 @@ def local_changes(ranks, num_ranks, builder):
     return [seen.statistics[1] for seen in decide_on(ranks, num_ranks, builder, 1e-9, steps=2, mode="none")]
 
 
-@pytest.mark.parametrize("builder", ["wan", "hunyuan"])
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize(
+    ("num_ranks", "builder"),
+    [
+        (2, "hunyuan"),
+        (4, "wan"),
+        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in ((2, "wan"), (4, "hunyuan"))),
+    ],
+)
 def test_thresholds_between_the_ranks_own_changes_decide_the_same_everywhere(ranks, builder, num_ranks):
     local = sorted(local_changes(ranks, num_ranks, builder))
     assert local[-1] > 3 * local[0]

@@ -47,8 +47,14 @@ def decode_on_rank(rank, num_ranks, init_method, name):
     return results
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-@pytest.mark.parametrize("name", ["tiny-wan", "tiny-hunyuan"])
+@pytest.mark.parametrize(
+    ("name", "num_ranks"),
+    [
+        ("tiny-wan", 4),
+        ("tiny-hunyuan", 2),
+        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in (("tiny-wan", 2), ("tiny-hunyuan", 4))),
+    ],
+)
 def test_rows_on_ranks_are_the_frames_of_one_rank(ranks, name, num_ranks):
     results = ranks.run(decode_on_rank, num_ranks, name, timeout_s=300)[0]
     for (error, largest_level, share, num_rows, height), shape in zip(results, SHAPES, strict=True):

@@ -93,13 +93,21 @@ def test_ulysses_equals_one_rank_bit_for_bit(ranks, name, layout):
             assert largest > 0.1  # a model that gave nothing would agree too
 
 
-@pytest.mark.parametrize("name", ["wan", "hunyuan"])
+BRIEF = ("wan", "hunyuan")  # in 16 bits too; the others by scripts/test --all
+
+
+@pytest.mark.parametrize("name", BRIEF)
 def test_ulysses_equals_one_rank_in_bfloat16_too(ranks, name):
     assert all(call[0] == 0 for result in run(ranks, "ulysses4", name, torch.bfloat16) for call in result)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in CALLS),
+        *(pytest.param(name, torch.bfloat16, marks=() if name in BRIEF else pytest.mark.exhaustive) for name in CALLS),
+    ],
+)
 @pytest.mark.parametrize("layout", ["ring2", "ring3", "ring2xulysses2"])
 def test_a_ring_is_within_its_bound(ranks, name, layout, dtype):
     results = run(ranks, layout, name, dtype)

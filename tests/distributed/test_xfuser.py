@@ -42,7 +42,10 @@ def usp_ranks():
     pool.close()
 
 
-@pytest.mark.parametrize("layout", ["ulysses2", "ring2xulysses2", "cfg2xulysses2"])
+@pytest.mark.parametrize(
+    "layout",
+    ["ring2xulysses2", *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ("ulysses2", "cfg2xulysses2"))],
+)
 def test_usp_gives_what_one_rank_gives(usp_ranks, layout):
     calls = [("wan", EVEN), ("wan_i2v", EVEN), ("hunyuan", EVEN), ("hunyuan", {"valid_text": (5,)}), ("flux", EVEN)]
     assert {builder for builder, _ in calls} <= {builder for builder, _ in CALLS.values()}

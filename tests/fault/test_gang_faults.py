@@ -75,6 +75,7 @@ def test_gangs_that_come_up_while_a_manifest_is_checked_go_if_it_is_bad(batch, c
     assert wait_for(lambda: not ray.util.list_named_actors())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("slow_check")
 def test_two_gangs_render_the_pixels_of_one_process_and_encode_a_prompt_once(batch, undisturbed, capsys):
     code, summary, _ = render(capsys, *batch, "--gangs", 2)
@@ -121,6 +122,7 @@ def test_a_clip_that_kills_its_rank_each_time_is_quarantined_and_the_others_are_
     (error,) = (clip["error"] for clip in summary["clips"] if "error" in clip)
     assert "3 attempts were lost; the last: gang-" in error
     assert pixels(out) == {clip: undisturbed[clip] for clip in "ac"}
+    assert {e["gang"] for e in events(out) if e["event"] == "running"} == {"gang-0", "gang-1"}
     failure = json.loads(next((out / ".state" / "failures").iterdir()).read_text())
     assert (failure["id"], failure["status"], len(failure["reasons"])) == ("b", "quarantined", 3)
 
@@ -173,6 +175,7 @@ def test_drivers_that_are_two_or_killed_or_told_to_stop(cluster, batch, undistur
     assert len(set(done)) == len(done) >= len(GOOD) - 1  # a driver that is killed may not have told of its last clip
 
 
+@pytest.mark.exhaustive
 def test_a_folder_that_disappears_ends_the_run_with_one_line(batch, capsys):
     _, out, _ = batch
 

@@ -12,7 +12,7 @@ from gang_runs import Harm
 from cineray.jobs.cli.main import main
 from cineray.pipeline.loading.checkpoint import open_checkpoint
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.exhaustive]  # what test_gang_faults shows, on more models
 
 CLIP, STILL = "a red circle moving left on a navy background", "a red circle on a navy background"
 STEPS = 30  # long enough to be caught in the middle: a second or more
@@ -26,9 +26,7 @@ def _cluster():
     ray.shutdown()
 
 
-@pytest.mark.parametrize(
-    ("model", "prompt"), [("tiny-wan2.2", CLIP), pytest.param("tiny-dit", STILL, marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.parametrize(("model", "prompt"), [("tiny-wan2.2", CLIP), ("tiny-dit", STILL)])
 def test_a_rank_that_dies_loses_no_clip(model, prompt, tmp_path, capsys):
     manifest = tmp_path / "m.jsonl"
     rows = [{"id": name, "prompt": prompt, "seed": i, "steps": STEPS} for i, name in enumerate("abc")]

@@ -20,6 +20,13 @@ STEPS = 6
 MARK = "0123456789ab"
 ALIKE = ("hunyuan_concat", "hunyuan15_image", "wan22_image", "ti2v_image")  # cached as their text-to-video kin are
 SOME_AND_ALIKE = [pytest.param(name, marks=pytest.mark.exhaustive) if name in ALIKE else name for name in MORE_MODELS]
+
+
+def _is_dear(cache, name):
+    """HunyuanVideo 1.5's 1,985 tokens of text take longest, with one cache as with the next."""
+    return name in ALIKE or (name == "hunyuan15" and not cache.startswith("dicache"))
+
+
 # latent frames that `output_type="latent"` leaves out, frames that the pipeline makes and leaves out
 NOT_SHOWN = {"hunyuan_concat": (1, 4)}
 
@@ -171,8 +178,14 @@ def test_stages_that_hold_only_their_parts_make_the_same_clip(checkpoint_folder,
     assert np.array_equal(decode_clip(finisher, clip, request).frames, whole.frames)
 
 
-@pytest.mark.parametrize("name", SOME_AND_ALIKE)
-@pytest.mark.parametrize("cache", ["dicache(threshold=1.0)", "interval(interval=2)", "fitted(speedup=2)"])
+@pytest.mark.parametrize(
+    ("cache", "name"),
+    [
+        pytest.param(cache, name, marks=pytest.mark.exhaustive) if _is_dear(cache, name) else (cache, name)
+        for cache in ("dicache(threshold=1.0)", "interval(interval=2)", "fitted(speedup=2)")
+        for name in MORE_MODELS
+    ],
+)
 def test_a_clip_is_cached_and_as_before_without(loaded, new_request, tmp_path, monkeypatch, name, cache):
     model = loaded(name)
     if name.startswith("hunyuan15"):  # whose 1,000 tokens of text take longest

@@ -17,6 +17,11 @@ NUM_CLIPS, SHARE = 7, 0.4  # of which 0, 3 and 5 are audited
 IDS = [f"clip{number}" for number in range(NUM_CLIPS)]
 
 
+def _more(*values):
+    """A case for `scripts/test --all`."""
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
+
+
 FLOOR = 60  # the random model keeps 43 dB at each speed
 
 
@@ -139,7 +144,9 @@ def test_a_repeated_batch_renders_nothing(copied, capsys):
 
 @pytest.mark.slow
 @pytest.mark.process
-@pytest.mark.parametrize(("num_waves", "num_scored", "num_videos"), [(1, 0, 0), (1, 1, 1), (2, 1, 2), (3, 2, 5)])
+@pytest.mark.parametrize(
+    ("num_waves", "num_scored", "num_videos"), [(1, 0, 0), _more(1, 1, 1), (2, 1, 2), _more(3, 2, 5)]
+)
 def test_a_batch_that_was_broken_off_gets_the_same_settings(copied, num_waves, num_scored, num_videos):
     out, command = copied
     expected, path = names(out), out / FOLDER / NAME
@@ -157,6 +164,7 @@ def test_a_batch_that_was_broken_off_gets_the_same_settings(copied, num_waves, n
 
 @pytest.mark.slow
 @pytest.mark.process
+@pytest.mark.exhaustive  # tests/unit/test_adapting.py has the rule without rendering
 def test_clips_that_keep_more_than_was_promised_get_faster_step_by_step(checkpoint_folder, tmp_path, capsys):
     quality = write_quality(tmp_path / "quality.json", 38, 36, 31)
     cache = f"auto(psnr>=34,profile={quality})"

@@ -14,7 +14,7 @@ from cineray.pipeline.calibrate.smoothcache import measure_layer_errors
 
 pytestmark = pytest.mark.slow
 
-SOME = ("wan", "hunyuan", "flux", "dit")  # the others run by scripts/test --all
+SOME = ("wan", "hunyuan", "dit")  # the others run by scripts/test --all
 MODELS = [name if name in SOME else pytest.param(name, marks=pytest.mark.exhaustive) for name in EVERY_MODEL]
 NEVER, OFTEN = "interval(interval=1)", "interval(interval=3)"
 STEPS = 6

@@ -82,7 +82,12 @@ def _first_frame(folder):
     return Made
 
 
-@pytest.mark.parametrize("name", NAMES)
+ALIKE = ("hunyuan15_image", "hunyuan_concat", "wan_i2v")  # their layers are those of their text-to-video kin
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.exhaustive) if name in ALIKE else name for name in NAMES]
+)
 def test_a_calibrated_schedule_skips_what_it_says(command, folder_of, tmp_path, name):
     model = load_model(open_checkpoint(str(folder_of(name))), LoadOptions())
     layers = [layer for layer, _, _ in layers_of(model.pipe.transformer, model.checkpoint.model.layout)]
