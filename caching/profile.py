@@ -168,11 +168,13 @@ class QualityProfile(Profile):
     Args:
         fitted: the profile that they were measured with, as `fitted` takes it.
         fitted_digest: of that profile; "" in earlier files.
+        num_steps: of the clips that they were measured on; None in earlier files.
     """
 
     policy: Literal["auto"] = "auto"
     fitted: str = "auto"
     fitted_digest: str = ""
+    num_steps: Annotated[int, Field(ge=1, le=10_000)] | None = None
     points: Annotated[tuple[QualityPoint, ...], Field(min_length=1, max_length=1000)]
 
 

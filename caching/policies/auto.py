@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from cineray.caching.plan import CachePlan, ModelFacts, check_field
-from cineray.caching.policies.fitted import MAX_SPEEDUP, FittedConfig
+from cineray.caching.policies.fitted import MAX_SPEEDUP, FittedConfig, num_computed
 from cineray.caching.profile import QualityPoint, QualityProfile, find_profile
 
 CONFIDENCE = 0.95  # that a clip which nobody has seen keeps the floor
@@ -25,12 +25,19 @@ class FloorPlan:
 
     Args:
         floors: by the name of the score: dB of "psnr", 0 to 100 of "vmaf".
-        speedup: the setting by the profile alone.
+        speedup: the setting by the profile alone, one that was measured.
     """
 
     floors: Mapping[str, float]
     profile: QualityProfile
     speedup: float
+
+    @property
+    def between(self) -> float:
+        """A faster setting between that and the next one, which keeps a floor of PSNR alone; else `speedup`."""
+        if set(self.floors) != {"psnr"} or self.profile.num_steps is None:
+            return self.speedup
+        return fastest_between(self.profile.points, self.floors["psnr"], self.profile.num_steps) or self.speedup
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +70,7 @@ class AutoConfig:
         """
         floors = self.plan_floors(name, model)
         if floors is not None:
-            return FittedConfig(speedup=floors.speedup, profile=floors.profile.fitted).plan("fitted", model)
+            return FittedConfig(speedup=floors.between, profile=floors.profile.fitted).plan("fitted", model)
         config = FittedConfig() if self.speedup is None else FittedConfig(speedup=self.speedup)
         return config.plan("fitted", model)
 
@@ -131,6 +138,28 @@ def fastest(points: Sequence[QualityPoint], floor: float, scores: Scores = SCORE
     rows = by_speed(points)
     number = num_kept(rows, [lower_bound(scores(point)) for point in rows], floor)
     return rows[number - 1].speedup if number else None
+
+
+def fastest_between(points: Sequence[QualityPoint], floor_db: float, num_steps: int) -> float | None:
+    """The highest speed-up that keeps the floor, measured or on the line between two neighbours that were.
+
+    The line goes through the lower bounds of PSNR, over the speed-ups that whole steps give: the fewest computed steps
+    at which it is not below the floor. VMAF has none: near its end equal clips and good ones have the same.
+
+    Args:
+        num_steps: of the clips that the points were measured on.
+    """
+    rows = by_speed(points)
+    bounds = [lower_bound(row.psnr_db) for row in rows]
+    number = num_kept(rows, bounds, floor_db)
+    if not 0 < number < len(rows) or bounds[number] >= floor_db:  # none, all, or the next one is beyond a cliff
+        return rows[number - 1].speedup if number else None
+    slow, fast = (num_steps / num_computed(num_steps, row.speedup) for row in rows[number - 1 : number + 1])
+    kept = (bounds[number - 1] - floor_db) / (bounds[number - 1] - bounds[number])
+    computed = num_computed(num_steps, slow + kept * (fast - slow))
+    if computed == num_computed(num_steps, rows[number - 1].speedup):
+        return rows[number - 1].speedup
+    return math.ceil(1000 * num_steps / computed) / 1000  # as short as it can be said
 
 
 def by_speed(points: Sequence[QualityPoint]) -> list[QualityPoint]:

@@ -87,10 +87,15 @@ class FittedPolicy:
         """The steps that are computed."""
         schedule = (num_steps, sigmas)
         if schedule not in self._known:
-            num_computed = math.ceil(num_steps / self.speedup - 1e-9)
             places = places_of(num_steps, sigmas)
-            self._known[schedule] = frozenset(place_steps(self.profile.density, num_computed, places))
+            count = num_computed(num_steps, self.speedup)
+            self._known[schedule] = frozenset(place_steps(self.profile.density, count, places))
         return self._known[schedule]
+
+
+def num_computed(num_steps: int, speedup: float) -> int:
+    """Steps that are computed: never fewer than the speed-up asks for."""
+    return math.ceil(num_steps / speedup - 1e-9)
 
 
 def place_steps(density: Sequence[float], num_computed: int, places: Sequence[float]) -> list[int]:

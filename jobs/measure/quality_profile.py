@@ -56,6 +56,7 @@ def calibrate_quality(
         transformer=identity,
         source=source_of(model, requests, "quality"),
         fitted=fitted,
+        num_steps=requests[0].num_inference_steps,  # as all: the bench refuses others
         fitted_digest=FittedConfig(profile=fitted).find(family, checkpoint.configs.transformer).digest,
         points=tuple(points),
     )

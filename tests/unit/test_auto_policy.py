@@ -3,10 +3,12 @@
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cineray.caching.plan import CachePlan
-from cineray.caching.policies.auto import CLIFF_DB, fastest, lower_bound
-from cineray.caching.policies.fitted import FittedConfig, FittedPolicy
+from cineray.caching.policies.auto import CLIFF_DB, fastest, fastest_between, lower_bound
+from cineray.caching.policies.fitted import FittedConfig, FittedPolicy, num_computed
 from cineray.caching.profile import QualityPoint, QualityProfile
 from cineray.pipeline.adapters.cache_plan import plan_cache
 from cineray.pipeline.loading.checkpoint import open_checkpoint
@@ -44,6 +46,39 @@ def test_the_edge_of_a_cliff_is_stayed_off():
     assert fastest(cliff, 30) == 3.0  # all keep it, and there is nothing beyond
 
 
+@pytest.mark.parametrize(
+    ("floor", "computed"),
+    [  # of 50 steps the points compute 34, 25, 20 and 17; clips keep 56.6, 51.6, 46.6 and 41.6 dB
+        (46.7, 21),  # almost all of the way from 25 to 20, and a whole step more than the line has
+        (49, 23),  # 2.6 / 5 of the way from 2x to 2.5x: 2.26x
+        (51.7, 26),
+        (51.5, 25),  # on the line 2.009x, which takes 25 steps as 2x does
+        (41, 17),  # all keep it
+        (59, None),
+    ],
+)
+def test_between_two_settings_a_line_says_what_is_kept(floor, computed):
+    found = fastest_between(POINTS, floor, 50)
+    assert (found and num_computed(50, found)) == computed
+
+
+@given(
+    st.lists(st.tuples(st.floats(1, 8), st.floats(20, 90), st.floats(0.01, 5)), min_size=1, max_size=6),
+    st.floats(1, 100),
+    st.integers(8, 100),
+)
+def test_between_settings_is_never_slower_than_the_measured_one_nor_as_fast_as_the_next(rows, floor, num_steps):
+    points = [point(*row) for row in rows]
+    measured, found = fastest(points, floor), fastest_between(points, floor, num_steps)
+    if measured is None or found is None:
+        assert measured is found
+        return
+    assert found >= measured
+    faster = [num_computed(num_steps, p.speedup) for p in points if p.speedup > measured]
+    if found > measured:
+        assert max(faster) < num_computed(num_steps, found) < num_computed(num_steps, measured)
+
+
 def speedup_of(policy):
     plan = plan_cache(policy, "WanTransformer3DModel", TINY)
     assert isinstance(plan, CachePlan)
@@ -58,6 +93,8 @@ def test_a_floor_and_a_speed_become_a_setting_with_a_text_of_its_own(tmp_path):
     speedup, text = speedup_of(f"auto(psnr>=46,profile={path})")
     assert speedup == 2.5
     assert text.startswith("fitted(speedup=2.5,profile=sha256=")
+    path.write_text(profile.model_copy(update={"num_steps": 50}).model_dump_json())
+    assert speedup_of(f"auto(psnr>=49,profile={path})")[0] == 2.174  # 23 of 50 steps
     assert speedup_of("auto(speedup=3)")[0] == 3
     assert speedup_of("auto") == speedup_of("fitted")
 
@@ -93,7 +130,8 @@ def test_floors_of_vmaf_and_both_at_once(tmp_path):
         for speedup, db, seen in ((1.5, 60, 99), (2.0, 55, 95), (2.5, 50, 90), (3.0, 45, 70))
     ]
     path = tmp_path / "quality.json"
-    path.write_text(QualityProfile(family="wan", transformer=TINY, source="", points=points).model_dump_json())
+    profile = QualityProfile(family="wan", transformer=TINY, source="", points=points, num_steps=50)
+    path.write_text(profile.model_dump_json())
     assert speedup_of(f"auto(vmaf>=86,profile={path})")[0] == 2.5
     assert speedup_of(f"auto(vmaf>=86,psnr>=56,profile={path})")[0] == 1.5
     assert speedup_of(f"auto(psnr>=40,vmaf>=91,profile={path})")[0] == 2.0
