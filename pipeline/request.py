@@ -16,6 +16,7 @@ MAX_STEPS = 1000  # the schedulers' num_train_timesteps
 MAX_SEED = 2**32 - 1  # PyTorch's generator on the CPU, which draws the noise, takes the low 32 bits of a seed alone
 MIN_SECONDS = 0.1  # of sound; the shortest click that a person would ask for
 MAX_REFERENCES = 16  # pictures; each is a latent frame more, and nobody's examples have more than four
+MAX_CONDITIONING = 10  # of `conditioning_scale`; 1 is what the model was trained with
 IMAGE_FITS = ("stretch", "crop", "pad")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")  # less tab and line ends; lone surrogates
 CLIP_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -79,7 +80,8 @@ class ClipRequest:
     A model that knows no frames, sides or frame rate has 1 there. `picture` is set once the clip is taken in hand
     (`Pictures.pinned`), and so are `control_digests`: SHA-256 of the files that VACE takes, `control_files`, in hex.
     `reference_images` are paths of pictures, `control_video` of a video that the clip follows; `control_mask` of a
-    video or picture: black is kept of the control video, white is made anew.
+    video or picture: black is kept of the control video, white is made anew. `conditioning_scale` is how much of what
+    VACE makes of these is added; None is 1.
     """
 
     id: str
@@ -101,6 +103,7 @@ class ClipRequest:
     reference_images: tuple[str, ...] = ()
     control_video: str | None = None
     control_mask: str | None = None
+    conditioning_scale: float | None = None
     picture: PictureFacts | None = None
     control_digests: tuple[str, ...] = ()
 
@@ -252,6 +255,13 @@ def _control_problems(request: ClipRequest, rule: SizeRule) -> list[str]:
     ]
     if len(request.reference_images) > MAX_REFERENCES:
         found.append(f"reference_images must be at most {MAX_REFERENCES}, got {len(request.reference_images)}")
+    if request.conditioning_scale is not None:
+        if not rule.takes_control:
+            found.append("conditioning_scale cannot be used: this model takes no control")
+        elif not 0 <= request.conditioning_scale <= MAX_CONDITIONING:  # NaN too
+            found.append(
+                f"conditioning_scale must be 0 to {MAX_CONDITIONING}, got {_shown(request.conditioning_scale)}"
+            )
     if rule.takes_control and request.control_mask is not None and request.control_video is None:
         found.append("control_mask needs a control_video, whose parts it hides")
     if rule.goes_on_from is not None and request.control_video is not None:
@@ -324,6 +334,8 @@ def fingerprint(
         covered["flow_shift"] = request.flow_shift
     if request.guidance_scale_2 is not None:
         covered["guidance_2"] = request.guidance_scale_2
+    if request.conditioning_scale is not None:
+        covered["conditioning_scale"] = request.conditioning_scale
     if request.seconds is not None:
         covered["seconds"] = request.seconds
     if request.image is not None:

@@ -115,6 +115,12 @@ _CLIP_OPTIONS = {  # by the names of ClipRequest
         metavar="FILE",
         help="A video or picture: black keeps the control video, white is made anew (Wan VACE).",
     ),
+    "conditioning_scale": click.option(
+        "--conditioning-scale",
+        type=float,
+        metavar="X",
+        help="How much of the references and the control is added (Wan VACE).  [default: 1]",
+    ),
     "flow_shift": click.option(
         "--flow-shift", type=float, metavar="X", help="Shift of the steps towards the noise.  [default: the authors']"
     ),

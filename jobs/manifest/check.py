@@ -52,6 +52,7 @@ class RunDefaults:
     reference_images: tuple[str, ...] = ()
     control_video: str | None = None
     control_mask: str | None = None
+    conditioning_scale: float | None = None
 
 
 def to_request(row: Row, defaults: RunDefaults, folder: Path) -> ClipRequest:
@@ -64,7 +65,7 @@ def to_request(row: Row, defaults: RunDefaults, folder: Path) -> ClipRequest:
         if values[name] is not None:
             values[name] = str(folder / values[name])
     values["reference_images"] = tuple(str(folder / path) for path in values["reference_images"])
-    for name in ("guidance_scale", "guidance_scale_2", "seconds"):
+    for name in ("guidance_scale", "guidance_scale_2", "seconds", "conditioning_scale"):
         values[name] = None if values[name] is None else float(values[name])
     return ClipRequest(id=row.clip_id, prompt=row.prompt, **values)
 

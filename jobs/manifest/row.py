@@ -32,6 +32,7 @@ class Row(NamedTuple):
     reference_images: tuple[str, ...] | None = None
     control_video: str | None = None
     control_mask: str | None = None
+    conditioning_scale: float | None = None
 
     @property
     def clip_id(self) -> str:
@@ -142,7 +143,7 @@ def _shown(value: Any) -> str:
 
 
 _WHOLE = ("seed", "width", "height", "frames", "steps", "fps")
-_NUMBERS = ("guidance", "flow_shift", "guidance_2", "seconds")
+_NUMBERS = ("guidance", "flow_shift", "guidance_2", "seconds", "conditioning_scale")
 _READERS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("prompt", "negative_prompt", "cache", "image", "image_fit"), _text),
     **dict.fromkeys(("control_video", "control_mask"), _text),

@@ -166,6 +166,7 @@ def clip_record(
         **({} if shift is None else {"flow_shift": shift}),
         **({} if request.guidance_scale_2 is None else {"guidance_2": request.guidance_scale_2}),
         **({} if request.seconds is None else {"seconds": request.seconds}),
+        **({} if request.conditioning_scale is None else {"conditioning_scale": request.conditioning_scale}),
         "model": {
             "name": model.checkpoint.name,
             "pipeline": model.checkpoint.pipeline_class,

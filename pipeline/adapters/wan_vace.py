@@ -84,7 +84,9 @@ def _settled(request: ClipRequest) -> ClipRequest:
 
 
 def _effective(request: ClipRequest) -> ClipRequest:
-    return wan.effective(_settled(request))
+    """As Wan's, and a conditioning scale of 1 is the one that is not given."""
+    scale = None if request.conditioning_scale == 1 else request.conditioning_scale
+    return replace(wan.effective(_settled(request)), conditioning_scale=scale)
 
 
 def _schedule(pipe: Any, request: ClipRequest) -> tuple[Any, torch.Tensor]:
@@ -138,8 +140,11 @@ class WanVace(wan.WanTextToVideo):
         latents = draw_noise(pipe, whole, transformer.config.in_channels, generator)
         extra = {
             "control_hidden_states": encoded["control"].to(latents.device, transformer.dtype),
-            "control_hidden_states_scale": torch.ones(
-                len(transformer.config.vace_layers), dtype=transformer.dtype, device=latents.device
+            "control_hidden_states_scale": torch.full(
+                (len(transformer.config.vace_layers),),
+                1.0 if request.conditioning_scale is None else request.conditioning_scale,
+                dtype=transformer.dtype,
+                device=latents.device,
             ),
         }
         return wan.denoising(pipe, _settled(request), encoded, latents, extra)

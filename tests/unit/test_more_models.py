@@ -253,6 +253,8 @@ BAD = [
     ("vace", ["--reference-image", "a.mp4"], "its name does not end as a picture's"),
     ("vace", ["--control-video", "none.mp4"], "none.mp4' cannot be used: No such file or directory"),
     ("vace", ["--control-mask", "m.png"], "control_mask needs a control_video"),
+    ("vace", ["--conditioning-scale", "nan"], "conditioning_scale must be 0 to 10, got nan"),
+    ("wan22", ["--conditioning-scale", "1"], "conditioning_scale cannot be used: this model takes no control"),
     ("vace", ["--reference-image", "a.png"] * 17, "reference_images must be at most 16, got 17"),
     ("vace", ["--cache", "dicache(probe_depth=2)"], "probe_depth"),
     ("vace", ["--cache", "teacache"], "teacache has no preset for wan-vace"),

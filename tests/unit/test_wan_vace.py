@@ -59,9 +59,10 @@ def request_of(new_request, folder, **changes):
         {},
         {"control_mask": None, "reference_images": ()},
         {"image_fit": "crop", "guidance_scale": 1.0},
+        {"conditioning_scale": 0.5},
         {"control_video": None, "control_mask": None, "reference_images": ()},
     ],
-    ids=["all", "video", "cropped", "text"],
+    ids=["all", "video", "cropped", "scaled", "text"],
 )
 def test_a_controlled_clip_has_the_bits_of_diffusers_pipeline(loaded, new_request, control, changes):
     model, request = loaded("vace"), request_of(new_request, control, **changes)
@@ -78,6 +79,7 @@ def test_a_controlled_clip_has_the_bits_of_diffusers_pipeline(loaded, new_reques
         "num_frames": request.num_frames,
         "num_inference_steps": 3,
         "guidance_scale": request.guidance_scale,
+        "conditioning_scale": 1.0 if request.conditioning_scale is None else request.conditioning_scale,
         "return_dict": False,
     }
     seed = torch.Generator().manual_seed(request.seed)
@@ -97,6 +99,8 @@ def test_each_file_changes_the_clip_and_a_still_mask_is_that_of_each_frame(loade
     whole = latents()
     for changes in ({"control_mask": None}, {"control_mask": None, "control_video": None}, {"image_fit": "pad"}):
         assert not torch.equal(latents(**changes), whole)
+    assert torch.equal(latents(conditioning_scale=1.0), whole)
+    assert not torch.equal(latents(conditioning_scale=0.9), whole)
     assert latents(reference_images=()).shape[2] == whole.shape[2] - 1
     assert torch.equal(latents(control_mask=str(control / "mask.png")), whole)
 
@@ -112,10 +116,11 @@ def test_fingerprints_follow_what_the_files_hold_and_not_their_names(loaded, new
     shutil.copy(control / "control.mp4", control / "copy.mp4")
     write_video(noise(7, 40, 48, 3, seed=1), control / "other.mp4", 8, {}, lossless=True)
     whole = mark()
-    assert mark(control_video=str(control / "copy.mp4")) == whole
+    assert mark(control_video=str(control / "copy.mp4")) == mark(conditioning_scale=1.0) == whole
     marks = [
         mark(control_video=str(control / "other.mp4")),
         mark(control_mask=None),
+        mark(conditioning_scale=0.5),
         mark(reference_images=()),
         mark(reference_images=request.reference_images * 2),
         mark(image_fit="crop"),
@@ -156,6 +161,7 @@ def test_a_manifest_names_files_from_its_folder(checkpoint_folder, control, caps
     Image.fromarray(noise(30, 20, 3, seed=1)).save(control / "b.png")
     rows = [
         {"id": "both", "prompt": "a", "reference_images": ["a.png", "b.png"], "control_video": "control.mp4"},
+        {"id": "half", "prompt": "a", "reference_images": "a.png", "conditioning_scale": 0.5},
         {"id": "one", "prompt": "a", "reference_images": "a.png"},
     ]
     manifest = control / "m.jsonl"
@@ -167,6 +173,9 @@ def test_a_manifest_names_files_from_its_folder(checkpoint_folder, control, caps
     assert [path.rpartition("/")[2] for path in record["reference_images"]] == ["a.png", "b.png"]
     assert record["control_video"] == str(control / "control.mp4")
     assert "control_mask" not in record
+    assert "conditioning_scale" not in record
+    (half,) = (control / "out").glob("half.*[0-9a-f].json")
+    assert json.loads(half.read_text())["conditioning_scale"] == 0.5
     manifest.write_text(json.dumps({"prompt": "a", "reference_images": ["a.png", 3]}) + "\n")
     capsys.readouterr()
     assert main([*command, "--out", str(control / "none")]) == 2
