@@ -185,6 +185,9 @@ def held_folder(out: Path, output: Output, lease_s: float) -> Iterator[tuple[Out
                 folder.remove_leftovers()
                 folder.own_log()
                 yield folder, lease
+            except InputError:  # such as a file that is gone: another driver tidied it away while this one slept
+                lease.check_now()
+                raise
             finally:
                 if lease.is_ours():  # else all that lies there is another driver's
                     folder.remove_leftovers()  # after actors that were killed as they wrote

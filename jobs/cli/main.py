@@ -153,7 +153,7 @@ def render(
         elif share is not None and report.has_ended:
             tell(audit_run(plan, lambda: check()[1], share, about).line)
     except LeasedError as error:
-        tell(f"cineray: {error}; wait until it has ended, or give another --out")
+        tell(f"cineray: {error}")
         return EXIT_LEASED
     counts, content = report.results.counts, report.to_dict()
     said = ", ".join(f"{number} {status}" for status, number in counts.items()) or "no clip"

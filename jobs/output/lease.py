@@ -34,6 +34,7 @@ _NAME = re.compile(r"lease\.([1-9][0-9]{0,14})\.json")
 _HEARTBEAT_BYTES = 16  # the counter stands at the end of the file, at a fixed width
 _MAX_BYTES = 65_536
 _MAX_PID = 2**31 - 1
+_ADVICE = "wait until it has ended, or give another --out"
 
 
 class LeasedError(RuntimeError):
@@ -133,6 +134,11 @@ class Lease:
         """Looks at the folder now; False also where that cannot be seen."""
         return self._lost is None and self._is_still_owned()
 
+    def check_now(self) -> None:
+        """As `check`, after a look at the folder."""
+        self.is_ours()
+        self.check()
+
     def check(self) -> None:
         """Nothing while the folder is ours.
 
@@ -191,7 +197,7 @@ class Lease:
                 "change its rights, or remove it if no driver renders there"
             ) from None
         who = holder.text if holder else "a driver that has just begun"
-        raise LeasedError(f"output folder {self._folder.parent} is being rendered into by {who}")
+        raise LeasedError(f"output folder {self._folder.parent} is being rendered into by {who}; {_ADVICE}")
 
     def _path(self, number: int) -> Path:
         return self._folder / f"lease.{number}.json"
@@ -240,11 +246,16 @@ class Lease:
         except OSError as error:
             self._lose_if_silent(f"its lease cannot be read: {error.strerror}")
             return False
-        if not numbers:
-            self._gone = self._lost = "disappeared, or its lease was removed; is the disk still mounted?"
+        if not numbers and not os.path.isdir(self._folder.parent):
+            self._gone = self._lost = "disappeared; is the disk still mounted?"
+        elif not numbers:
+            self._lost = (
+                "its lease is gone: another driver took it over and has ended, or somebody removed it; "
+                "run the same command again"
+            )
         elif numbers[-1] != self._number or (holder is not None and holder.token != self._token):
             new = holder or read_holder(self._path(numbers[-1]))
-            self._lost = f"taken over by {new.text if new else 'another driver'}"
+            self._lost = f"taken over by {new.text if new else 'another driver'}; {_ADVICE}"
         elif holder is None:
             self._lose_if_silent("its lease is damaged")
             return False

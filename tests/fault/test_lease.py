@@ -17,6 +17,8 @@ from cineray.jobs.cli.main import main
 from cineray.jobs.output import lease as lease_module
 from cineray.jobs.output.folder import OutputError
 from cineray.jobs.output.lease import Lease, LeasedError, _boot_id, current_lease, is_stale, read_holder
+from cineray.jobs.run import held_folder
+from cineray.pipeline.media.output import VIDEO
 
 pytestmark = pytest.mark.process
 
@@ -102,13 +104,43 @@ def test_half_a_lease_is_no_lease_for_ever(tmp_path):
         assert current_lease(tmp_path / "state")[0] == 8
 
 
-def test_a_folder_that_disappears_is_noticed(tmp_path):
-    with Lease(tmp_path / "state", **SHORT) as lease:
-        (tmp_path / "state" / "lease.1.json").unlink()
-        (tmp_path / "state").rmdir()
+@pytest.mark.parametrize(
+    ("left", "error", "said"),
+    [
+        ("", OutputError, "disappeared; is the disk still mounted"),
+        # as a driver leaves it that took the folder over while this one slept, and has ended
+        ("out", LeasedError, "its lease is gone: another driver took it over and has ended"),
+        ("out/state", LeasedError, "its lease is gone"),
+    ],
+)
+def test_a_lease_that_disappears_is_noticed(tmp_path, left, error, said):
+    with Lease(tmp_path / "out" / "state", **SHORT) as lease:
+        (tmp_path / "out" / "state" / "lease.1.json").unlink()
+        for folder in ("out/state", "out"):
+            if len(folder) > len(left):
+                (tmp_path / folder).rmdir()
         lease._ended.wait(0.5)
-        with pytest.raises(OutputError, match="disappeared, or its lease was removed"):
+        with pytest.raises(error, match=said):
             lease.check()
+
+
+def test_trouble_with_a_folder_that_is_anothers_by_now_is_told_as_that(tmp_path):
+    """Its successor tidies away what it writes, which is no fault of the disk."""
+
+    def lose_a_file(folder):
+        with folder.translated_os_errors("writing a clip"):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    def lose_the_lease_too(folder):
+        (folder.state / "lease.2.json").write_text("{}")
+        lose_a_file(folder)
+
+    for happens, error, said in (
+        (lose_a_file, OutputError, "No such file or directory while writing a clip"),
+        (lose_the_lease_too, LeasedError, "taken over by another driver; wait until it has ended"),
+    ):
+        with pytest.raises(error, match=said), held_folder(tmp_path / happens.__name__, VIDEO, 3600) as (folder, _):
+            happens(folder)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
