@@ -62,6 +62,13 @@ def test_between_two_settings_a_line_says_what_is_kept(floor, computed):
     assert (found and num_computed(50, found)) == computed
 
 
+def test_nothing_beyond_a_setting_at_which_a_clip_fell_below_the_floor():
+    rows = [point(1.5, 60), QualityPoint(speedup=2.0, psnr_db=(*[55.0] * 15, 49.5)), point(2.5, 48)]
+    assert fastest(rows, 49) == fastest(rows, 50) == 2.0
+    assert fastest_between(rows, 50, 50) == 2.0
+    assert (fastest_between(rows, 49, 50) or 0) > 2.0
+
+
 @given(
     st.lists(st.tuples(st.floats(1, 8), st.floats(20, 90), st.floats(0.01, 5)), min_size=1, max_size=6),
     st.floats(1, 100),
