@@ -141,12 +141,11 @@ def fastest(points: Sequence[QualityPoint], floor: float, scores: Scores = SCORE
 
 
 def fastest_between(points: Sequence[QualityPoint], floor_db: float, num_steps: int) -> float | None:
-    """The highest speed-up that keeps the floor, measured or on the line between two neighbours that were.
+    """The highest speed-up that keeps the floor, measured or on the lines between two neighbours that were.
 
-    The line goes through the lower bounds of PSNR, over the speed-ups that whole steps give: the fewest computed steps
-    at which it is not below the floor. Not beyond a setting at which one of the clips has fallen below the floor: the
-    worst clips are far below the others there (on tiny-hunyuan 30 of 32 others kept psnr>=40 so). VMAF has no line:
-    near its end equal clips and good ones have the same.
+    Lines of PSNR over the speed-ups that whole steps give: one through the lower bounds, and one for each clip. As few
+    steps are computed as leave all of them at the floor or above it. The bound alone was not enough: on tiny-hunyuan 30
+    of 32 other clips kept psnr>=35 and psnr>=40 by it. VMAF has no lines: near its end it hardly falls.
 
     Args:
         num_steps: of the clips that the points were measured on.
@@ -154,17 +153,23 @@ def fastest_between(points: Sequence[QualityPoint], floor_db: float, num_steps: 
     rows = by_speed(points)
     bounds = [lower_bound(row.psnr_db) for row in rows]
     number = num_kept(rows, bounds, floor_db)
-    if not 0 < number < len(rows):
-        return rows[-1].speedup if number else None
-    is_at_cliff = bounds[number] >= floor_db
-    if is_at_cliff or min(rows[number - 1].psnr_db) < floor_db:
-        return rows[number - 1].speedup
-    slow, fast = (num_steps / num_computed(num_steps, row.speedup) for row in rows[number - 1 : number + 1])
-    kept = (bounds[number - 1] - floor_db) / (bounds[number - 1] - bounds[number])
-    computed = num_computed(num_steps, slow + kept * (fast - slow))
-    if computed == num_computed(num_steps, rows[number - 1].speedup):
-        return rows[number - 1].speedup
-    return math.ceil(1000 * num_steps / computed) / 1000  # as short as it can be said
+    if number == 0:
+        return None
+    measured = rows[number - 1].speedup
+    if number == len(rows) or bounds[number] >= floor_db:  # all keep it, or the next one is beyond a cliff
+        return measured
+    slow, fast = rows[number - 1 : number + 1]
+    if len(slow.psnr_db) != len(fast.psnr_db):
+        return measured
+    ends = [(bounds[number - 1], bounds[number]), *zip(slow.psnr_db, fast.psnr_db, strict=True)]
+    most, fewest = num_computed(num_steps, slow.speedup), num_computed(num_steps, fast.speedup)
+    computed = most
+    while computed - 1 > fewest:
+        share = (num_steps / (computed - 1) - num_steps / most) / (num_steps / fewest - num_steps / most)
+        if min(begin + share * (end - begin) for begin, end in ends) < floor_db:
+            break
+        computed -= 1
+    return measured if computed == most else math.ceil(1000 * num_steps / computed) / 1000  # as short as can be said
 
 
 def by_speed(points: Sequence[QualityPoint]) -> list[QualityPoint]:

@@ -62,11 +62,15 @@ def test_between_two_settings_a_line_says_what_is_kept(floor, computed):
     assert (found and num_computed(50, found)) == computed
 
 
-def test_nothing_beyond_a_setting_at_which_a_clip_fell_below_the_floor():
-    rows = [point(1.5, 60), QualityPoint(speedup=2.0, psnr_db=(*[55.0] * 15, 49.5)), point(2.5, 48)]
-    assert fastest(rows, 49) == fastest(rows, 50) == 2.0
-    assert fastest_between(rows, 50, 50) == 2.0
-    assert (fastest_between(rows, 49, 50) or 0) > 2.0
+def test_between_settings_each_clip_keeps_the_floor_by_its_own_line():
+    """25 and 20 of 50 steps, where 15 clips have 55 and 49 dB and one 51 and 45."""
+    rows = [QualityPoint(speedup=s, psnr_db=(*[db] * 15, db - 4)) for s, db in ((2.0, 55.0), (2.5, 49.0))]
+    assert lower_bound(rows[0].psnr_db) > 52.9  # so that the bounds' line is above that of the worst clip
+    assert lower_bound(rows[1].psnr_db) < 47.01
+    computed = {floor: num_computed(50, fastest_between(rows, floor, 50) or 1) for floor in (47.5, 49.8, 51.5)}
+    assert computed == {47.5: 22, 49.8: 24, 51.5: 25}
+    uneven = [rows[0], rows[1].model_copy(update={"psnr_db": (49.0, 49.0)})]
+    assert fastest_between(uneven, 50.0, 50) == 2.0  # other clips
 
 
 @given(
