@@ -225,8 +225,7 @@ def steps_of(model: str, layout: str, cache: str, num_steps: int) -> tuple[StepT
         (I2V, "ulysses2", 3, 3, 1),
         (HUNYUAN_15, "ulysses2", 6, 6, 2),
         (FLUX, "ulysses2", 3, 3, 1),
-        (DIT, "ulysses2", 3, 3, 1),
-        (OPEN_SORA, "ulysses2", 3, 3, 1),
+        (OPEN_SORA, "ulysses2", 4, 4, 2),
     ],
 )
 def test_the_host_waits_for_the_gpu_a_few_times_a_step(model, layout, computed, skipped, planned):

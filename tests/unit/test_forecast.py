@@ -139,6 +139,18 @@ def test_the_document_says_which_ranks_share_the_heads_of_each():
         assert re.search(rf"^\| {re.escape(name)} \| [\d.]+ {row}$", shown, re.MULTILINE)
 
 
+def test_the_fullest_rank_has_its_places_of_all_frames():
+    """Open-Sora's 405 of 424x240 in 15 latent frames: on eight ranks 51 of each, where an even share is 759 tokens."""
+    known = published_checkpoint("open-sora-1.2")
+    size = {"width": 424, "height": 240, "num_frames": 51, "num_inference_steps": 30, "guidance_scale": 7.0, "fps": 24}
+    clip = ClipRequest(id="1", prompt="a", **size)
+    assert known.num_shared_tokens(clip) == 405
+    assert known.tokens_here(clip, 8) == 15 * 51
+    longer = replace(clip, control_video="a.mp4")  # five latent frames more
+    assert known.num_shared_tokens(longer) == 405
+    assert known.tokens_here(longer, 8) == 20 * 51
+
+
 def test_both_experts_are_held_unless_the_idle_one_is_put_off():
     one, two = (laws_of(name).rank_weights for name in ("wan2.1-t2v-14b", "wan2.2-t2v-a14b"))
     assert two == 2 * one
