@@ -19,7 +19,7 @@ from cineray.pipeline.caches.memory import forecast_cache_bytes
 from cineray.pipeline.footprint.exchanges import step_exchanges
 from cineray.pipeline.footprint.laws import forecast_checkpoint, laws_of
 from cineray.pipeline.footprint.layer_caches import layer_cache_bytes
-from cineray.pipeline.footprint.operations import forward_flop
+from cineray.pipeline.footprint.operations import ForwardFlop, forward_flop
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.request import ClipRequest, InputError, problems
 from cineray.text import shorten
@@ -65,6 +65,7 @@ class Work:
 
     Args:
         computed_step_flop: of a step whose blocks run, on a rank; both guidance branches unless cfg splits them.
+        attention_flop: of these, attention over tokens that ranks share.
         skipped_step_flop: of a step that the cache skips after a probe; without a probe it is yet less, and 0 where
             whole steps are forecast.
         decode_flop: on one device; with a decode by rows, on each rank.
@@ -74,6 +75,7 @@ class Work:
     """
 
     computed_step_flop: float
+    attention_flop: float
     skipped_step_flop: float
     decode_flop: float
     text_flop: float
@@ -216,14 +218,19 @@ def forecast(
     here = checkpoint.tokens_here(request, layout.sequence_ranks)
     num_frames = num_tokens // checkpoint.num_shared_tokens(request)
     num_calls = len(MODELS[config["_class_name"]].branches) // cfg
-    forward = forward_flop(
-        config,
-        here=here,
-        everywhere=num_tokens,
-        sequence_ranks=layout.sequence_ranks,
-        is_per_token=checkpoint.configs.index.get("expand_timesteps") is True,
-        num_frames=num_frames,
-    )
+
+    def forward_on(sequence_ranks: int) -> ForwardFlop:
+        return forward_flop(
+            config,
+            here=here,
+            everywhere=num_tokens,
+            sequence_ranks=sequence_ranks,
+            is_per_token=checkpoint.configs.index.get("expand_timesteps") is True,
+            num_frames=num_frames,
+        )
+
+    forward = forward_on(layout.sequence_ranks)
+    attention = 2 * (forward.total - forward_on(2 * layout.sequence_ranks).total)  # all that twice the ranks halve
     skipped = forward.total  # of policies by layer, unless told otherwise
     if isinstance(plan, CachePlan):
         is_whole = plan.forecasting.target == "clean_latents"
@@ -231,6 +238,7 @@ def forecast(
     exchanged = step_exchanges(checkpoint, layout, num_tokens, num_frames=num_frames)
     work = Work(
         computed_step_flop=num_calls * forward.total,
+        attention_flop=num_calls * attention,
         skipped_step_flop=num_calls * skipped,
         decode_flop=laws.decode_flop(width, height, frames, how, num_ranks),
         text_flop=laws.text_flop * len(MODELS[config["_class_name"]].branches),
