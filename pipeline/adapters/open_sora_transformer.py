@@ -266,7 +266,8 @@ class _PatchEmbedder(nn.Module):
         """Latents -> (tokens [B, T * S, C], (T, rows, columns) of patches); sizes are padded to whole patches."""
         missing = [-size % patch for size, patch in zip(latents.shape[2:], self.proj.kernel_size, strict=True)]
         x = self.proj(F.pad(latents, (0, missing[2], 0, missing[1], 0, missing[0])))
-        return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3], x.shape[4])
+        # row by row, as ranks that share them have them: products of transposed ones have other last bits in 16 bits
+        return x.flatten(2).transpose(1, 2).contiguous(), (x.shape[2], x.shape[3], x.shape[4])
 
 
 class _SinusoidEmbedder(nn.Module):

@@ -114,7 +114,7 @@ def test_queries_that_a_kernel_has_left_over_may_have_other_last_bits(ranks, nam
             assert error <= RING_BOUND * error_of_one_rank
 
 
-@pytest.mark.parametrize("name", ["wan", "hunyuan"])
+@pytest.mark.parametrize("name", ["wan", "hunyuan", "dit", "stable-audio", "open-sora"])
 def test_ulysses_equals_one_rank_in_bfloat16_too(ranks, name):
     assert all(call[0] == 0 for result in run(ranks, "ulysses4", name, torch.bfloat16) for call in result)
 
