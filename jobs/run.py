@@ -217,19 +217,8 @@ def _in_thread(call: Callable[[], T]) -> "Future[T]":
 
 
 def _check_fits(checkpoint: Checkpoint, layout: Layout) -> None:
-    heads = checkpoint.num_heads
-    if checkpoint.model.sharded is None and layout.sequence_ranks > 1:
-        raise InputError(
-            f"model {checkpoint.name}: the tokens of a {checkpoint.model.family} clip cannot be shared by ranks, "
-            f"got {layout.sequence_ranks}; leave --sp out and give --gangs"
-        )
-    if checkpoint.model.sharded is None and layout.cfg > checkpoint.num_calls:
-        raise InputError(
-            f"model {checkpoint.name}: cfg 2 needs two guidance branches, this clip has 1; leave --cfg-parallel out "
-            "and give --gangs"
-        )
     try:
-        check_layout(layout, heads, checkpoint.num_calls)
+        check_layout(layout, checkpoint.num_heads, checkpoint.num_calls)
     except ValueError as error:
         raise InputError(f"model {checkpoint.name}: {error}") from None
 

@@ -213,8 +213,7 @@ class Gang:
         return video if self.is_leader else None
 
     def _holds_all_tokens(self, model: LoadedModel, request: ClipRequest) -> bool:
-        num_tokens = model.adapter.num_tokens(model.checkpoint.configs, request)
-        return num_tokens < MIN_TOKENS_PER_RANK * self.mesh.sequence.size
+        return model.checkpoint.num_shared_tokens(request) < MIN_TOKENS_PER_RANK * self.mesh.sequence.size
 
     def _run_branches(self, branches: Sequence[Branch], run: Callable[[Branch], torch.Tensor]) -> list[torch.Tensor]:
         if self.mesh.cfg.size == 1:

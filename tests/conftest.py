@@ -243,8 +243,9 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 @pytest.fixture(scope="session")
 def checkpoint_folder(tmp_path_factory):
-    """Factory: name in BUILDERS or MORE_MODELS -> folder of a saved random checkpoint, made once."""
+    """Factory: name in BUILDERS or MORE_MODELS, or open_sora -> folder of a saved random checkpoint, made once."""
     from more_models import MORE_MODELS
+    from open_sora_files import convert, publish
 
     builders = {**BUILDERS, **MORE_MODELS}
     made: dict[str, Path] = {}
@@ -252,7 +253,10 @@ def checkpoint_folder(tmp_path_factory):
     def folder(name: str) -> Path:
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name) / name
-            builders[name]().save_pretrained(made[name])
+            if name == "open_sora":
+                assert convert(publish(tmp_path_factory.mktemp("published")), made[name]) == 0
+            else:
+                builders[name]().save_pretrained(made[name])
         return made[name]
 
     return folder

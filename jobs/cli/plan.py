@@ -287,13 +287,10 @@ def _layouts(asked: PlanArguments, fleet: Fleet, batch: Batch, checkpoint: Check
     num_heads = checkpoint.num_heads
     num_branches = min(kind.num_branches for kind, _ in batch.kinds)
     if asked.layout is None:
-        found = layouts_of(fleet, num_heads, num_branches)
-        return [layout for layout in found if checkpoint.model.sharded is not None or layout.sequence_ranks == 1]
+        return list(layouts_of(fleet, num_heads, num_branches))
     try:
         layout = parse_layout(asked.layout)
         check_layout(replace(layout, gangs=1), num_heads, num_branches)
-        if checkpoint.model.sharded is None and layout.sequence_ranks > 1:
-            raise ValueError(f"the tokens of {checkpoint.name} cannot be shared by ranks, got {layout.text}")
     except ValueError as error:
         raise InputError(f"--layout: {error}") from None
     most = fleet.num_nodes * (fleet.gpus_per_node // layout.ranks_per_gang)

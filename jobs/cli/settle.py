@@ -60,14 +60,13 @@ def settle(plan: "RunPlan", requests: Iterable[ClipRequest], studies: Sequence[P
             kind = kind_of(request)
             kinds[kind] += 1
             if kind not in num_tokens:
-                num_tokens[kind] = checkpoint.adapter.num_tokens(checkpoint.configs, request)
+                num_tokens[kind] = checkpoint.num_shared_tokens(request)
     settled = Settled(options=options, requests=requests)
     if not kinds:
         return replace(settled, options=_on(options, Layout())) if options.picks_layout else settled
     machines = _machines(options, plan.load_options.device)
     seconds = _seconds(plan, machines, studies)
-    shared = min(num_tokens.values()) if checkpoint.model.sharded is not None else 1  # tokens that ranks may share
-    layouts = _layouts(plan, machines, kinds, seconds, shared)
+    layouts = _layouts(plan, machines, kinds, seconds, min(num_tokens.values()))
     if options.picks_layout:
         choice, layout, why = _chosen(plan, machines, kinds, seconds, layouts)
         num_clips = sum(kinds.values())

@@ -92,13 +92,10 @@ class RequestCheck:
         found = problems(request, self._rule)
         found += self.prompt_problems(request.prompt)
         found += self._policy_problems(request)
-        num_tokens = self._checkpoint.adapter.num_tokens(self._checkpoint.configs, request)
-        if self._num_ranks > 1 and self._checkpoint.model.sharded is None:
-            found.append(
-                f"the tokens of a {self._checkpoint.model.family} clip cannot be shared by ranks, got {self._num_ranks}"
-            )
-        elif not found and num_tokens < self._num_ranks:
-            found.append(f"a clip of {num_tokens} tokens cannot be shared by {self._num_ranks} ranks; each needs one")
+        num_tokens = self._checkpoint.num_shared_tokens(request)
+        if not found and num_tokens < self._num_ranks:
+            tokens = "tokens" if self._checkpoint.model.sharded.num_frames is None else "tokens a frame"
+            found.append(f"a clip of {num_tokens} {tokens} cannot be shared by {self._num_ranks} ranks; each needs one")
         if request.image is not None and self._rule.takes_image:
             try:
                 self._pictures.facts(request.image)

@@ -108,11 +108,6 @@ def choose_layouts(checkpoint: Checkpoint, requests: list[ClipRequest], texts: l
     """
     heads = checkpoint.num_heads
     branches = checkpoint.num_calls if all(r.guidance_scale > 1 for r in requests) else 1
-    if checkpoint.model.sharded is None:
-        raise InputError(
-            f"model {checkpoint.name}: the tokens of a {checkpoint.model.family} clip cannot be shared by ranks, so "
-            "there is nothing to verify"
-        )
     if not texts:
         wanted = [parse_layout(text) for text in ("ulysses2", "ulysses4", "ring2", "cfg2", "cfg2xulysses2")]
         return [layout for layout in wanted if layout in fitting_layouts(layout.world_size, heads, branches)]

@@ -9,7 +9,6 @@ from typing import Protocol
 from cineray.distributed.layout import Layout
 from cineray.jobs.planning.collectives import Collectives
 from cineray.pipeline.footprint.forecast import MemoryByPart, Work
-from cineray.pipeline.request import MAX_FRAMES
 
 
 class Forecast(Protocol):
@@ -113,16 +112,9 @@ class WorkOf:
         return self(shape, Layout())[1].computed_step_flop
 
     def attention_share(self, shape: Shape) -> float:
-        """Attention's part of a step's operations.
-
-        Operations are a x tokens^2 + b x tokens; twice the latent frames are twice the tokens, which tells a from b.
-        """
-        latent = (shape.frames - 1) // 4 + 1
-        twice = Shape(shape.model, shape.width, shape.height, 4 * (2 * latent - 1) + 1)
-        if twice.frames > MAX_FRAMES:
-            return 1.0
-        once = self.step_flop(shape)
-        return (self.step_flop(twice) - 2 * once) / 2 / once
+        """Attention's part of a step's operations."""
+        work = self(shape, Layout())[1]
+        return work.attention_flop / work.computed_step_flop
 
 
 def step_exchange(work_of: WorkOf, shape: Shape, layout: Layout, collectives: Collectives) -> StepExchange:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from cineray.distributed.layout import Layout, fitting_layouts
 from cineray.jobs.planning.gpus import Gpu
+from cineray.pipeline.adapters import Model
 from cineray.pipeline.request import InputError
 
 DECODES = ("finisher", "gang", "tiled")  # whole beside rank 0, by rows on every rank, in tiles (slightly other pixels)
@@ -63,6 +64,7 @@ def layouts_of(fleet: Fleet, num_heads: int, num_branches: int) -> Iterator[Layo
                 yield replace(layout, gangs=fleet.num_gpus // ranks)
 
 
-def decodes_of(layout: Layout) -> tuple[str, ...]:
+def decodes_of(layout: Layout, model: Model) -> tuple[str, ...]:
     """The ways in which a gang's clips can be decoded."""
-    return tuple(d for d in DECODES if d != "gang" or layout.ranks_per_gang > 1)
+    has_rows = layout.ranks_per_gang > 1 and bool(model.row_convolutions)
+    return tuple(d for d in DECODES if (d != "gang" or has_rows) and (d != "tiled" or model.can_tile))

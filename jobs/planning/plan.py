@@ -11,6 +11,7 @@ from cineray.jobs.planning.evidence import ClipKind, Estimate, Evidence
 from cineray.jobs.planning.layouts import Fleet, decodes_of
 from cineray.jobs.planning.schedule import makespan_s
 from cineray.pipeline.footprint.forecast import MemoryByPart
+from cineray.pipeline.footprint.published import published_checkpoint
 from cineray.pipeline.request import InputError
 
 MAX_MORE_GANGS = 64  # than a deadline needs, that are looked at
@@ -168,10 +169,11 @@ def make_plan(
     Raises:
         InputError: nothing is known of such clips on such cards.
     """
+    model = published_checkpoint(batch.kinds[0][0].shape.model).model
     rows = [
         _row(fleet, batch, layout, decode, evidence, is_runnable(layout, decode))
         for layout in layouts
-        for decode in decodes_of(layout)
+        for decode in decodes_of(layout, model)
     ]
     if rows and all(row.forecasted is None for row in rows):
         raise InputError(rows[0].unknown)

@@ -27,7 +27,7 @@ from cineray.pipeline.adapters.component import (
     diffusers_model,
     scheduler,
 )
-from cineray.pipeline.adapters.model import SHIPPED, BlockLayout, KnownCheckpoint, Model
+from cineray.pipeline.adapters.model import SHIPPED, BlockLayout, KnownCheckpoint, Model, ShardedArguments
 from cineray.pipeline.adapters.protocol import (
     Branch,
     Defaults,
@@ -293,9 +293,11 @@ MODEL = Model(
         shared=("cross_attention_kwargs",),
         layers=("attn1", "ff"),
         layer_names={"attn": "attn1", "mlp": "ff"},  # of facebookresearch/DiT, for which most official schedules are
+        called_apart="norm1.emb",  # the output layer is modulated by the first block's embedding
     ),
     branches=("cond", "uncond"),
     stacked=True,
+    sharded=ShardedArguments(attention="attn1", gathered="proj_out_2"),
     output=PICTURE,
     takes_lora=False,
     pipelines={"DiTPipeline": DiT()},

@@ -1,6 +1,6 @@
 """What cineray must know of a model: how its transformer is built, how it is called, who renders with it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from cineray.caching.plan import PolicyConfig
 from cineray.caching.policy import Signal
 from cineray.pipeline.adapters.protocol import Adapter
 from cineray.pipeline.media.output import VIDEO, Output
+from cineray.pipeline.request import ClipRequest
 
 SHIPPED = Path(__file__).resolve().parents[1] / "checkpoints"
 TINY_CLIP = {"width": 64, "height": 64, "num_frames": 17, "fps": 8}  # what the tiny checkpoints were trained on
@@ -41,6 +42,7 @@ class BlockLayout:
         hints: a list of blocks that run before those of `lists` and make what is added behind some of them.
         hinted: where the configuration says behind which.
         unread: modules whose output the blocks alone read, so that they can be left out where no block runs.
+        called_apart: a module of the first block that the transformer's forward calls by itself, too; "" for none.
     """
 
     lists: tuple[str, ...]
@@ -54,6 +56,7 @@ class BlockLayout:
     hints: str | None = None
     hinted: str | None = None
     unread: tuple[str, ...] = ()
+    called_apart: str = ""
 
     @property
     def all_lists(self) -> tuple[str, ...]:
@@ -70,22 +73,36 @@ class ShardedArguments:
     """Arguments of a block that follow the tokens. Places count from the hidden states.
 
     Args:
-        attention: the block's attention over image tokens (and text tokens, where it is joint).
-        rotary: place of the rotary embedding, a pair of tensors; its tokens are on dimension `rotary_dim`.
+        attention: the block's attention over image tokens (and text tokens, where it is joint), or list.attribute where
+            the blocks of one list alone attend to tokens of other ranks.
+        rotary: place of the rotary embedding, a pair of tensors; its tokens are on dimension `rotary_dim`. None where
+            there is none, or where it follows no token.
         text_first: text stands before the image in joint attention and in the rotary embedding.
         first_frame: place of the number of tokens of the first frame, which get their own modulation; or None.
         masks_tokens_here: the attention makes its mask of the tokens that it is given, which are a rank's own.
         timesteps: the module that embeds timesteps, which has one for each token [B, S, F] where the model gives one to
             each; "" for none.
+        gathered: the module behind the blocks whose output [..., S, F] is put together of all ranks' tokens.
+        frames: place of a pair of tensors that have a row for each frame, where ranks share the places of a frame and
+            each has its own in all frames; None where they share all tokens alike.
+        num_frames: frames of a clip, as `frames` has rows.
     """
 
     attention: str
-    rotary: int | str
-    rotary_dim: int
+    rotary: int | str | None = None
+    rotary_dim: int = 0
     text_first: bool = False
     first_frame: int | None = None
     masks_tokens_here: bool = False
     timesteps: str = ""
+    gathered: str = "proj_out"
+    frames: int | None = None
+    num_frames: Callable[[ClipRequest], int] | None = None
+
+    def attention_of(self, blocks: str) -> str | None:
+        """The attribute of a list's blocks that attends to tokens of other ranks; None where none does."""
+        of_list, _, attribute = self.attention.rpartition(".")
+        return attribute if of_list in ("", blocks) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +149,7 @@ class Model:
         family: whose calibrated profiles fit.
         branches: the guidance branches of a step, in the order in which the model's own pipeline makes them.
         stacked: they stand one after the other in the batch of one call; else each has a call of its own.
-        sharded: how its tokens are sharded over a gang's ranks; None where they cannot be.
+        sharded: how its tokens are sharded over a gang's ranks.
         output: what its clips are.
         pipelines: diffusers pipeline class -> rendering adapter, or None where cineray caches but does not render.
         pipelines_from: module that has the pipeline classes.
@@ -155,7 +172,7 @@ class Model:
     layout: BlockLayout
     branches: tuple[str, ...]
     stacked: bool = False
-    sharded: ShardedArguments | None = None
+    sharded: ShardedArguments
     output: Output = VIDEO
     pipelines: Mapping[str, Adapter | None]
     pipelines_from: str = "diffusers"

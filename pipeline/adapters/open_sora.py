@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cineray.pipeline.adapters import open_sora_configs
-from cineray.pipeline.adapters.model import BlockLayout, Model
+from cineray.pipeline.adapters.model import BlockLayout, Model, ShardedArguments
 from cineray.pipeline.adapters.open_sora_configs import CHANNELS, GROUP_FRAMES, GROUP_LATENTS, num_latent_frames
 from cineray.pipeline.adapters.protocol import (
     Branch,
@@ -279,6 +279,13 @@ MODEL = Model(
     ),
     branches=("cond", "uncond"),
     stacked=True,
+    # a rank's places are its own in all frames, so that temporal blocks need no other rank
+    sharded=ShardedArguments(
+        attention="spatial_blocks.attn",
+        gathered="final_layer",
+        frames=4,
+        num_frames=lambda request: num_latent_frames(made(request).num_frames),
+    ),
     pipelines={open_sora_configs.PIPELINE: OpenSora()},
     pipelines_from=f"{open_sora_configs.MODULES}.open_sora_pipeline",
     pixel_fields=("fps",),

@@ -205,23 +205,31 @@ class STDiT3Block(nn.Module):
         return hidden_states + (mlp_gate * self.mlp(x)).flatten(1, 2)
 
 
-class _SelfAttention(nn.Module):
-    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool) -> None:
-        super().__init__()
-        self._heads = (num_heads, hidden_size // num_heads)
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.q_norm = nn.RMSNorm(self._heads[1], eps=NORM_EPS) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self._heads[1], eps=NORM_EPS) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(hidden_size, hidden_size)
+class _SelfAttentionProcessor:
+    """Attention of `_SelfAttention`, apart from it as diffusers has it, so that ranks can share its tokens."""
 
-    def forward(self, hidden_states: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
+    def __call__(self, attn: "_SelfAttention", hidden_states: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
         """[N, length, C] -> [N, length, C]."""
-        query, key, value = self.qkv(hidden_states).unflatten(2, (3, *self._heads)).permute(2, 0, 3, 1, 4)
-        query, key = self.q_norm(query), self.k_norm(key)  # [N, H, length, D]
+        query, key, value = attn.qkv(hidden_states).unflatten(2, (3, *attn.heads)).permute(2, 0, 3, 1, 4)
+        query, key = attn.q_norm(query), attn.k_norm(key)  # [N, H, length, D]
         if rotary is not None:
             query, key = _rotated(query, rotary), _rotated(key, rotary)
         x = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        return attn.proj(x.transpose(1, 2).flatten(2))
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.heads = (num_heads, hidden_size // num_heads)
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.q_norm = nn.RMSNorm(self.heads[1], eps=NORM_EPS) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.heads[1], eps=NORM_EPS) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.processor = _SelfAttentionProcessor()
+
+    def forward(self, hidden_states: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
+        return self.processor(self, hidden_states, rotary)
 
 
 class _CrossAttention(nn.Module):
@@ -258,7 +266,8 @@ class _PatchEmbedder(nn.Module):
         """Latents -> (tokens [B, T * S, C], (T, rows, columns) of patches); sizes are padded to whole patches."""
         missing = [-size % patch for size, patch in zip(latents.shape[2:], self.proj.kernel_size, strict=True)]
         x = self.proj(F.pad(latents, (0, missing[2], 0, missing[1], 0, missing[0])))
-        return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3], x.shape[4])
+        # row by row, as ranks that share them have them: products of transposed ones have other last bits in 16 bits
+        return x.flatten(2).transpose(1, 2).contiguous(), (x.shape[2], x.shape[3], x.shape[4])
 
 
 class _SinusoidEmbedder(nn.Module):

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cineray.pipeline.adapters import stable_audio_configs
-from cineray.pipeline.adapters.model import BlockLayout, KnownCheckpoint, Model
+from cineray.pipeline.adapters.model import BlockLayout, KnownCheckpoint, Model, ShardedArguments
 from cineray.pipeline.adapters.protocol import (
     Branch,
     Defaults,
@@ -227,6 +227,7 @@ MODEL = Model(
     ),
     branches=("uncond", "cond"),
     stacked=True,
+    sharded=ShardedArguments(attention="attn1", rotary="rotary_embedding"),  # the token in front is one as the others
     output=SOUND,
     takes_lora=False,
     can_tile=False,

@@ -35,7 +35,7 @@ def forecast_cache_bytes(
     if plan.forecasting.target == "clean_latents":  # of two steps, whole on every rank, in float32
         return 2 * checkpoint.adapter.num_tokens(checkpoint.configs, request) * _latents_per_token(config) * 4
     num_branches = len(checkpoint.model.branches) if request.guidance_scale > 1 else 1
-    num_tokens = math.ceil(checkpoint.adapter.num_tokens(checkpoint.configs, request) / num_ranks)
+    num_tokens = checkpoint.tokens_here(request, num_ranks)
     return round(held_tensors(plan) * num_tokens * hidden_size(config) * element_bytes * num_branches)
 
 

@@ -209,8 +209,7 @@ def _per_token_cases() -> Iterator[Case]:
     yield from _few_denoise_cases(model, (_SMALL, (1280, 704, 121)), last)
     for cache in ("none", ALWAYS_SKIPS):
         yield _case(model, "denoise", last, cache=cache, is_held_out=True)
-    yield _case(model, "denoise", _SMALL, layout="ulysses8", cache=ALWAYS_SKIPS, weights_as="sharded")
-    yield from _in_8_bits(model, _SMALL)
+    yield from _few_weights_cases(model, _SMALL)
     for size in ((480, 288, 33), (832, 480, 33), (832, 480, 81), (1280, 704, 33)):
         yield from _decodes(model, size, ("1", "ulysses2", "ulysses8"))
     yield from _decodes(model, last, ("1", "ulysses4"), is_held_out=True)
@@ -234,13 +233,12 @@ def _picture_cases() -> Iterator[Case]:
 
 
 def _fixed_cases() -> Iterator[Case]:
-    """DiT-XL/2, whose two checkpoints have a size each: every clip that there is, so that nothing is held out."""
+    """DiT-XL/2, whose two checkpoints have a size each: all clips that there are; layouts alone are held out."""
     for side in (256, 512):
         model, size = f"dit-xl-2-{side}", (side, side, 1)
         yield Case(model=model, part="load")
-        for cache in ("none", ALWAYS_SKIPS):
-            yield _case(model, "denoise", size, cache=cache)
-        yield from _in_8_bits(model, size)
+        yield from _few_denoise_cases(model, (size,), size)
+        yield from _few_weights_cases(model, size)
         yield from _decodes(model, size, ("1",))
 
 
@@ -250,10 +248,10 @@ def _open_sora_cases() -> Iterator[Case]:
     yield Case(model=model, part="load")
     yield Case(model=model, part="encode-text")
     yield Case(model=model, part="encode-text-host")
+    yield from _few_denoise_cases(model, (small, large), last)
     for cache in ("none", ALWAYS_SKIPS):
-        for size in (small, large, last):
-            yield _case(model, "denoise", size, cache=cache, is_held_out=size == last)
-    yield from _in_8_bits(model, small)
+        yield _case(model, "denoise", last, cache=cache, is_held_out=True)
+    yield from _few_weights_cases(model, small)
     for size in ((424, 240, 17), small, (848, 480, 17), (640, 360, 34)):
         yield _case(model, "decode", size, is_held_out=size == (640, 360, 34))
     for size in ((424, 240, 17), large, (848, 480, 17), last):
@@ -261,14 +259,14 @@ def _open_sora_cases() -> Iterator[Case]:
 
 
 def _sound_cases() -> Iterator[Case]:
-    """Stable Audio Open: each clip is cut from one of the full length, so that there is one size."""
+    """Stable Audio Open: each clip is cut from one of the full length, so that there is one size; layouts alone are
+    held out."""
     model, size = "stable-audio-open-1.0", (1, 1, 1)
     yield Case(model=model, part="load")
     yield Case(model=model, part="encode-text")
     yield Case(model=model, part="encode-text-host")
-    for cache in ("none", ALWAYS_SKIPS):
-        yield _case(model, "denoise", size, cache=cache)
-    yield from _in_8_bits(model, size)
+    yield from _few_denoise_cases(model, (size,), size)
+    yield from _few_weights_cases(model, size)
     yield _case(model, "decode", size)
 
 
@@ -280,8 +278,7 @@ def _vace_cases() -> Iterator[Case]:
         yield from _few_denoise_cases(model, (_SMALL, _LARGE), last)
         for cache in ("none", ALWAYS_SKIPS):
             yield _case(model, "denoise", last, cache=cache, is_held_out=True)
-        yield _case(model, "denoise", _SMALL, layout=_wide(model), cache=ALWAYS_SKIPS, weights_as="sharded")
-        yield from _in_8_bits(model, _SMALL)
+        yield from _few_weights_cases(model, _SMALL)
     for size in ((480, 272, 17), (832, 480, 33), (480, 272, 81)):
         yield _case("wan2.1-vace-1.3b", "encode-image", size)
     yield _case("wan2.1-vace-1.3b", "encode-image", (640, 368, 49), is_held_out=True)
@@ -296,8 +293,7 @@ def _hunyuan_image_cases() -> Iterator[Case]:
     for kind in (model, "hunyuan-video-i2v-33ch"):
         yield Case(model=kind, part="load")
         yield from _few_denoise_cases(kind, (_SMALL, _LARGE), (960, 544, 61))
-        yield _case(kind, "denoise", _SMALL, layout="ulysses8", cache=ALWAYS_SKIPS, weights_as="sharded")
-        yield from _in_8_bits(kind, _SMALL)
+        yield from _few_weights_cases(kind, _SMALL)
     for size in ((480, 272, 17), (832, 480, 33), (480, 272, 81)):
         yield _case(model, "encode-image", size)
     yield _case(model, "encode-image", (640, 368, 49), is_held_out=True)
@@ -314,8 +310,7 @@ def _hunyuan15_cases() -> Iterator[Case]:
         yield from _few_denoise_cases(model, (small, _LARGE), last)
         for layout, size in (("ring2xulysses4", last), ("1", (1280, 720, 121))):
             yield _case(model, "denoise", size, layout=layout, cache=ALWAYS_SKIPS, is_held_out=True)
-        yield _case(model, "denoise", small, layout="ulysses8", cache=ALWAYS_SKIPS, weights_as="sharded")
-        yield from _in_8_bits(model, small)
+        yield from _few_weights_cases(model, small)
     # a frame more or less decides here: the VAE attends over all frames of a clip, or of a tile, at once
     for size in ((480, 272, 33), (480, 272, 121), (848, 480, 33), (848, 480, 81), (1280, 720, 17)):
         yield from _decodes(text, size, ("1",))
@@ -327,7 +322,8 @@ def _hunyuan15_cases() -> Iterator[Case]:
     yield _case(image, "encode-image", (640, 368, 49), is_held_out=True)
 
 
-def _in_8_bits(model: str, size: tuple[int, int, int]) -> Iterator[Case]:
+def _few_weights_cases(model: str, size: tuple[int, int, int]) -> Iterator[Case]:
+    yield _case(model, "denoise", size, layout=_wide(model), cache=ALWAYS_SKIPS, weights_as="sharded")
     for weights in ("fp8", "int8"):
         yield _case(model, "denoise", size, cache=ALWAYS_SKIPS, weights_as=weights)
 

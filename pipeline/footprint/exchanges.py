@@ -33,12 +33,15 @@ def step_exchanges(
     layout: Layout,
     num_tokens: int,
     num_blocks: int | None = None,
+    num_frames: int = 1,
 ) -> Exchanges:
     """The exchanges of the fullest rank.
 
     Args:
         num_tokens: image tokens of the clip.
-        num_blocks: that run, beside those that make hints for them; None for all.
+        num_blocks: that run, beside those that make hints for them; None for all. Of interleaved lists those of one:
+            Open-Sora's temporal blocks attend to a rank's own tokens alone.
+        num_frames: whose places ranks share (Open-Sora); 1 where they share all tokens alike.
     """
     config = checkpoint.configs.transformer
     model = MODELS[config["_class_name"]]
@@ -48,7 +51,7 @@ def step_exchanges(
         num_blocks = sum(config[name] for name in model.layout.counts)
     num_blocks += num_hints({**config, "num_layers": num_blocks})
     text = joint_text_tokens(config)
-    here = -(-num_tokens // ranks)
+    here = num_frames * -(-num_tokens // num_frames // ranks)
     group = min(num_tokens, here * ulysses)  # image tokens of a ulysses group
     sent, count = 0.0, 0
     if ulysses > 1:
@@ -63,9 +66,9 @@ def step_exchanges(
             count += 1
     sent, count = num_blocks * sent, num_blocks * count
     if ranks > 1:  # the output's tokens
-        sent += (ranks - 1) * here * _volume(config) * (config.get("out_channels") or config["in_channels"])
+        sent += (ranks - 1) * here * _volume(config) * _out_channels(config)
         count += 1
-    sent, count = (len(model.branches) // layout.cfg) * sent, (len(model.branches) // layout.cfg) * count
+    sent, count = len(model.branches) // layout.cfg * sent, checkpoint.num_calls // layout.cfg * count
     if layout.cfg > 1:  # the other branch's velocity
         sent += config["out_channels"] * num_tokens * _volume(config)
         count += 1
@@ -74,5 +77,11 @@ def step_exchanges(
 
 def _volume(config: Mapping[str, Any]) -> int:
     """Latents of a channel that a token stands for."""
-    patch = config["patch_size"]
+    patch = config.get("patch_size", 1)
     return patch**2 if isinstance(patch, int) else patch[0] * patch[1] * patch[2]
+
+
+def _out_channels(config: Mapping[str, Any]) -> int:
+    if "pred_sigma" in config:  # Open-Sora's: a variance beside each channel
+        return config["in_channels"] * (2 if config["pred_sigma"] else 1)
+    return config.get("out_channels") or config["in_channels"]

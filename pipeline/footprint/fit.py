@@ -292,7 +292,7 @@ def _transformer_weights(known: Checkpoint, setup: Setup, weights: int) -> int:
         wide = beside.get(options.quantize, _leaf_bytes(known)["transformer"])
         return weights - linear * (_ELEMENT_BYTES[options.dtype_name] - 1) + wide
     if setup.shards_weights:
-        size = linear * _ELEMENT_BYTES[options.dtype_name]
+        size = (linear + block_tables(known.configs.transformer)) * _ELEMENT_BYTES[options.dtype_name]
         return weights - size + size // setup.layout.sequence_ranks + beside["sharded"]
     return weights
 
@@ -312,6 +312,13 @@ def _leaf_bytes(known: Checkpoint) -> dict[str, int]:
     sizes = [text.get("vocab_size", 0) * text.get("d_model", text.get("hidden_size", 0)) for text in texts]
     table = max(sizes, default=0)
     return {"transformer": 2 * 2 * dim * inner, "text encoders": 2 * 2 * table}
+
+
+def block_tables(config: Mapping[str, Any]) -> int:
+    """Weights of a transformer's block lists that are no linear layers': DiT's blocks have a table of classes each."""
+    if config["_class_name"] != "DiTTransformer2DModel":
+        return 0
+    return config["num_layers"] * (config["num_embeds_ada_norm"] + 1) * hidden_size(config)
 
 
 def block_linear_parameters(config: Mapping[str, Any]) -> int:

@@ -15,12 +15,11 @@ from cineray.caching.policies.smoothcache import LayerPlan
 from cineray.caching.policies.taylorseer import SeriesPlan
 from cineray.distributed.layout import Layout, check_layout
 from cineray.pipeline.adapters import MODELS
-from cineray.pipeline.adapters.open_sora_configs import num_latent_frames
 from cineray.pipeline.caches.memory import forecast_cache_bytes
 from cineray.pipeline.footprint.exchanges import step_exchanges
 from cineray.pipeline.footprint.laws import forecast_checkpoint, laws_of
 from cineray.pipeline.footprint.layer_caches import layer_cache_bytes
-from cineray.pipeline.footprint.operations import forward_flop
+from cineray.pipeline.footprint.operations import ForwardFlop, forward_flop
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.request import ClipRequest, InputError, problems
 from cineray.text import shorten
@@ -66,6 +65,7 @@ class Work:
 
     Args:
         computed_step_flop: of a step whose blocks run, on a rank; both guidance branches unless cfg splits them.
+        attention_flop: of these, attention over tokens that ranks share.
         skipped_step_flop: of a step that the cache skips after a probe; without a probe it is yet less, and 0 where
             whole steps are forecast.
         decode_flop: on one device; with a decode by rows, on each rank.
@@ -75,6 +75,7 @@ class Work:
     """
 
     computed_step_flop: float
+    attention_flop: float
     skipped_step_flop: float
     decode_flop: float
     text_flop: float
@@ -132,7 +133,7 @@ def parts_of(checkpoint: Checkpoint, request: ClipRequest, layout: Layout, decod
     """
     laws, plan = laws_of(checkpoint.name), _plan(checkpoint, request.cache)
     num_tokens = checkpoint.adapter.num_tokens(checkpoint.configs, request)
-    here = -(-num_tokens // layout.sequence_ranks)
+    here = checkpoint.tokens_here(request, layout.sequence_ranks)
     config = checkpoint.configs.transformer
     if isinstance(plan, LayerPlan | SeriesPlan):
         held = layer_cache_bytes(plan, config, here, len(MODELS[config["_class_name"]].branches) // layout.cfg)
@@ -214,23 +215,30 @@ def forecast(
     )
     config = checkpoint.configs.transformer
     num_tokens = checkpoint.adapter.num_tokens(checkpoint.configs, request)
-    here = -(-num_tokens // layout.sequence_ranks)
+    here = checkpoint.tokens_here(request, layout.sequence_ranks)
+    num_frames = num_tokens // checkpoint.num_shared_tokens(request)
     num_calls = len(MODELS[config["_class_name"]].branches) // cfg
-    forward = forward_flop(
-        config,
-        here=here,
-        everywhere=num_tokens,
-        sequence_ranks=layout.sequence_ranks,
-        is_per_token=checkpoint.configs.index.get("expand_timesteps") is True,
-        num_times=num_latent_frames(frames) if checkpoint.model.family == "open-sora" else 1,
-    )
+
+    def forward_on(sequence_ranks: int) -> ForwardFlop:
+        return forward_flop(
+            config,
+            here=here,
+            everywhere=num_tokens,
+            sequence_ranks=sequence_ranks,
+            is_per_token=checkpoint.configs.index.get("expand_timesteps") is True,
+            num_frames=num_frames,
+        )
+
+    forward = forward_on(layout.sequence_ranks)
+    attention = 2 * (forward.total - forward_on(2 * layout.sequence_ranks).total)  # all that twice the ranks halve
     skipped = forward.total  # of policies by layer, unless told otherwise
     if isinstance(plan, CachePlan):
         is_whole = plan.forecasting.target == "clean_latents"
         skipped = 0.0 if is_whole else forward.skipped(plan.probe_depth)
-    exchanged = step_exchanges(checkpoint, layout, num_tokens)
+    exchanged = step_exchanges(checkpoint, layout, num_tokens, num_frames=num_frames)
     work = Work(
         computed_step_flop=num_calls * forward.total,
+        attention_flop=num_calls * attention,
         skipped_step_flop=num_calls * skipped,
         decode_flop=laws.decode_flop(width, height, frames, how, num_ranks),
         text_flop=laws.text_flop * len(MODELS[config["_class_name"]].branches),
@@ -277,8 +285,6 @@ def _layout(checkpoint: Checkpoint, cfg: int, ring: int, ulysses: int) -> Layout
 
 def check_model_layout(checkpoint: Checkpoint, layout: Layout) -> None:
     """Raises InputError where the ranks of a layout cannot share the model's clips."""
-    if checkpoint.model.sharded is None and layout.sequence_ranks > 1:
-        raise InputError(f"model {checkpoint.name}: its tokens cannot be shared by ranks, got {layout.text}")
     try:
         check_layout(layout, checkpoint.num_heads, checkpoint.num_calls)
     except ValueError as error:

@@ -259,7 +259,7 @@ def with_tokens(row: Row) -> Row:
         fps=1,
     )
     everywhere = checkpoint.adapter.num_tokens(checkpoint.configs, clip)
-    here = -(-everywhere // layout.sequence_ranks)
+    here = checkpoint.tokens_here(clip, layout.sequence_ranks)
     hints = here * _hint_bytes(checkpoint.configs.transformer, row["num_blocks"])
     # without a cache the blocks that make them run before all others
     phases = {name: size + (hints if name in ("before", "blocks") else 0) for name, size in row["phases"].items()}

@@ -74,7 +74,7 @@ def forward_flop(
     everywhere: int,
     sequence_ranks: int,
     is_per_token: bool = False,
-    num_times: int = 1,
+    num_frames: int = 1,
 ) -> ForwardFlop:
     """Operations of one forward with a batch of one.
 
@@ -83,17 +83,13 @@ def forward_flop(
         here, everywhere: image tokens of this rank, and of all ranks of the sequence.
         sequence_ranks: that share the attention.
         is_per_token: each token has a timestep of its own, which is embedded (Wan 2.2 TI2V).
-        num_times: latent frames, over which tokens of a place attend (Open-Sora).
+        num_frames: latent frames, over which tokens of a place attend (Open-Sora).
     """
     if config["_class_name"] == "STDiT3":
-        return _stdit3(config, everywhere, num_times)
-    if config["_class_name"] == "DiTTransformer2DModel":
-        return _dit(config, everywhere)
-    if config["_class_name"] == "StableAudioDiTModel":
-        return _stable_audio(config, everywhere)
+        return _stdit3(config, here, everywhere, sequence_ranks, num_frames)
     if config["_class_name"] in ("WanTransformer3DModel", "WanVACETransformer3DModel"):
         return _wan(config, here, everywhere, sequence_ranks, here if is_per_token else 1)
-    return _JOINT[config["_class_name"]](config, here, everywhere, sequence_ranks)
+    return _OTHERS[config["_class_name"]](config, here, everywhere, sequence_ranks)
 
 
 def _wan(config: Mapping[str, Any], here: int, everywhere: int, sequence_ranks: int, num_timesteps: int) -> ForwardFlop:
@@ -166,43 +162,44 @@ def _flux(config: Mapping[str, Any], here: int, everywhere: int, sequence_ranks:
     return ForwardFlop(around, (double,) * config["num_layers"] + (single,) * config["num_single_layers"])
 
 
-def _dit(config: Mapping[str, Any], tokens: int) -> ForwardFlop:
-    d, n, patch = config["num_attention_heads"] * config["attention_head_dim"], tokens, config["patch_size"] ** 2
-    block = 8 * n * d * d + 4 * n * n * d + 4 * DIT_MLP_RATIO * n * d * d
+def _dit(config: Mapping[str, Any], here: int, everywhere: int, sequence_ranks: int) -> ForwardFlop:
+    d, s, n = config["num_attention_heads"] * config["attention_head_dim"], here, everywhere
+    block = 8 * s * d * d + 4 * n * n * d / sequence_ranks + 4 * DIT_MLP_RATIO * s * d * d
     block += 2 * d * (DIT_SINUSOIDS + d) + 12 * d * d  # each block embeds the timestep for itself
-    around = 2 * n * patch * (config["in_channels"] + config["out_channels"]) * d
+    around = 2 * config["patch_size"] ** 2 * (n * config["in_channels"] + s * config["out_channels"]) * d
     around += 2 * d * (DIT_SINUSOIDS + d) + 4 * d * d
     return ForwardFlop(around, (block,) * config["num_layers"])
 
 
-def _stable_audio(config: Mapping[str, Any], tokens: int) -> ForwardFlop:
+def _stable_audio(config: Mapping[str, Any], here: int, everywhere: int, sequence_ranks: int) -> ForwardFlop:
     """Of one row of its batch; keys and values of the cross-attention have fewer heads."""
-    d, n, text = hidden_size(config), tokens, AUDIO_TEXT_TOKENS + 2
+    d, s, n, text = hidden_size(config), here, everywhere, AUDIO_TEXT_TOKENS + 2
     few, width = config["num_key_value_attention_heads"] * config["attention_head_dim"], config["cross_attention_dim"]
-    block = 8 * n * d * d + 4 * n * n * d
-    block += 4 * n * d * d + 4 * text * width * few + 4 * n * text * d
-    block += 6 * AUDIO_MLP_RATIO * n * d * d
-    channels = config["in_channels"] + config["out_channels"]
-    around = 2 * n * channels * d + 2 * n * (config["in_channels"] ** 2 + config["out_channels"] ** 2)
+    block = 8 * s * d * d + 4 * n * n * d / sequence_ranks
+    block += 4 * s * d * d + 4 * text * width * few + 4 * s * text * d
+    block += 6 * AUDIO_MLP_RATIO * s * d * d
+    around = 2 * (n * config["in_channels"] + s * config["out_channels"]) * d
+    around += 2 * n * (config["in_channels"] ** 2 + config["out_channels"] ** 2)
     around += 2 * text * width * (config["cross_attention_input_dim"] + width)
     around += 2 * d * (config["global_states_input_dim"] + config["time_proj_dim"] + 2 * d)
     return ForwardFlop(around, (block,) * config["num_layers"])
 
 
-def _stdit3(config: Mapping[str, Any], tokens: int, num_times: int) -> ForwardFlop:
-    """A block is a spatial one and the temporal one behind it."""
-    d, n, text = config["hidden_size"], tokens, config["model_max_length"]
+def _stdit3(config: Mapping[str, Any], here: int, everywhere: int, sequence_ranks: int, num_frames: int) -> ForwardFlop:
+    """A block is a spatial one, whose attention ranks share, and the temporal one behind it."""
+    d, s, n, text = config["hidden_size"], here, everywhere, config["model_max_length"]
     volume = config["patch_size"][0] * config["patch_size"][1] * config["patch_size"][2]
-    each = 8 * n * d * d + 4 * config["mlp_ratio"] * n * d * d
-    each += 4 * n * d * d + 4 * text * d * d + 4 * n * text * d  # cross-attention
-    block = 2 * each + 4 * n * (n / num_times) * d + 4 * n * num_times * d
+    each = 8 * s * d * d + 4 * config["mlp_ratio"] * s * d * d
+    each += 4 * s * d * d + 4 * text * d * d + 4 * s * text * d  # cross-attention
+    block = 2 * each + 4 * n * (n / num_frames) * d / sequence_ranks + 4 * s * num_frames * d
     made = config["in_channels"] * (2 if config["pred_sigma"] else 1)
-    around = 2 * n * volume * (config["in_channels"] + made) * d + 2 * text * (config["caption_channels"] + d) * d
+    around = 2 * volume * (n * config["in_channels"] + s * made) * d + 2 * text * (config["caption_channels"] + d) * d
     return ForwardFlop(around, (block,) * config["depth"])
 
 
-# of transformers whose text attends beside the image, tokens of which ranks share
-_JOINT = {
+_OTHERS = {
+    "DiTTransformer2DModel": _dit,
+    "StableAudioDiTModel": _stable_audio,
     "FluxTransformer2DModel": _flux,
     "HunyuanVideoTransformer3DModel": _hunyuan,
     "HunyuanVideo15Transformer3DModel": _hunyuan15,

@@ -31,7 +31,7 @@ from cineray.pipeline.loading.errors import LoadingError, is_passing
 from cineray.pipeline.loading.parts import MAX_CONFIG_BYTES, check_configs, check_folder
 from cineray.pipeline.loading.weight_header import reason_of
 from cineray.pipeline.media.output import written_as
-from cineray.pipeline.request import InputError, SizeRule
+from cineray.pipeline.request import ClipRequest, InputError, SizeRule
 from cineray.text import printable, shorten
 
 
@@ -105,6 +105,18 @@ class Checkpoint:
     def num_heads(self) -> int:
         """Of the transformer's attention."""
         return num_heads(self.configs.transformer)
+
+    def num_shared_tokens(self, request: ClipRequest) -> int:
+        """Tokens of a clip that can be shared out among ranks: places of a frame, where each rank has its own in all
+        frames."""
+        num_frames_of = self.model.sharded.num_frames
+        num_frames = 1 if num_frames_of is None else num_frames_of(request)
+        return self.adapter.num_tokens(self.configs, request) // num_frames
+
+    def tokens_here(self, request: ClipRequest, num_ranks: int) -> int:
+        """Tokens of the rank that has most, where so many ranks share a clip's tokens."""
+        everywhere, shared = self.adapter.num_tokens(self.configs, request), self.num_shared_tokens(request)
+        return everywhere // shared * -(-shared // num_ranks)
 
     @property
     def num_experts(self) -> int:

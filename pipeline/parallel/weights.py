@@ -49,9 +49,10 @@ def shard_weights(
     if kind not in models:
         supported = ", ".join(transformers_in(models.values()))
         raise ValueError(f"shard-weights: {kind} is not supported; supported: {supported}")
+    layout = models[kind].layout
     blocks = {
         f"{name}.{number}": block
-        for name in models[kind].layout.all_lists
+        for name in layout.all_lists
         for number, block in enumerate(getattr(transformer, name))
     }
     mesh = DeviceMesh.from_group(axis.group, device.type)  # type: ignore[arg-type]  # more than one rank has a group
@@ -59,6 +60,8 @@ def shard_weights(
         if unread is not None:
             unread.read(name)
         block.requires_grad_(requires_grad=False)  # trainable ones of several types cannot be sharded together
+        if layout.called_apart and name == f"{layout.lists[0]}.0":  # gathered by itself where it is called
+            fully_shard(block.get_submodule(layout.called_apart), mesh=mesh, reshard_after_forward=True)
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     transformer.requires_grad_(requires_grad=False)
     root = _Root(list(blocks.values()))

@@ -1,9 +1,11 @@
 """`--shard-weights`: each rank holds a part of the blocks' weights, and every pixel is that of whole weights."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from conftest import build_hunyuan, build_wan
+from conftest import build_wan
 from safetensors.torch import save_file
 
 from cineray.distributed.layout import Layout, parse_layout
@@ -29,9 +31,13 @@ CLIP = ClipRequest(
     fps=8,
     cache="dicache-paper(threshold=0.3)",  # whose branches decide by themselves
 )
+PLAIN = replace(CLIP, cache="none")
+CLASS = replace(CLIP, prompt="7", width=8, height=8, num_frames=1, fps=1, cache="interval(interval=2)")
+SOUND = replace(PLAIN, width=1, height=1, num_frames=1, fps=64, seconds=1.5)
+PLACES = replace(CLASS, prompt="a red circle", width=16, height=16, num_frames=17, fps=8)
 
 
-def render_on_rank(rank, num_ranks, init_method, layout, source, options, cache):
+def render_on_rank(rank, num_ranks, init_method, layout, source, options, request):
     """For whole and sharded weights: (latents and frames, share of the blocks' weights here, skipped steps, class)."""
     found = []
     with Gang.join(parse_layout(layout), rank, num_ranks, init_method=init_method, timeout_s=120) as gang:
@@ -42,34 +48,33 @@ def render_on_rank(rank, num_ranks, init_method, layout, source, options, cache)
             if is_sharded:
                 gang.shard_weights(model)
             held = [p.to_local() if is_sharded else p for blocks in lists for p in blocks.parameters()]
-            clip = render_clip_on_gang(gang, model, CLIP_OF[cache], lambda *_: None)
+            clip = render_clip_on_gang(gang, model, request, lambda *_: None)
             skipped = clip.trace.summary()["skipped_steps"] if clip and clip.trace else 0
             pixels = None if clip is None else (clip.latents, clip.frames)
             found.append((pixels, sum(p.numel() for p in held) / whole, skipped, type(model.pipe.transformer).__name__))
     return found
 
 
-CLIP_OF = {"none": ClipRequest(**{**{f: getattr(CLIP, f) for f in CLIP.__slots__}, "cache": "none"}), "dicache": CLIP}
-
-
 @pytest.mark.parametrize(
-    ("build", "layout", "options", "cache"),
+    ("name", "layout", "options", "clip"),
     [
-        (build_wan, "ulysses2", LoadOptions(), "dicache"),
-        (build_wan, "cfg2xulysses2", LoadOptions(), "dicache"),
-        (build_wan, "ring2", LoadOptions(dtype="bfloat16"), "none"),
-        (build_hunyuan, "ulysses2", LoadOptions(), "none"),
+        ("wan", "ulysses2", LoadOptions(), CLIP),
+        ("wan", "cfg2xulysses2", LoadOptions(), CLIP),
+        ("wan", "ring2", LoadOptions(dtype="bfloat16"), PLAIN),
+        ("hunyuan", "ulysses2", LoadOptions(), PLAIN),
+        ("dit", "ulysses2", LoadOptions(), CLASS),  # whose output layer reads an embedding of the first block
+        ("stable_audio", "ulysses2", LoadOptions(), SOUND),
+        ("open_sora", "ulysses2", LoadOptions(), PLACES),
     ],
 )
-def test_sharded_weights_render_the_same_pixels(ranks, tmp_path, build, layout, options, cache):
-    build().save_pretrained(tmp_path / "model")
-    arguments = (layout, str(tmp_path / "model"), options, cache)
+def test_sharded_weights_render_the_same_pixels(ranks, checkpoint_folder, name, layout, options, clip):
+    arguments = (layout, str(checkpoint_folder(name)), options, clip)
     results = ranks.run(render_on_rank, parse_layout(layout).world_size, *arguments, timeout_s=300)
     (whole, share_of_whole, skipped, kind), (sharded, _, skipped_too, kind_too) = results[0]
     assert torch.equal(sharded[0], whole[0])
     assert np.array_equal(sharded[1], whole[1])
     assert (share_of_whole, kind, skipped) == (1.0, kind_too, skipped_too)
-    assert (skipped > 0) == (cache != "none")
+    assert (skipped > 0) == (clip.cache != "none")
     for (_, _, _, _), (_, share, _, _) in results:
         assert share == pytest.approx(0.5, abs=0.05)
 
@@ -81,7 +86,7 @@ def test_a_lora_is_fused_before_weights_are_cut(ranks, tmp_path):
     save_file(lora, tmp_path / "a.safetensors")
     pixels = []
     for options in (LoadOptions(), LoadOptions(lora=(Lora.parse(str(tmp_path / "a.safetensors")),))):
-        arguments = ("ulysses2", str(tmp_path / "model"), options, "none")
+        arguments = ("ulysses2", str(tmp_path / "model"), options, PLAIN)
         (whole, *_), (sharded, *_) = ranks.run(render_on_rank, 2, *arguments, timeout_s=300)[0]
         assert torch.equal(sharded[0], whole[0])
         pixels.append(sharded[0])

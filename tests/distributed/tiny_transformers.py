@@ -87,6 +87,44 @@ def flux():
     )
 
 
+def dit():
+    """Made for 13 x 13 tokens; positions of other sizes are interpolated."""
+    from diffusers import DiTTransformer2DModel
+
+    return _random(
+        DiTTransformer2DModel(
+            num_attention_heads=4, attention_head_dim=32, out_channels=8, num_layers=3, sample_size=26
+        )
+    )
+
+
+def stable_audio():
+    """Half as many heads of keys and values in the cross-attention."""
+    from diffusers import StableAudioDiTModel
+
+    return _random(
+        StableAudioDiTModel(
+            sample_size=319,
+            in_channels=4,
+            out_channels=4,
+            num_layers=3,
+            attention_head_dim=32,
+            num_attention_heads=4,
+            num_key_value_attention_heads=2,
+            cross_attention_dim=64,
+            cross_attention_input_dim=32,
+            global_states_input_dim=32,
+            time_proj_dim=32,
+        )
+    )
+
+
+def open_sora():
+    from cineray.pipeline.adapters.open_sora_transformer import STDiT3
+
+    return _random(STDiT3(hidden_size=128, depth=2, num_heads=4, caption_channels=32, model_max_length=8))
+
+
 def draw(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
@@ -97,13 +135,15 @@ def call(model, frames=5, height=16, width=16, valid_text=(8,), num_text=8, seed
     Args:
         num_done: each token has a timestep of its own, 0 for so many of the first (Wan 2.2 TI2V).
     """
+    kind = type(model).__name__
+    if kind in _OTHER_CALLS:
+        return _OTHER_CALLS[kind](model, frames, height, width, valid_text)
     batch, channels = len(valid_text), model.config.in_channels
     kwargs = {"timestep": torch.full((batch,), 500.0), "return_dict": False}
     if num_done is not None:
         num_tokens = frames * (height // 2) * (width // 2)
         kwargs["timestep"] = torch.where(torch.arange(num_tokens) < num_done, 0.0, 500.0).expand(batch, -1)
     kwargs["encoder_hidden_states"] = draw(batch, num_text, 32, seed=seed)
-    kind = type(model).__name__
     if kind == "WanVACETransformer3DModel":
         kwargs["control_hidden_states"] = draw(batch, 6, frames, height, width, seed=seed)
     if kind in ("WanTransformer3DModel", "WanVACETransformer3DModel"):
@@ -128,3 +168,50 @@ def call(model, frames=5, height=16, width=16, valid_text=(8,), num_text=8, seed
     floats |= {k: kwargs[k].to(dtype) for k in ("encoder_hidden_states", "pooled_projections") if k in kwargs}
     with torch.no_grad():
         return model(hidden_states=hidden_states.to(dtype), **floats)[0]
+
+
+@torch.no_grad()
+def _call_dit(model, _frames, height, width, valid_text):
+    batch = len(valid_text)
+    latents = draw(batch, 4, height, width).to(model.dtype)
+    return model(latents, torch.full((batch,), 500), torch.arange(batch), return_dict=False)[0]
+
+
+@torch.no_grad()
+def _call_stable_audio(model, frames, height, width, valid_text):
+    """As many tokens as a video of this size has, the one in front included."""
+    from diffusers.models.embeddings import get_1d_rotary_pos_embed
+
+    batch, num_tokens = len(valid_text), frames * (height // 2) * (width // 2)
+    return model(
+        draw(batch, 4, num_tokens - 1).to(model.dtype),
+        torch.full((1,), 0.5),
+        draw(batch, 8, 32).to(model.dtype),
+        draw(batch, 1, 32).to(model.dtype),
+        get_1d_rotary_pos_embed(16, num_tokens, use_real=True, repeat_interleave_real=False),
+        return_dict=False,
+    )[0]
+
+
+@torch.no_grad()
+def _call_open_sora(model, frames, height, width, valid_text):
+    """The first frame is given, where there are more."""
+    batch = len(valid_text)
+    return model(
+        draw(batch, 4, frames, height, width),
+        torch.full((batch,), 500.0),
+        draw(batch, 8, 32),
+        torch.arange(8) < torch.tensor(valid_text)[:, None],
+        fps=torch.full((1,), 24.0),
+        height=8 * height,
+        width=8 * width,
+        noisy_frames=torch.arange(frames)[None] > 0 if frames > 1 else None,
+        return_dict=False,
+    )[0]
+
+
+_OTHER_CALLS = {
+    "DiTTransformer2DModel": _call_dit,
+    "StableAudioDiTModel": _call_stable_audio,
+    "STDiT3": _call_open_sora,
+}

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.slow
 MODELS_DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 WAN, HUNYUAN, FLUX = "wan2.1-t2v-14b", "hunyuan-video", "flux.1-dev"
 I2V, HUNYUAN_15, I2V_15 = "hunyuan-video-i2v", "hunyuan-video-1.5-t2v-480p", "hunyuan-video-1.5-i2v-480p"
+DIT, SOUND, OPEN_SORA = "dit-xl-2-256", "stable-audio-open-1.0", "open-sora-1.2"
 
 
 @pytest.mark.parametrize("model", published_names())
@@ -140,7 +141,10 @@ def test_encoders_on_the_host_leave_the_gpu_and_do_the_same_work(model):
 
 
 def uneven_size(model):
-    """Of an odd number of image tokens."""
+    """Of an odd number of image tokens, but for DiT's 256; or of places of a frame."""
+    fixed = {DIT: (256, 256, 1), SOUND: (1, 1, 1), OPEN_SORA: (272, 144, 17)}
+    if model in fixed:
+        return fixed[model]
     return (288, 160, 9) if model == "wan2.2-ti2v-5b" else (272, 144, 1 if model == FLUX else 9)
 
 
@@ -216,6 +220,7 @@ def steps_of(model: str, layout: str, cache: str, num_steps: int) -> tuple[StepT
         *(_more(model, "ulysses2", 3, 3, 1) for model in (HUNYUAN, I2V)),
         (HUNYUAN_15, "ulysses2", 6, 6, 2),
         (FLUX, "ulysses2", 3, 3, 1),
+        (OPEN_SORA, "ulysses2", 4, 4, 2),
     ],
 )
 def test_the_host_waits_for_the_gpu_a_few_times_a_step(model, layout, computed, skipped, planned):
@@ -317,7 +322,8 @@ def test_hints_wait_in_memory_until_their_block_has_run(cache):
 
 
 def logs_of(model: str, layout: str, cache: str) -> list[list[Exchange]]:
-    """Each rank's exchanges; 459 image tokens, or 153 of FLUX, which no number of ranks but 3, 9 and 17 divides."""
+    """Each rank's exchanges; 459 image tokens, or 153 of FLUX or of a frame of Open-Sora, which no number of ranks but
+    3, 9 and 17 divides."""
     width, height, frames = uneven_size(model)
     case = Case(model=model, part="denoise", width=width, height=height, frames=frames, layout=layout, cache=cache)
     logs = []
@@ -340,6 +346,8 @@ def logs_of(model: str, layout: str, cache: str) -> list[list[Exchange]]:
         (HUNYUAN, "ring2xulysses2", ALWAYS_SKIPS),
         (HUNYUAN_15, "cfg2xulysses2", ALWAYS_SKIPS),
         (FLUX, "ring2xulysses2", "none"),
+        (OPEN_SORA, "ring2xulysses2", ALWAYS_SKIPS),
+        (SOUND, "ulysses2", ALWAYS_SKIPS),
         *(
             _more(*case)
             for case in (
@@ -358,6 +366,9 @@ def logs_of(model: str, layout: str, cache: str) -> list[list[Exchange]]:
                 (HUNYUAN_15, "ulysses2", "none"),
                 (I2V_15, "ring2xulysses2", ALWAYS_SKIPS),
                 (FLUX, "ring2xulysses2", ALWAYS_SKIPS),
+                (OPEN_SORA, "ulysses2", "none"),
+                (SOUND, "ring2xulysses2", "none"),
+                (DIT, "ring3", ALWAYS_SKIPS),
             )
         ),
     ],

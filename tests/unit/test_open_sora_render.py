@@ -101,12 +101,14 @@ def test_a_clip_renders_is_cached_and_is_known_again(folder, tmp_path, capsys):
     assert again["status"] == "existing"
 
 
-def test_its_tokens_are_not_shared_by_ranks(folder, tmp_path, capsys):
-    arguments = ["render", "a", "--model", str(folder), *FLAGS, "--sp", "2", "--out", str(tmp_path / "out")]
-    assert main(arguments) == 2
-    assert "the tokens of a open-sora clip cannot be shared by ranks, got 2" in capsys.readouterr().err
-    assert main(["verify", "a", "--model", str(folder), *FLAGS]) == 2
-    assert "so there is nothing to verify" in capsys.readouterr().err
+def test_ranks_share_the_places_of_a_frame(folder, tmp_path, capsys):
+    """Of 16 x 16 pixels there are 16, in each of five latent frames."""
+    arguments = ["render", "a", "--model", str(folder), *FLAGS, "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--layout", "ring16", "--dry-run"]) == 0
+    assert main([*arguments, "--layout", "ring17"]) == 2
+    assert "a clip of 16 tokens a frame cannot be shared by 17 ranks; each needs one" in capsys.readouterr().err
+    assert main([*arguments, "--cfg-parallel"]) == 2
+    assert "cfg 2 needs two guidance branches, this clip has 1" in capsys.readouterr().err
 
 
 def test_clips_go_on_where_the_last_one_ended(model, folder, clip, tmp_path, capsys):

@@ -82,6 +82,26 @@ def test_a_sound_is_planned_without_pixels(plan):
     assert stdout.splitlines()[1].split() == ["10:", "stable-audio-open-1.0,", "100", "steps"]
 
 
+@pytest.mark.parametrize(
+    ("model", "decodes"),
+    [
+        ("flux.1-dev", {"finisher", "tiled"}),
+        ("stable-audio-open-1.0", {"finisher"}),
+        ("dit-xl-2-256", {"finisher", "tiled"}),
+        ("open-sora-1.2", {"finisher", "tiled"}),
+        ("wan2.1-t2v-1.3b", {"finisher", "tiled", "gang"}),
+    ],
+)
+def test_every_layout_is_timed_with_the_ways_to_decode_that_render_takes(plan, model, decodes):
+    code, stdout, _ = plan("--model", model, "--gpu", "h100", "--num-gpus", 4, "--json")
+    assert code == 0
+    rows = said(stdout)["layouts"]
+    assert not any("unknown" in row for row in rows)
+    shared = [row for row in rows if row["ring"] * row["ulysses"] == 4]
+    assert {(row["ring"], row["ulysses"]) for row in shared} == {(1, 4), (4, 1), (2, 2)}
+    assert {row["decode"] for row in shared} == decodes
+
+
 def test_what_has_no_name_for_render_is_a_folder_there(plan):
     code, stdout, _ = plan("--model", "open-sora-1.2", "--gpu", "h100")
     assert code == 0
