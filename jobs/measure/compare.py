@@ -122,7 +122,7 @@ def compare_pair(pair: Pair) -> tuple[AnyScores, np.ndarray, np.ndarray]:
             "only clips of the same size and length can be compared"
         )
     if min(frames.shape[1:3]) < MIN_SIDE:
-        raise InputError(f"{_COMMAND}: {pair.video} has {_shape(frames)}; SSIM needs sides of at least {MIN_SIDE}")
+        raise InputError(f"{_COMMAND}: {pair.video} has {_shape(frames)}; VMAF needs sides of at least {MIN_SIDE}")
     try:
         return compare_frames(frames, reference), frames, reference
     except VideoError as error:

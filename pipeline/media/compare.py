@@ -12,7 +12,7 @@ from cineray.pipeline.media.video import TO_YUV
 PEAK = 255.0
 EQUAL_CLIPS_DB = 100.0  # stands for infinity in means; 8-bit frames that differ in one value are at about 90 dB
 
-MIN_SIDE = 11  # of SSIM's window
+MIN_SIDE = 17  # libvmaf ends by a signal at 16; SSIM's window has 11
 DIFFERENCE_GAIN = 8  # one level of 255 is not seen; at eight times as much a difference of 32 is white
 _SCORE = r"(-?\d+(?:\.\d+)?|inf)"
 _VMAF, _XPSNR = re.compile(f"VMAF score: {_SCORE}"), re.compile(rf"XPSNR .*\(minimum: {_SCORE}\)")
@@ -63,9 +63,11 @@ def vmaf_and_xpsnr(frames: np.ndarray, reference: np.ndarray) -> tuple[float, fl
         frames, reference: [F, H, W, 3] uint8 of the same shape.
 
     Raises:
-        VideoError: ffmpeg lacks a filter, or failed.
+        VideoError: ffmpeg lacks a filter, or failed; or a side is below `MIN_SIDE`.
     """
     _, height, width, _ = frames.shape
+    if min(height, width) < MIN_SIDE:
+        raise VideoError(f"VMAF needs sides of at least {MIN_SIDE}, got {width}x{height}")
     raw = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{width}x{height}", "-framerate", "25")
     graph = (
         f"[0:v]{TO_YUV},format=yuv420p,split[a1][a2];[1:v]{TO_YUV},format=yuv420p,split[b1][b2];"

@@ -150,7 +150,7 @@ def test_a_pair_that_does_not_fit_costs_that_pair_alone(tmp_path, compare):
 BAD = {
     "size": "5 frames of 64 x 48, {b} has 5 frames of 32 x 48",
     "length": "5 frames of 64 x 48, {b} has 4 frames of 64 x 48",
-    "small": "sides of at least 11",
+    "small": "VMAF needs sides of at least 17",
     "no video": "cannot read {b}",
     "nothing": "cannot be read: No such file or directory",
     "folder": "is a folder and {a} is a file",
@@ -161,7 +161,7 @@ BAD = {
 @pytest.mark.parametrize("kind", BAD)
 def test_what_cannot_be_compared_is_told_in_one_line(tmp_path, compare, kind):
     a, b = write(tmp_path / "a.mp4", moving()), tmp_path / "b.mp4"
-    frames = {"size": moving(width=32), "length": moving(num_frames=4), "small": moving(height=8)}
+    frames = {"size": moving(width=32), "length": moving(num_frames=4), "small": moving(height=16)}
     if kind in frames:
         write(b, frames[kind])
     elif kind == "no video":
