@@ -202,7 +202,7 @@ def clip_request(model: "LoadedModel", pair: Pair, num_steps: int) -> ClipReques
 def render(
     model: "LoadedModel", pairs: Iterable[Pair], num_steps: int, on_step: Callable[[int, int], None]
 ) -> Iterator[np.ndarray]:
-    """Frames [17, 64, 64, 3] uint8 of each pair, of a still [1, 64, 64, 3], of a sound [4096, 2] int16."""
+    """Frames [17, 64, 64, 3] uint8 of each pair, of a still [1, 64, 64, 3], of a sound [2048, 2] int16."""
     from cineray.pipeline.render import render_clip
 
     for pair in pairs:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 RATE = 4096  # samples a second
-NUM_SAMPLES = 4096  # of every sound: a second
+NUM_SAMPLES = 2048  # of every sound: half a second
 
 PITCHES = {"low": 100.0, "middle": 200.0, "high": 400.0}  # Hz, in the middle of a sound and of its class
 PITCH_SPREAD = 1 / 6  # octaves to either side; a third of an octave lies between a class's edge and the border
@@ -28,7 +28,7 @@ FADE_SAMPLES = 80  # 20 ms, at both ends: a tone that is cut clicks
 
 PROPERTIES = ("pitch", "timbre", "course", "side")
 
-SEGMENT = 512  # samples whose spectrum is taken: with a Hann window 32 Hz from null to null, a low pitch has 65 Hz
+SEGMENT = 256  # samples whose spectrum is taken: a Hann window's nulls lie 32 Hz to either side, a low pitch has 72 Hz
 HEARD_HZ = (60.0, 700.0)  # where a pitch is looked for; drawn ones lie between 72 and 550
 SILENCE = 0.02  # root mean square of the louder channel: a fifth of this is 16-bit noise, a drawn tone has 0.15
 ONE_SIDE = 0.5  # of the quieter channel's amplitude to the louder one's: half way

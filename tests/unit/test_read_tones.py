@@ -46,11 +46,11 @@ def test_measures_a_known_sound():
     assert heard.quieter == pytest.approx(1)
 
 
-def test_samples_of_16_bits_read_as_those_in_floating_point():
-    drawn = drawn_sound(HOLDING, seed=3)
-    assert drawn.dtype == np.int16
-    heard, again = read_tone(drawn), read_tone(drawn / 32768)
-    assert heard == again
+@pytest.mark.parametrize(("level", "is_heard"), [(0.025, True), (0.015, False)])
+def test_what_is_quieter_than_a_fiftieth_is_silence_in_both_forms_of_samples(level, is_heard):
+    samples = sine(200, level * 2**0.5)
+    for form in (samples, (samples * 32768).round().astype(np.int16)):
+        assert (read_tone(form).pitch == "middle") is is_heard
 
 
 def test_silence_has_nothing():
