@@ -202,7 +202,7 @@ def clip_request(model: "LoadedModel", pair: Pair, num_steps: int) -> ClipReques
 def render(
     model: "LoadedModel", pairs: Iterable[Pair], num_steps: int, on_step: Callable[[int, int], None]
 ) -> Iterator[np.ndarray]:
-    """Frames [17, 64, 64, 3] uint8 of each pair, of a still [1, 64, 64, 3], of a sound [2048, 2] int16."""
+    """Frames [17, 64, 64, 3] uint8 of each pair, of a still [1, 64, 64, 3], of a sound [1024, 1] int16."""
     from cineray.pipeline.render import render_clip
 
     for pair in pairs:
@@ -224,7 +224,7 @@ def vae_score_db(model: "LoadedModel", num_clips: int, on_clip: Callable[[], Non
 
 
 def read_drawn(noise: float, kind: Kind) -> list[Outcome]:
-    """The reader on one fresh clip of each of the 216 captions, one still of each of the 54, one sound of the 81."""
+    """The reader on one fresh clip of each of the 216 captions, one still of each of the 54, one sound of the 27."""
     pairs = [Pair(caption=c, seed=FIRST_DRAWN_SEED + i) for i, c in enumerate(kind.captions)]
     return measure(pairs, (kind.draw(p.caption, p.seed, noise) for p in pairs), kind)
 

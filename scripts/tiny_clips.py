@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny.kinds import CLIPS, SOUNDS, STILLS, Kind
 
 FIRST_SEED = 700_000_000  # neither training nor the obedience check uses seeds from here on
-# coprime to the 216 captions, and to the 81 of tones: neighbours differ in every word
+# coprime to the 216 captions, and to the 27 of tones: neighbours differ in every word
 CAPTION_STRIDE, TONE_STRIDE = 89, 40
 
 

@@ -64,9 +64,9 @@ and it renders them at 64x64 pixels."""
 TONES = """on sounds that `scripts/tiny/tones.py` draws: one tone of half a second. It renders sentences of
 the form
 
-    a <low|middle|high> <pure|bright|hollow> tone <holding|rising|falling> on <the left|the right|both sides>
+    a <low|middle|high> <pure|bright|hollow> tone <holding|rising|falling>
 
-in stereo, at 4,096 samples a second."""
+at 2,048 samples a second, in one channel."""
 FAMILIES = {
     "wan": Family(make=make_wan, seed=1, max_bytes=24_000_000, about=f"Trained from nothing {VIDEOS}"),
     "hunyuan": Family(make=make_hunyuan, seed=2, max_bytes=24_000_000, about=f"Trained from nothing {VIDEOS}"),

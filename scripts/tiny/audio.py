@@ -23,15 +23,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tiny.oobleck import CHANNELS, means, trained_oobleck
+from tiny.oobleck import CHANNELS, HOP, means, trained_oobleck
 from tiny.text import TEXT_DIM, new_t5
 from tiny.tones import NUM_SAMPLES, RATE, all_tones, draw_tone
 from tiny.training import Plan, say, train_denoiser
 
 SECONDS = NUM_SAMPLES / RATE
-NUM_LATENTS = NUM_SAMPLES // 64
-TEXT_LENGTH = 16  # tokens; the longest sentence has 9. All are attended to, the padding as zeros
-SOUNDS_PER_CAPTION = 48
+NUM_LATENTS = NUM_SAMPLES // HOP
+TEXT_LENGTH = 8  # tokens; a sentence has 6. All are attended to, the padding as zeros
+SOUNDS_PER_CAPTION = 96
 CAPTION_DROP = 0.1
 # Noise is drawn log-normally about 2.7, wider than EDM's (Karras et al. 2022): a tone is in all latents at once and
 # shows through noise of ten times its strength.
@@ -116,7 +116,7 @@ def new_scheduler() -> EDMDPMSolverMultistepScheduler:
 
 @torch.no_grad()
 def _encoded(vae: AutoencoderOobleck, work: Path, seed: int) -> tuple[torch.Tensor, list[str]]:
-    """(latents [81 * SOUNDS_PER_CAPTION, CHANNELS, NUM_LATENTS], their captions)."""
+    """(latents [27 * SOUNDS_PER_CAPTION, CHANNELS, NUM_LATENTS], their captions)."""
     path = work / "latents.safetensors"
     captions = [str(tone) for tone in all_tones() for _ in range(SOUNDS_PER_CAPTION)]
     if not path.exists():

@@ -55,7 +55,7 @@ def drawn_frames(caption: Caption, seed: int, noise_sigma: float = 0.0, num_fram
 
 
 def drawn_sound(tone: tones.Tone, seed: int, noise: float = 0.0) -> np.ndarray:
-    """The ground truth of a caption as samples [N, 2] int16, with white noise of so many times its amplitude."""
+    """The ground truth of a caption as samples [N, 1] int16, with white noise of so many times its amplitude."""
     generator = torch.Generator().manual_seed(seed)
     sound = tones.draw_tone(tone, generator)
     sound = sound + noise * sound.square().mean().sqrt() * torch.randn(sound.shape, generator=generator)

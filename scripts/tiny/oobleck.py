@@ -14,25 +14,26 @@ import torch
 from diffusers import AutoencoderOobleck
 from torch import nn
 
-from tiny.tones import NUM_SAMPLES, RATE, draw_tones
+from tiny.tones import RATE, draw_tones
 from tiny.training import Plan, say, train_denoiser
 
-CHANNELS = 16  # of the latents, 64 of them a second
+CHANNELS = 16  # of the latents, 64 of them a second: HOP samples each
+HOP = 32
 LATENT_NOISE = 0.1  # std added in training, as for clips: the decoder must forgive a denoiser's small errors
-WINDOWS = (64, 256, 512)  # samples, of the spectra that a restored sound is compared by
+WINDOWS = (32, 128, 256)  # samples, of the spectra that a restored sound is compared by
 SPECTRA_WEIGHT = 0.5
-CROP = 1024  # samples: 16 latents
-PLAN = Plan(steps=1500, batch=16, peak_rate=2e-3)
+PLAN = Plan(steps=2000, batch=8, peak_rate=2e-3)
 
 
 def new_oobleck() -> AutoencoderOobleck:
     """An encoder of width 2 CHANNELS, whose last layer makes as many channels: means and spreads."""
     vae = AutoencoderOobleck(
         encoder_hidden_size=2 * CHANNELS,
-        downsampling_ratios=[4, 4, 4],
-        channel_multiples=[1, 2, 4],
-        decoder_channels=16,
+        downsampling_ratios=[4, HOP // 4],
+        channel_multiples=[1, 2],
+        decoder_channels=24,
         decoder_input_channels=CHANNELS,
+        audio_channels=1,
         sampling_rate=RATE,
     )
     for layer in vae.modules():
@@ -53,11 +54,9 @@ def trained_oobleck(work: Path, seed: int) -> AutoencoderOobleck:
 
 
 def restoring_loss(batch: int, vae: Any, _teacher: nn.Module | None, seed: int) -> torch.Tensor:
-    """Energy of the error over the sounds' energy, and their spectra's distance, on pieces of freshly drawn tones."""
+    """Energy of the error over the sounds' energy, and their spectra's distance, on freshly drawn tones."""
     generator = torch.Generator().manual_seed(seed)
     tones = draw_tones(batch, generator)
-    start = int(torch.randint(NUM_SAMPLES - CROP + 1, (), generator=generator))
-    tones = tones[:, :, start : start + CROP]
     latents = means(vae, tones)
     latents = latents / latents.square().mean().sqrt()
     restored = vae.decoder(latents + LATENT_NOISE * torch.randn(latents.shape, generator=generator))
@@ -66,7 +65,7 @@ def restoring_loss(batch: int, vae: Any, _teacher: nn.Module | None, seed: int) 
 
 
 def means(vae: Any, tones: torch.Tensor) -> torch.Tensor:
-    """Latents [B, CHANNELS, N / 64] of sounds [B, 2, N]."""
+    """Latents [B, CHANNELS, N / HOP] of sounds [B, 1, N]."""
     return vae.encoder(tones).chunk(2, dim=1)[0]
 
 
