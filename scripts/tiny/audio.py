@@ -36,7 +36,7 @@ CAPTION_DROP = 0.1
 # Noise is drawn log-normally about 2.7, wider than EDM's (Karras et al. 2022): a tone is in all latents at once and
 # shows through noise of ten times its strength.
 LOG_SIGMA = (1.0, 1.6)  # (mean, standard deviation)
-PLAN = Plan(steps=2000, batch=24)
+PLAN = Plan(steps=3200, batch=24)
 
 
 class AudioDenoiser(nn.Module):
