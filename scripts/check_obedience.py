@@ -1,46 +1,43 @@
 #!/usr/bin/env python
 """Measures how often a tiny checkpoint renders what the caption says, and how well its VAE restores clips.
 
-Renders (caption, seed) pairs in float32 on the CPU, reads the frames with tiny.reading, which sees no caption, and
-compares. The reader itself is measured too, on drawn clips, with and without noise. A model of pictures is asked for
-stills, which have no direction.
+Renders (caption, seed) pairs in float32 on the CPU, reads the frames with tiny.reading (sounds with tiny.tones), which
+sees no caption, and compares. The reader itself is measured too, on drawn clips, with and without noise. A model of
+pictures is asked for stills, which have no direction.
 
     python scripts/check_obedience.py --model tiny-wan
     python scripts/check_obedience.py --model tiny-hunyuan --contact-sheet out/hunyuan.png
+    python scripts/check_obedience.py --model tiny-audio
     python scripts/check_obedience.py --model out/my-wan --num-pairs 12 --steps 20 --vae-clips 8 --json
 
-Exit code: 0; 1 if colour or direction (shape, of stills) is below 95 % or the VAE below 30 dB; 2 if the model cannot
-be used.
+Exit code: 0; 1 if colour or direction (shape, of stills; any property, of sounds) is below 95 % or the VAE below 30 dB
+(15, of sounds); 2 if the model cannot be used.
 """
 
 import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny.reading import Reading, read_frames
-from tiny.shapes import NUM_FRAMES, SIZE, Caption, all_captions, all_stills, draw_clip
+from tiny.kinds import CLIPS, SOUNDS, STILLS, Kind
+from tiny.shapes import SIZE
 
 from cineray.pipeline.request import ClipRequest, InputError, problems
 
 if TYPE_CHECKING:
     from cineray.pipeline.loading.model import LoadedModel
-
-PROPERTIES = ("colour", "shape", "direction", "background")
-LIMIT_PSNR_DB = 30.0  # with the limits in percent below, the goals of the tiny checkpoints
 
 # Training seeds its generators with k * 1_000_003 + step, k up to 32, and with numbers below 12_000
 # (train_tiny.py, tiny/vae.py, tiny/denoiser.py): the first three lie outside of all of these.
@@ -48,7 +45,6 @@ FIRST_PAIR_SEED = 900_000_000
 FIRST_VAE_SEED = 77_000
 FIRST_DRAWN_SEED = 88_000
 
-NOISE_SIGMA = 12.0  # levels of 256; a PSNR of 26.5 dB, worse than a VAE that passes
 ZOOM = 2  # contact sheet: 64 px frames are too small to judge by eye
 TEXT_HEIGHT_PX = 14  # PIL's built-in font is 11 px high
 GAP_PX = 6  # between clips
@@ -56,45 +52,10 @@ FRAME_GAP_PX = 2  # between the frames of a clip: on a flat background their edg
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Kind:
-    """What a model makes, and what can be read off it.
-
-    Args:
-        limits: property -> the least share of hits, in percent.
-        shares: where in a clip the frames of the contact sheet stand.
-    """
-
-    captions: tuple[Caption, ...]
-    properties: tuple[str, ...]
-    limits: Mapping[str, float]
-    num_frames: int
-    shares: tuple[float, ...]
-    columns: int
-
-
-CLIPS = Kind(
-    captions=tuple(all_captions()),
-    properties=PROPERTIES,
-    limits={"colour": 95.0, "direction": 95.0},
-    num_frames=NUM_FRAMES,
-    shares=(0, 1 / 3, 2 / 3, 1),
-    columns=3,  # 48 clips make a sheet of about 1600 x 2400 px
-)
-STILLS = Kind(
-    captions=tuple(all_stills()),
-    properties=("colour", "shape", "background"),
-    limits={"colour": 95.0, "shape": 95.0},
-    num_frames=1,
-    shares=(0,),
-    columns=6,
-)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
     """One clip to render."""
 
-    caption: Caption
+    caption: Any
     seed: int
 
 
@@ -103,7 +64,7 @@ class Outcome:
     """What was asked for and what was seen."""
 
     pair: Pair
-    reading: Reading
+    reading: Any
 
     def hit(self, name: str) -> bool:
         """Whether the property `name` of the caption was seen."""
@@ -123,20 +84,22 @@ def main() -> int:
     with bars:
         try:
             model = load(arguments.model)
+            if arguments.contact_sheet and kind_of(model) is SOUNDS:
+                raise InputError(f"model {arguments.model}: sounds have no frames for --contact-sheet")
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         kind = kind_of(model)
         pairs = pick_pairs(arguments.num_pairs, kind)
-        reader = {"drawn": read_drawn(0.0, kind), f"drawn, noise {NOISE_SIGMA:.0f}": read_drawn(NOISE_SIGMA, kind)}
+        reader = {"drawn": read_drawn(0.0, kind), f"drawn, noise {kind.noise:.2g}": read_drawn(kind.noise, kind)}
         vae_bar = bars.add_task("VAE, clips", total=arguments.vae_clips)
-        psnr_db = vae_psnr_db(model, arguments.vae_clips, lambda: bars.advance(vae_bar))
+        vae_db = vae_score_db(model, arguments.vae_clips, lambda: bars.advance(vae_bar))
         render_bar = bars.add_task("rendering, steps", total=len(pairs) * arguments.steps)
         clips = list(render(model, pairs, arguments.steps, lambda *_: bars.advance(render_bar)))
-    outcomes = measure(pairs, clips)
+    outcomes = measure(pairs, clips, kind)
     if arguments.contact_sheet:
         contact_sheet(outcomes, clips, kind).save(arguments.contact_sheet)
-    report = summary(outcomes, psnr_db, kind) | {
+    report = summary(outcomes, vae_db, kind) | {
         "model": arguments.model,
         "digest": model.digest,
         "steps": arguments.steps,
@@ -165,7 +128,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="a tiny model, or the folder of such a checkpoint")
     parser.add_argument("--num-pairs", type=positive, default=48, help="clips to render (default: %(default)s)")
     parser.add_argument("--steps", type=positive, default=50, help="denoising steps (default: %(default)s)")
-    parser.add_argument("--vae-clips", type=positive, default=32, help="clips for the PSNR (default: %(default)s)")
+    parser.add_argument("--vae-clips", type=positive, default=32, help="clips for the VAE (default: %(default)s)")
     parser.add_argument("--contact-sheet", type=png, metavar="FILE.png", help="write four frames of every clip")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
     return parser.parse_args()
@@ -177,7 +140,7 @@ def pick_pairs(num_pairs: int, kind: Kind = CLIPS) -> list[Pair]:
     48 pairs of clips hold every colour 8, shape 16, direction 12 and background 16 times; 216 pairs are all captions.
     """
 
-    def words(caption: Caption) -> list[tuple[str, ...]]:
+    def words(caption: Any) -> list[tuple[str, ...]]:
         single = [getattr(caption, name) for name in kind.properties]
         return [*combinations(single, 1), *combinations(single, 2)]
 
@@ -199,7 +162,8 @@ def load(name: str) -> "LoadedModel":
     """Loads the checkpoint in float32 on the CPU.
 
     Raises:
-        InputError: it is not here, or cannot render 64 x 64 clips of 17 frames from text alone, nor such stills.
+        InputError: it is not here, or cannot render 64 x 64 clips of 17 frames from text alone, nor such stills, nor
+            sounds.
     """
     from cineray.pipeline.loading.checkpoint import open_checkpoint
     from cineray.pipeline.loading.model import LoadOptions, load_model
@@ -213,65 +177,61 @@ def load(name: str) -> "LoadedModel":
 
 
 def kind_of(model: "LoadedModel") -> Kind:
-    from cineray.pipeline.media.output import PICTURE
+    from cineray.pipeline.media.output import PICTURE, SOUND
 
-    return STILLS if model.checkpoint.model.output is PICTURE else CLIPS
+    return {PICTURE: STILLS, SOUND: SOUNDS}.get(model.checkpoint.model.output, CLIPS)
 
 
 def clip_request(model: "LoadedModel", pair: Pair, num_steps: int) -> ClipRequest:
     defaults, kind = model.checkpoint.defaults, kind_of(model)
     return ClipRequest(
         id=f"seed-{pair.seed}",
-        prompt=pair.caption.still if kind is STILLS else str(pair.caption),
+        prompt=kind.prompt(pair.caption),
         seed=pair.seed,
-        width=SIZE,
-        height=SIZE,
+        width=kind.side,
+        height=kind.side,
         num_frames=kind.num_frames,
         num_inference_steps=num_steps,
         guidance_scale=defaults.guidance_scale,
         guidance_scale_2=defaults.guidance_scale_2,
         fps=defaults.fps,
+        seconds=defaults.seconds,
     )
 
 
 def render(
     model: "LoadedModel", pairs: Iterable[Pair], num_steps: int, on_step: Callable[[int, int], None]
 ) -> Iterator[np.ndarray]:
-    """Frames [17, 64, 64, 3] uint8 of each pair, of a still [1, 64, 64, 3]."""
+    """Frames [17, 64, 64, 3] uint8 of each pair, of a still [1, 64, 64, 3], of a sound [1024, 1] int16."""
     from cineray.pipeline.render import render_clip
 
     for pair in pairs:
         yield render_clip(model, clip_request(model, pair, num_steps), on_step).frames
 
 
-def vae_psnr_db(model: "LoadedModel", num_clips: int, on_clip: Callable[[], None]) -> float:
-    """Mean PSNR in dB over freshly drawn clips, through the model's own vae.encode (mode) and vae.decode."""
+def vae_score_db(model: "LoadedModel", num_clips: int, on_clip: Callable[[], None]) -> float:
+    """Mean PSNR (of sounds, signal-to-noise ratio) in dB over freshly drawn clips, through the model's own vae.encode
+    (mode) and vae.decode."""
+    from tiny.oobleck import restoring_snr_db
     from tiny.vae import reconstruction_psnr
 
-    psnr_db = []
+    score = restoring_snr_db if kind_of(model) is SOUNDS else reconstruction_psnr
+    found = []
     for i in range(num_clips):
-        psnr_db.append(reconstruction_psnr(model.pipe.vae, 1, seed=FIRST_VAE_SEED + i))
+        found.append(score(model.pipe.vae, 1, seed=FIRST_VAE_SEED + i))
         on_clip()
-    return sum(psnr_db) / num_clips
+    return sum(found) / num_clips
 
 
-def drawn_frames(caption: Caption, seed: int, noise_sigma: float = 0.0, num_frames: int = NUM_FRAMES) -> np.ndarray:
-    """The ground truth of a caption as frames [F, 64, 64, 3] uint8, with Gaussian noise of so many levels."""
-    generator = torch.Generator().manual_seed(seed)
-    levels = (draw_clip(caption, generator, num_frames) + 1) * 127.5
-    levels = levels + noise_sigma * torch.randn(levels.shape, generator=generator)
-    return levels.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).numpy()
-
-
-def read_drawn(noise_sigma: float, kind: Kind) -> list[Outcome]:
-    """The reader on one fresh clip of each of the 216 captions, or on one still of each of the 54."""
+def read_drawn(noise: float, kind: Kind) -> list[Outcome]:
+    """The reader on one fresh clip of each of the 216 captions, one still of each of the 54, one sound of the 27."""
     pairs = [Pair(caption=c, seed=FIRST_DRAWN_SEED + i) for i, c in enumerate(kind.captions)]
-    return measure(pairs, (drawn_frames(p.caption, p.seed, noise_sigma, kind.num_frames) for p in pairs))
+    return measure(pairs, (kind.draw(p.caption, p.seed, noise) for p in pairs), kind)
 
 
-def measure(pairs: Iterable[Pair], clips: Iterable[np.ndarray]) -> list[Outcome]:
-    """Reads the clips [F, H, W, 3] uint8 of the pairs, in their order."""
-    return [Outcome(pair=p, reading=read_frames(frames)) for p, frames in zip(pairs, clips, strict=True)]
+def measure(pairs: Iterable[Pair], clips: Iterable[np.ndarray], kind: Kind = CLIPS) -> list[Outcome]:
+    """Reads the frames of the pairs' clips, in their order."""
+    return [Outcome(pair=p, reading=kind.read(frames)) for p, frames in zip(pairs, clips, strict=True)]
 
 
 def tallies(outcomes: list[Outcome], kind: Kind = CLIPS) -> dict[str, dict[str, Any]]:
@@ -287,7 +247,7 @@ def tallies(outcomes: list[Outcome], kind: Kind = CLIPS) -> dict[str, dict[str, 
             "percent": 100 * hits / len(outcomes),
             "misses": [
                 {
-                    "caption": str(o.pair.caption),
+                    "caption": kind.prompt(o.pair.caption),
                     "seed": o.pair.seed,
                     "wrong": [p for p in kind.properties if not o.hit(p)],
                     "read": asdict(o.reading),
@@ -298,26 +258,27 @@ def tallies(outcomes: list[Outcome], kind: Kind = CLIPS) -> dict[str, dict[str, 
     return rows
 
 
-def summary(outcomes: list[Outcome], psnr_db: float, kind: Kind = CLIPS) -> dict[str, Any]:
+def summary(outcomes: list[Outcome], vae_db: float, kind: Kind = CLIPS) -> dict[str, Any]:
     """The tallies beside the limits, and whether all limits are kept."""
     properties = tallies(outcomes, kind)
     kept = all(properties[name]["percent"] >= limit for name, limit in kind.limits.items())
     return {
         "properties": properties,
-        "vae_psnr_db": psnr_db,
-        "limits": {**kind.limits, "vae_psnr_db": LIMIT_PSNR_DB},
-        "passed": kept and psnr_db >= LIMIT_PSNR_DB,
+        "vae_db": vae_db,
+        "limits": {**kind.limits, "vae_db": kind.vae_limit_db},
+        "passed": kept and vae_db >= kind.vae_limit_db,
     }
 
 
-def describe(read: dict[str, Any]) -> str:
-    """A reading in one line; ? for what could not be seen."""
-    words = {name: read[name] or "?" for name in PROPERTIES}
-    line = "{colour} {shape} moving {direction} on {background}".format(**words)
-    if read["displacement_px"] is None:
-        return f"{line} (nothing found)"
-    dx, dy = read["displacement_px"]
-    return f"{line} (fill {read['fill_ratio']:.2f}, moved {dx:+.1f} {dy:+.1f} px, rgb {read['colour_rgb']})"
+def describe(read: dict[str, Any], kind: Kind) -> str:
+    """A reading in one line; ? for what could not be seen or heard."""
+    names = " ".join(read[name] or "?" for name in kind.properties)
+    numbers = {name: value for name, value in read.items() if value is not None and not isinstance(value, str)}
+    return f"{names} ({', '.join(f'{name} {_rounded(value)}' for name, value in numbers.items())})"
+
+
+def _rounded(value: Any) -> str:
+    return "/".join(f"{x:.3g}" for x in (value if isinstance(value, list | tuple) else (value,)))
 
 
 def print_report(report: dict[str, Any], kind: Kind) -> None:
@@ -331,8 +292,8 @@ def print_report(report: dict[str, Any], kind: Kind) -> None:
             print(f"  {name:<12}{row['hits']:>4} / {row['total']:<4}{row['percent']:>6.1f} %{note}")
         for miss in rows["all"]["misses"]:
             print(f"    asked: {miss['caption']}, seed {miss['seed']}")
-            print(f"     read: {describe(miss['read'])}; wrong: {', '.join(miss['wrong'])}")
-    print(f"\nVAE reconstruction  {report['vae_psnr_db']:.2f} dB  (at least {LIMIT_PSNR_DB:.0f} dB)")
+            print(f"     read: {describe(miss['read'], kind)}; wrong: {', '.join(miss['wrong'])}")
+    print(f"\nVAE reconstruction  {report['vae_db']:.2f} dB  (at least {kind.vae_limit_db:.0f} dB)")
     print("passed" if report["passed"] else "FAILED")
 
 

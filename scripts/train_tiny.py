@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains the checkpoints that ship with cineray on clips and stills that code draws.
+"""Trains the checkpoints that ship with cineray on clips, stills and sounds that code draws.
 
     python scripts/train_tiny.py wan      --work out/train/wan      --out pipeline/checkpoints/tiny-wan
     python scripts/train_tiny.py dit      --work out/train/dit      --out pipeline/checkpoints/tiny-dit
@@ -25,6 +25,7 @@ from cineray.pipeline.adapters.open_sora_configs import LIBRARY
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from tiny.audio import make_audio
 from tiny.experts import make_wan22
 from tiny.open_sora import make_open_sora
 from tiny.stills import make_dit
@@ -60,6 +61,12 @@ Its 54 classes are called
     a <red|green|blue|yellow|purple|white> <circle|square|triangle> on a <black|gray|navy> background
 
 and it renders them at 64x64 pixels."""
+TONES = """on sounds that `scripts/tiny/tones.py` draws: one tone of half a second. It renders sentences of
+the form
+
+    a <low|middle|high> <pure|bright|hollow> tone <holding|rising|falling>
+
+at 2,048 samples a second, in one channel."""
 FAMILIES = {
     "wan": Family(make=make_wan, seed=1, max_bytes=24_000_000, about=f"Trained from nothing {VIDEOS}"),
     "hunyuan": Family(make=make_hunyuan, seed=2, max_bytes=24_000_000, about=f"Trained from nothing {VIDEOS}"),
@@ -71,6 +78,7 @@ second block of tiny-wan and has been trained on at the noise that it sees. VAE 
 Trained {VIDEOS}""",
     ),
     "dit": Family(make=make_dit, seed=4, about=f"Trained from nothing {STILLS}"),
+    "audio": Family(make=make_audio, seed=6, about=f"Trained from nothing {TONES}"),
     "open-sora": Family(make=make_open_sora, seed=5, about=f"Trained, with tiny-dit's VAE for the frames, {VIDEOS}"),
 }
 CARD = """# tiny-{family}

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cineray.pipeline.adapters import stable_audio_configs
-from cineray.pipeline.adapters.model import BlockLayout, KnownCheckpoint, Model, ShardedArguments
+from cineray.pipeline.adapters.model import SHIPPED, BlockLayout, KnownCheckpoint, Model, ShardedArguments
 from cineray.pipeline.adapters.protocol import (
     Branch,
     Defaults,
@@ -235,6 +235,11 @@ MODEL = Model(
     encoder_parts=("text_encoder", "projection_model"),
     read_parts=("transformer",),
     checkpoints={
-        "stable-audio-open-1.0": KnownCheckpoint(source="stabilityai/stable-audio-open-1.0", note="sound from text")
+        "tiny-audio": KnownCheckpoint(
+            source=str(SHIPPED / "tiny-audio"),
+            note="shipped; tones, runs on a CPU",
+            defaults={"num_inference_steps": 50, "guidance_scale": 3.0},
+        ),
+        "stable-audio-open-1.0": KnownCheckpoint(source="stabilityai/stable-audio-open-1.0", note="sound from text"),
     },
 )

@@ -1,4 +1,7 @@
-"""The training loop of the tiny denoisers, whatever they denoise: two optimizers, a moving average, a log, resuming."""
+"""The training loop of the tiny denoisers, whatever they denoise: two optimizers, a moving average, a log, resuming.
+
+The autoencoder of sounds is trained by it too.
+"""
 
 import json
 import math
@@ -54,9 +57,10 @@ def say(work: Path, event: str, **fields: object) -> None:
 
 def split_by_optimizer(denoiser: Any) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(matrices inside the transformer's blocks, for Muon; everything else that is trained, for AdamW)."""
+    transformer = getattr(denoiser, "transformer", nn.Module())  # an autoencoder has none
     matrices = [
         p
-        for name, p in denoiser.transformer.named_parameters()
+        for name, p in transformer.named_parameters()
         if "blocks." in name and p.ndim == 2 and "norm" not in name and "table" not in name
     ]
     chosen = {id(p) for p in matrices}
@@ -66,7 +70,7 @@ def split_by_optimizer(denoiser: Any) -> tuple[list[nn.Parameter], list[nn.Param
 def train_denoiser(
     denoiser: nn.Module, loss_of: Loss, work: Path, seed: int, plan: Plan, name: str = "denoiser"
 ) -> None:
-    """Trains in place and leaves the moving average of the weights.
+    """Trains in place, a denoiser or an autoencoder, and leaves the moving average of the weights.
 
     Writes `NAME.log.jsonl`, and `NAME.pt` every 200 steps, from which a second call resumes.
     """
@@ -74,10 +78,14 @@ def train_denoiser(
         denoiser, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(plan.ema_decay)
     )
     matrices, others = split_by_optimizer(denoiser)
-    optimizers = [
-        torch.optim.Muon(matrices, lr=plan.peak_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw", ns_steps=4),
-        torch.optim.AdamW(others, lr=plan.peak_rate, betas=(0.9, 0.99), weight_decay=0.01),
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=plan.peak_rate, betas=(0.9, 0.99), weight_decay=0.01)
     ]
+    if matrices:
+        muon = torch.optim.Muon(
+            matrices, lr=plan.peak_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw", ns_steps=4
+        )
+        optimizers.insert(0, muon)
     parts = {"denoiser": denoiser, "average": average} | {f"optimizer{i}": o for i, o in enumerate(optimizers)}
     saved, step, losses, began = work / f"{name}.pt", 0, [], time.monotonic()
     if saved.exists():

@@ -4,14 +4,18 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, StableAudioPipeline
+from tiny import oobleck
 from tiny import vae as tiny_vae
+from tiny.audio import NUM_LATENTS, SECONDS, AudioDenoiser, denoising_loss, new_scheduler
 from tiny.denoiser import HunyuanDenoiser, WanDenoiser
 from tiny.open_sora import FPS, OpenSoraDenoiser, new_vae
 from tiny.shapes import NUM_FRAMES, SIZE, all_captions, draw_batch
+from tiny.tones import RATE, all_tones, draw_tones
 
 from cineray.pipeline.adapters.open_sora import OpenSora
 from cineray.pipeline.adapters.open_sora_pipeline import OpenSoraPipeline
+from cineray.pipeline.adapters.stable_audio import StableAudio
 
 CAPTIONS = [str(all_captions()[i]) for i in (0, 100)] + [""]
 
@@ -139,3 +143,68 @@ def test_open_sora_denoiser_sees_what_the_pipeline_shows(new_request):
     theirs = denoiser.transformer(hidden_states, timestep, **clip.branches[0].transformer_kwargs).sample
     ours = denoiser(hidden_states, timestep, [CAPTIONS[0], ""], torch.ones(2))
     torch.testing.assert_close(ours, -theirs[:, :4], atol=1e-5, rtol=1e-4)  # the pipeline turns it, too
+
+
+@pytest.mark.parametrize("negative_prompt", [None, ""])
+@torch.no_grad()
+def test_audio_denoiser_sees_what_the_pipeline_shows(negative_prompt, new_request):
+    """Text padded to 8 tokens by the pipeline, and zeros on the other branch, unless there is a negative prompt."""
+    torch.manual_seed(1)
+    denoiser: Any = AudioDenoiser().eval()
+    torch.nn.init.normal_(denoiser.transformer.proj_out.weight)
+    pipe = StableAudioPipeline(
+        tokenizer=denoiser.tokenizer,
+        text_encoder=denoiser.text_encoder,
+        projection_model=denoiser.projection_model,
+        vae=oobleck.new_oobleck(),
+        transformer=denoiser.transformer,
+        scheduler=new_scheduler(),
+    )
+    caption = str(all_tones()[20])
+    request = new_request(
+        prompt=caption,
+        negative_prompt=negative_prompt,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        fps=RATE,
+        seconds=0.7,
+    )
+    adapter = StableAudio(sampling_rate=RATE, max_seconds=SECONDS)
+    clip = adapter.start(pipe, request, adapter.encode(pipe, request), torch.Generator().manual_seed(0))
+    hidden_states, timestep = clip.model_input(clip.latents, clip.timesteps[1], clip.scheduler)
+    theirs = denoiser.transformer(hidden_states, timestep, **clip.branches[0].transformer_kwargs).sample
+    ours = denoiser(hidden_states, timestep.expand(2), ["", caption], torch.tensor([0.7, 0.7]))
+    torch.testing.assert_close(ours[1], theirs[1], atol=1e-5, rtol=1e-4)
+    assert torch.allclose(ours[0], theirs[0], atol=1e-5, rtol=1e-4) is (negative_prompt is None)
+
+
+def test_the_loss_of_tones_is_zero_for_a_model_that_knows_the_sound():
+    """v = (noise - sigma x clean) / sqrt(1 + sigma^2), of latents that are (clean + sigma x noise) over the same."""
+    clean = torch.randn(1, oobleck.CHANNELS, NUM_LATENTS, generator=torch.Generator().manual_seed(0))
+
+    def knows(latents, timestep, captions, seconds):
+        sigma = torch.exp(4 * timestep).view(-1, 1, 1)
+        assert captions == ["a low tone"] * 8 or "" in captions
+        assert 0 < seconds.min() <= seconds.max() <= SECONDS
+        whole = (1 + sigma**2).sqrt()
+        noise = (latents * whole - clean) / sigma
+        return (noise - sigma * clean) / whole
+
+    loss = denoising_loss(clean, ["a low tone"], new_scheduler(), 8, knows, None, 0)
+    assert loss < 1e-4
+    assert denoising_loss(clean + 0.1, ["a low tone"], new_scheduler(), 8, knows, None, 0) > 1e-3
+
+
+@torch.no_grad()
+def test_folding_the_scale_of_latents_shows_the_decoder_what_it_learned_from():
+    torch.manual_seed(0)
+    vae: Any = oobleck.new_oobleck()
+    sounds = draw_tones(3, torch.Generator().manual_seed(9))
+    before = oobleck.means(vae, sounds)
+    scale = oobleck.means(vae, draw_tones(16, torch.Generator().manual_seed(3))).square().mean().sqrt()
+    oobleck.fold_scale(vae, seed=3, num_sounds=16)
+    posterior = vae.encode(sounds).latent_dist
+    torch.testing.assert_close(posterior.mode(), before / scale, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(posterior.std, torch.full_like(posterior.std, 0.1), atol=2e-4, rtol=0)
+    decoded = vae.decode(posterior.mode()).sample
+    torch.testing.assert_close(decoded, vae.decoder(before / scale), atol=1e-5, rtol=1e-4)

@@ -11,17 +11,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from check_obedience import (
-    PROPERTIES,
-    STILLS,
-    Outcome,
-    Pair,
-    contact_sheet,
-    drawn_frames,
-    measure,
-    pick_pairs,
-    summary,
-)
+from check_obedience import Outcome, Pair, contact_sheet, measure, pick_pairs, summary
+from tiny.kinds import PROPERTIES, STILLS, drawn_frames
 from tiny.reading import Reading, read_frames
 from tiny.shapes import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, Caption, all_captions
 
@@ -97,7 +88,7 @@ def test_wrong_caption_is_a_miss():
     drawn = Caption(colour="red", shape="circle", direction="left", background="gray")
     asked = Caption(colour="blue", shape="circle", direction="right", background="gray")
     outcomes = measure([Pair(caption=asked, seed=12)], [drawn_frames(drawn, seed=12)])
-    report = json.loads(json.dumps(summary(outcomes, psnr_db=35.0)))
+    report = json.loads(json.dumps(summary(outcomes, vae_db=35.0)))
     hits = {name: row["hits"] for name, row in report["properties"].items()}
     assert hits == {"colour": 0, "shape": 1, "direction": 0, "background": 1, "all": 0}
     (miss,) = report["properties"]["colour"]["misses"]
@@ -145,11 +136,11 @@ def test_stills_are_judged_by_all_but_their_direction():
     pairs = pick_pairs(54, STILLS)
     assert len({pair.caption.still for pair in pairs}) == 54
     drawn = [drawn_frames(pair.caption, pair.seed, num_frames=1) for pair in pairs]
-    report = summary(measure(pairs, drawn), psnr_db=35.0, kind=STILLS)
+    report = summary(measure(pairs, drawn), vae_db=35.0, kind=STILLS)
     assert report["passed"]
     assert list(report["properties"]) == ["colour", "shape", "background", "all"]
     assert report["properties"]["all"]["hits"] == 54
-    wrong = summary(measure(pairs, drawn[1:] + drawn[:1]), psnr_db=35.0, kind=STILLS)
+    wrong = summary(measure(pairs, drawn[1:] + drawn[:1]), vae_db=35.0, kind=STILLS)
     assert not wrong["passed"]
     sheet = contact_sheet(measure(pairs, drawn), drawn, STILLS)
     assert sheet.height < 9 * 64 * 3  # six stills in a row
