@@ -15,7 +15,7 @@ from cineray.pipeline.loading.checkpoint import open_checkpoint
 pytestmark = [pytest.mark.ray, pytest.mark.exhaustive]  # what test_gang_faults shows, on more models
 
 CLIP, STILL = "a red circle moving left on a navy background", "a red circle on a navy background"
-STEPS = 30  # long enough to be caught in the middle: a second or more
+TONE = "a low bright tone rising"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,10 +26,13 @@ def _cluster():
     ray.shutdown()
 
 
-@pytest.mark.parametrize(("model", "prompt"), [("tiny-wan2.2", CLIP), ("tiny-dit", STILL)])
-def test_a_rank_that_dies_loses_no_clip(model, prompt, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("model", "prompt", "steps"),  # so many that a clip can be caught in the middle: a second or more
+    [("tiny-wan2.2", CLIP, 30), ("tiny-dit", STILL, 30), ("tiny-audio", TONE, 100)],
+)
+def test_a_rank_that_dies_loses_no_clip(model, prompt, steps, tmp_path, capsys):
     manifest = tmp_path / "m.jsonl"
-    rows = [{"id": name, "prompt": prompt, "seed": i, "steps": STEPS} for i, name in enumerate("abc")]
+    rows = [{"id": name, "prompt": prompt, "seed": i, "steps": steps} for i, name in enumerate("abc")]
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["render", "--manifest", str(manifest), "--model", model, "--lossless", "--json"]
     out, alone = tmp_path / "out", tmp_path / "alone"
