@@ -36,6 +36,7 @@ def new_oobleck() -> AutoencoderOobleck:
         audio_channels=1,
         sampling_rate=RATE,
     )
+    layer: Any
     for layer in vae.modules():
         if hasattr(layer, "weight_g"):  # weight_norm left a product behind that no moving average could copy
             layer.weight = layer.weight.detach()
