@@ -67,7 +67,7 @@ def test_sharding_that_fails_at_the_last_block_changes_none():
     mesh = mesh_alone()
     sharded = ShardedTransformer(transformer, mesh, NativeAttention(mesh))
     assert not is_sharded(transformer)  # it does nothing before it is attached
-    with pytest.raises(ValueError, match="OwnProcessor calls neither dispatch_attention_fn nor F.scaled_dot"):
+    with pytest.raises(ValueError, match=r"OwnProcessor calls neither dispatch_attention_fn nor F\.scaled_dot"):
         sharded.attach()
     assert not is_sharded(transformer)
     assert [block.attn1.processor for block in transformer.blocks] == processors
