@@ -235,6 +235,10 @@ def problems(request: ClipRequest, rule: SizeRule) -> list[str]:
         within("flow_shift", request.flow_shift, 0.01, 100)
         if not rule.takes_flow_shift:
             found.append("flow_shift cannot be used: this model's schedule has none")
+    if request.conditioning_scale is not None:
+        within("conditioning_scale", request.conditioning_scale, 0, MAX_CONDITIONING)
+        if not rule.takes_control:
+            found.append("conditioning_scale cannot be used: this model takes no control")
     if not rule.takes_negative_prompt and request.negative_prompt is not None:
         found.append(f"negative_prompt cannot be used: {rule.no_negative}")
     return found
@@ -255,13 +259,6 @@ def _control_problems(request: ClipRequest, rule: SizeRule) -> list[str]:
     ]
     if len(request.reference_images) > MAX_REFERENCES:
         found.append(f"reference_images must be at most {MAX_REFERENCES}, got {len(request.reference_images)}")
-    if request.conditioning_scale is not None:
-        if not rule.takes_control:
-            found.append("conditioning_scale cannot be used: this model takes no control")
-        elif not 0 <= request.conditioning_scale <= MAX_CONDITIONING:  # NaN too
-            found.append(
-                f"conditioning_scale must be 0 to {MAX_CONDITIONING}, got {_shown(request.conditioning_scale)}"
-            )
     if rule.takes_control and request.control_mask is not None and request.control_video is None:
         found.append("control_mask needs a control_video, whose parts it hides")
     if rule.goes_on_from is not None and request.control_video is not None:

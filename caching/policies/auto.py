@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from cineray.caching.plan import CachePlan, ModelFacts, check_field
-from cineray.caching.policies.fitted import MAX_SPEEDUP, FittedConfig, num_computed
+from cineray.caching.policies.fitted import MAX_SPEEDUP, FittedConfig, num_computed_at
 from cineray.caching.profile import QualityPoint, QualityProfile, find_profile
 
 CONFIDENCE = 0.95  # that a clip which nobody has seen keeps the floor
@@ -162,7 +162,7 @@ def fastest_between(points: Sequence[QualityPoint], floor_db: float, num_steps: 
     if len(slow.psnr_db) != len(fast.psnr_db):
         return measured
     ends = [(bounds[number - 1], bounds[number]), *zip(slow.psnr_db, fast.psnr_db, strict=True)]
-    most, fewest = num_computed(num_steps, slow.speedup), num_computed(num_steps, fast.speedup)
+    most, fewest = num_computed_at(num_steps, slow.speedup), num_computed_at(num_steps, fast.speedup)
     computed = most
     while computed - 1 > fewest:
         share = (num_steps / (computed - 1) - num_steps / most) / (num_steps / fewest - num_steps / most)

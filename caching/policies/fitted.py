@@ -88,13 +88,13 @@ class FittedPolicy:
         schedule = (num_steps, sigmas)
         if schedule not in self._known:
             places = places_of(num_steps, sigmas)
-            count = num_computed(num_steps, self.speedup)
-            self._known[schedule] = frozenset(place_steps(self.profile.density, count, places))
+            num_computed = num_computed_at(num_steps, self.speedup)
+            self._known[schedule] = frozenset(place_steps(self.profile.density, num_computed, places))
         return self._known[schedule]
 
 
-def num_computed(num_steps: int, speedup: float) -> int:
-    """Steps that are computed: never fewer than the speed-up asks for."""
+def num_computed_at(num_steps: int, speedup: float) -> int:
+    """Steps that are computed at a speed-up: never fewer than the speed-up asks for."""
     return math.ceil(num_steps / speedup - 1e-9)
 
 

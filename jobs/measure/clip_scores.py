@@ -15,15 +15,15 @@ from cineray.pipeline.media.spectra import EQUAL_SOUNDS_DB, SoundScores, compare
 NUM_RESAMPLES = 2000  # of the bootstrap
 
 
-class ClipScores(Protocol):
-    """The scores of a policy's clips, one clip after the other."""
+class Scorer(Protocol):
+    """Compares the clips of all policies with the uncached ones."""
 
-    def add(self, clip: np.ndarray, original: np.ndarray, /) -> None:
-        """Compares a clip with the uncached one, before any encoding."""
+    def score(self, clip: np.ndarray, original: np.ndarray, /) -> Any:
+        """All scores of a clip, before any encoding."""
         ...
 
-    def columns(self) -> dict[str, Any]:
-        """The fields of a `QualityRow` that these scores are."""
+    def columns(self, clips: Sequence[Any], /) -> dict[str, Any]:
+        """The fields of a `QualityRow` that the scores of a policy's clips are."""
         ...
 
 
@@ -38,34 +38,25 @@ class _OfFrames:
     xpsnr_db: float | None
 
 
-class FrameClips:
+@dataclass(slots=True)
+class FrameScorer:
     """Of videos and pictures: [F, H, W, 3] uint8."""
 
-    def __init__(self) -> None:
-        self._clips: list[_OfFrames] = []
-        self._has_vmaf = True
+    _has_vmaf: bool = True  # until ffmpeg says otherwise
 
-    def add(self, clip: np.ndarray, original: np.ndarray) -> None:
+    def score(self, clip: np.ndarray, original: np.ndarray) -> _OfFrames:
         motion = motion_psnr_db(clip, original)
         vmaf, xpsnr = self._vmaf_and_xpsnr(clip, original)
-        self._clips.append(
-            _OfFrames(
-                psnr_db=min(psnr_db(clip, original), EQUAL_CLIPS_DB),
-                ssim=ssim(clip, original),
-                motion_psnr_db=None if motion is None else min(motion, EQUAL_CLIPS_DB),
-                vmaf=vmaf,
-                xpsnr_db=None if xpsnr is None else min(xpsnr, EQUAL_CLIPS_DB),
-            )
+        return _OfFrames(
+            psnr_db=min(psnr_db(clip, original), EQUAL_CLIPS_DB),
+            ssim=ssim(clip, original),
+            motion_psnr_db=None if motion is None else min(motion, EQUAL_CLIPS_DB),
+            vmaf=vmaf,
+            xpsnr_db=None if xpsnr is None else min(xpsnr, EQUAL_CLIPS_DB),
         )
 
-    def columns(self) -> dict[str, Any]:
-        clips = self._clips
-        psnr = [clip.psnr_db for clip in clips]
-        return {
-            "psnr_db": round(mean(psnr), 2),
-            "worst_psnr_db": round(min(psnr), 2),
-            "psnr_ci95": interval_of_mean(psnr),
-            "clips_psnr_db": tuple(round(value, 2) for value in psnr),
+    def columns(self, clips: Sequence[_OfFrames]) -> dict[str, Any]:
+        return _kept("psnr", [clip.psnr_db for clip in clips]) | {
             "ssim": round(mean([clip.ssim for clip in clips]), 4),
             "vmaf": _mean_of_all([clip.vmaf for clip in clips]),
             "xpsnr_db": _mean_of_all([clip.xpsnr_db for clip in clips]),
@@ -82,31 +73,33 @@ class FrameClips:
         return None, None
 
 
-class SoundClips:
+@dataclass(frozen=True, slots=True)
+class SoundScorer:
     """Of sounds: [number of samples, channels] int16."""
 
-    def __init__(self) -> None:
-        self._clips: list[SoundScores] = []
+    def score(self, clip: np.ndarray, original: np.ndarray) -> SoundScores:
+        return compare_sounds(clip, original)
 
-    def add(self, clip: np.ndarray, original: np.ndarray) -> None:
-        self._clips.append(compare_sounds(clip, original))
-
-    def columns(self) -> dict[str, Any]:
-        clips = self._clips
-        snr = [min(clip.snr, EQUAL_SOUNDS_DB) for clip in clips]
-        return {
-            "snr_db": round(mean(snr), 2),
-            "worst_snr_db": round(min(snr), 2),
-            "snr_ci95": interval_of_mean(snr),
-            "clips_snr_db": tuple(round(value, 2) for value in snr),
+    def columns(self, clips: Sequence[SoundScores]) -> dict[str, Any]:
+        return _kept("snr", [min(clip.snr, EQUAL_SOUNDS_DB) for clip in clips]) | {
             "log_stft_db": round(mean([clip.log_stft_db for clip in clips]), 3),
             "stft_convergence": round(mean([clip.stft_convergence for clip in clips]), 4),
         }
 
 
-def scores_of(output: Output) -> ClipScores:
-    """Where clips of this kind are compared."""
-    return SoundClips() if isinstance(output, Sound) else FrameClips()
+def scorer_of(output: Output) -> Scorer:
+    """Who compares clips of this kind."""
+    return SoundScorer() if isinstance(output, Sound) else FrameScorer()
+
+
+def _kept(score: str, values: Sequence[float]) -> dict[str, Any]:
+    """The columns of "psnr" or "snr": dB of each clip, their mean, the worst, the mean's interval."""
+    return {
+        f"{score}_db": round(mean(values), 2),
+        f"worst_{score}_db": round(min(values), 2),
+        f"{score}_ci95": interval_of_mean(values),
+        f"clips_{score}_db": tuple(round(value, 2) for value in values),
+    }
 
 
 def interval_of_mean(values: Sequence[float]) -> tuple[float, float] | None:

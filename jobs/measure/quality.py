@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from cineray.jobs.measure import peers
-from cineray.jobs.measure.clip_scores import mean, scores_of
+from cineray.jobs.measure.clip_scores import Scorer, mean, scorer_of
 from cineray.jobs.measure.fewer_steps import FewerSteps, parse_fewer_steps
 from cineray.pipeline.loading.model import LoadedModel
 from cineray.pipeline.render import DenoisedClip, decode_clip, denoise_prepared, prepare_clip
@@ -122,6 +122,10 @@ class QualityMeter:
     _rows: dict[str, QualityRow] = field(default_factory=dict)  # by policy: nothing is measured twice
     _speedups: dict[tuple[str, int], float] = field(default_factory=dict)
     _products: float | None = None
+    _scorer: Scorer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._scorer = scorer_of(self.model.checkpoint.model.output)
 
     def measure(self, policy: str) -> QualityRow:
         """Renders with one policy and returns its row of the table.
@@ -133,9 +137,9 @@ class QualityMeter:
             return self._rows[policy]
         if not self._reference:
             self._reference = [self._frames(clip, r) for clip, r in self._render("none", self.requests)]
-        scores, timed, pairs = scores_of(self.model.checkpoint.model.output), [], []
+        scores, timed, pairs = [], [], []
         for (clip, request), original in zip(self._render(policy, self.requests), self._reference, strict=True):
-            scores.add(self._frames(clip, request), original)
+            scores.append(self._scorer.score(self._frames(clip, request), original))
             timed.append(clip)
             if len(pairs) < min(self.num_timed, len(self.requests)):
                 pairs.append((clip, self._denoise("none", self.requests[len(pairs)])))
@@ -150,7 +154,7 @@ class QualityMeter:
             wall_ratio=_median_ratio([(c.denoised.denoise_s, bare.denoised.denoise_s) for c, bare in pairs]),
             cpu_ratio=_median_ratio([(c.cpu_s, bare.cpu_s) for c, bare in pairs]),
             num_timed=len(pairs),
-            **scores.columns(),
+            **self._scorer.columns(scores),
         )
         return self._rows[policy]
 

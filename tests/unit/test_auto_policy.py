@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cineray.caching.plan import CachePlan
 from cineray.caching.policies.auto import CLIFF_DB, fastest, fastest_between, lower_bound
-from cineray.caching.policies.fitted import FittedConfig, FittedPolicy, num_computed
+from cineray.caching.policies.fitted import FittedConfig, FittedPolicy, num_computed_at
 from cineray.caching.profile import QualityPoint, QualityProfile
 from cineray.pipeline.adapters.cache_plan import plan_cache
 from cineray.pipeline.loading.checkpoint import open_checkpoint
@@ -59,7 +59,7 @@ def test_the_edge_of_a_cliff_is_stayed_off():
 )
 def test_between_two_settings_a_line_says_what_is_kept(floor, computed):
     found = fastest_between(POINTS, floor, 50)
-    assert (found and num_computed(50, found)) == computed
+    assert (found and num_computed_at(50, found)) == computed
 
 
 def test_between_settings_each_clip_keeps_the_floor_by_its_own_line():
@@ -67,7 +67,7 @@ def test_between_settings_each_clip_keeps_the_floor_by_its_own_line():
     rows = [QualityPoint(speedup=s, psnr_db=(*[db] * 15, db - 4)) for s, db in ((2.0, 55.0), (2.5, 49.0))]
     assert lower_bound(rows[0].psnr_db) > 52.9  # so that the bounds' line is above that of the worst clip
     assert lower_bound(rows[1].psnr_db) < 47.01
-    computed = {floor: num_computed(50, fastest_between(rows, floor, 50) or 1) for floor in (47.5, 49.8, 51.5)}
+    computed = {floor: num_computed_at(50, fastest_between(rows, floor, 50) or 1) for floor in (47.5, 49.8, 51.5)}
     assert computed == {47.5: 22, 49.8: 24, 51.5: 25}
     uneven = [rows[0], rows[1].model_copy(update={"psnr_db": (49.0, 49.0)})]
     assert fastest_between(uneven, 50.0, 50) == 2.0  # other clips
@@ -85,9 +85,9 @@ def test_between_settings_is_never_slower_than_the_measured_one_nor_as_fast_as_t
         assert measured is found
         return
     assert found >= measured
-    faster = [num_computed(num_steps, p.speedup) for p in points if p.speedup > measured]
+    faster = [num_computed_at(num_steps, p.speedup) for p in points if p.speedup > measured]
     if found > measured:
-        assert max(faster) < num_computed(num_steps, found) < num_computed(num_steps, measured)
+        assert max(faster) < num_computed_at(num_steps, found) < num_computed_at(num_steps, measured)
 
 
 def speedup_of(policy):
