@@ -25,6 +25,13 @@ def hidden_size(config: Mapping[str, Any]) -> int:
     return config.get("hidden_size") or config["num_attention_heads"] * config["attention_head_dim"]
 
 
+def out_channels(config: Mapping[str, Any]) -> int:
+    """Channels of what a transformer gives; STDiT3's has a variance beside each where it learns them."""
+    if "pred_sigma" in config:
+        return config["in_channels"] * (2 if config["pred_sigma"] else 1)
+    return config.get("out_channels") or config["in_channels"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockLayout:
     """How a transformer class passes hidden states through its blocks.

@@ -8,7 +8,7 @@ from typing import Any
 
 from cineray.distributed.layout import Layout
 from cineray.pipeline.adapters import MODELS
-from cineray.pipeline.adapters.model import hidden_size
+from cineray.pipeline.adapters.model import hidden_size, out_channels
 from cineray.pipeline.footprint.operations import joint_text_tokens, num_hints
 from cineray.pipeline.loading.checkpoint import Checkpoint
 
@@ -66,7 +66,7 @@ def step_exchanges(
             count += 1
     sent, count = num_blocks * sent, num_blocks * count
     if ranks > 1:  # the output's tokens
-        sent += (ranks - 1) * here * _volume(config) * _out_channels(config)
+        sent += (ranks - 1) * here * _volume(config) * out_channels(config)
         count += 1
     sent, count = len(model.branches) // layout.cfg * sent, checkpoint.num_calls // layout.cfg * count
     if layout.cfg > 1:  # the other branch's velocity
@@ -79,9 +79,3 @@ def _volume(config: Mapping[str, Any]) -> int:
     """Latents of a channel that a token stands for."""
     patch = config.get("patch_size", 1)
     return patch**2 if isinstance(patch, int) else patch[0] * patch[1] * patch[2]
-
-
-def _out_channels(config: Mapping[str, Any]) -> int:
-    if "pred_sigma" in config:  # Open-Sora's: a variance beside each channel
-        return config["in_channels"] * (2 if config["pred_sigma"] else 1)
-    return config.get("out_channels") or config["in_channels"]

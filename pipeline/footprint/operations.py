@@ -13,7 +13,7 @@ from typing import Any
 
 from cineray.pipeline.adapters.flux import DEV_TOKENS, SCHNELL_TOKENS
 from cineray.pipeline.adapters.hunyuan_image import INTERLEAVE
-from cineray.pipeline.adapters.model import hidden_size
+from cineray.pipeline.adapters.model import hidden_size, out_channels
 
 WAN_TEXT_TOKENS = 512
 WAN_IMAGE_TOKENS = 257  # CLIP ViT-H/14: 16 x 16 patches and the class token
@@ -192,8 +192,8 @@ def _stdit3(config: Mapping[str, Any], here: int, everywhere: int, sequence_rank
     each = 8 * s * d * d + 4 * config["mlp_ratio"] * s * d * d
     each += 4 * s * d * d + 4 * text * d * d + 4 * s * text * d  # cross-attention
     block = 2 * each + 4 * n * (n / num_frames) * d / sequence_ranks + 4 * s * num_frames * d
-    made = config["in_channels"] * (2 if config["pred_sigma"] else 1)
-    around = 2 * volume * (n * config["in_channels"] + s * made) * d + 2 * text * (config["caption_channels"] + d) * d
+    around = 2 * volume * (n * config["in_channels"] + s * out_channels(config)) * d
+    around += 2 * text * (config["caption_channels"] + d) * d
     return ForwardFlop(around, (block,) * config["depth"])
 
 
