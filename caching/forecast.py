@@ -32,6 +32,7 @@ class Forecasting:
     Args:
         length: over which clean latents stay alike, as a share of the clip (`places_of`); above 0 where they are
             forecast.
+        curvature: what the corrector puts between computed steps: 0 a straight line, 1 a cubic.
     """
 
     alignment: Alignment = "none"
@@ -42,6 +43,7 @@ class Forecasting:
     corrector: bool = False
     target: Target = "residual"
     length: float = 0.0
+    curvature: float = 0.0
 
     def keeps_probe_residual(self, signal: Signal) -> bool:
         """Whether anything, the policy's signal included, compares what the probe blocks added at computed steps."""

@@ -145,11 +145,13 @@ class FittedProfile(Profile):
     Args:
         density: logarithm of how dense they lie, at the knots of `policies/fitted.py`.
         length: over which clean latents stay alike, as a share of the steps.
+        curvature: how far skipped steps are corrected along a cubic and not a straight line, 0 to 1; None: 0.
     """
 
     policy: Literal["fitted"] = "fitted"
     density: Annotated[tuple[Annotated[Finite, Field(ge=-20, le=20)], ...], Field(min_length=7, max_length=7)]
     length: Annotated[Finite, Field(gt=0.01, le=10)]
+    curvature: Annotated[Finite, Field(ge=0, le=1)] | None = None
 
 
 class QualityPoint(BaseModel):

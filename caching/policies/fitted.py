@@ -51,7 +51,13 @@ class FittedConfig:
     def plan(self, name: str, model: ModelFacts) -> CachePlan:
         profile = self.find(model.family, model.transformer)
         filled = replace(self, profile=profile.digest)
-        forecasting = Forecasting(target="clean_latents", length=profile.length, branches="joint", corrector=True)
+        forecasting = Forecasting(
+            target="clean_latents",
+            length=profile.length,
+            branches="joint",
+            corrector=True,
+            curvature=profile.curvature or 0.0,
+        )
         return plan_blocks(name, filled, model, FittedPolicy(self.speedup, profile), forecasting)
 
     def find(self, family: str, transformer: Mapping[str, Any]) -> FittedProfile:

@@ -6,12 +6,17 @@ models the clean latents that a step predicts are interpolated over five steps t
 by 3 %. So the scheduler goes back to where the skipping began, takes the skipped steps again with interpolated outputs,
 and goes on from there with the computed one. It costs some arithmetic on latents, no call of the transformer.
 
+Between computed steps lies a straight line; or, as far as `curvature` says, the cubic through the newest four. What was
+skipped before the last computed step then has a known point more behind it, and is taken again once more.
+
 This is the corrector of a predictor-corrector method, evaluated once per computed step (UniPC, arXiv 2302.04867,
 section 3.2, corrects one step back; this corrects a run of skipped ones, whatever the scheduler).
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,7 +46,7 @@ class _Before:
 class _Step:
     """A step as it was taken: its place among the steps, and all that some row may need to take it again as before.
 
-    Of one row alone, which takes all open steps anew, the first step's is enough.
+    One row alone begins again behind a computed step, and takes all that follow anew: there that is enough.
     """
 
     index: int
@@ -56,9 +61,22 @@ class _Computed:
     index: int
     clean: torch.Tensor
 
-    def towards(self, other: "_Computed", index: int) -> torch.Tensor:
-        """Clean latents of a step between the two."""
-        return torch.lerp(self.clean, other.clean, (index - self.index) / (other.index - self.index))
+
+def _clean_at(points: Sequence[_Computed], index: int, curvature: float) -> torch.Tensor:
+    """Clean latents [...] of a step at or between these computed ones: on the straight line between its neighbours,
+    moved by the share `curvature` towards the polynomial through all of them."""
+    for point in points:
+        if point.index == index:
+            return point.clean
+    before, after = next(pair for pair in pairwise(points) if pair[0].index < index < pair[1].index)
+    straight = torch.lerp(before.clean, after.clean, (index - before.index) / (after.index - before.index))
+    if curvature == 0 or len(points) == 2:
+        return straight
+    curve = torch.zeros_like(straight)
+    for point in points:
+        others = [other.index for other in points if other is not point]
+        curve += math.prod((index - other) / (point.index - other) for other in others) * point.clean  # Lagrange's form
+    return torch.lerp(straight, curve, curvature)
 
 
 @dataclass(slots=True)
@@ -84,11 +102,13 @@ class CorrectedScheduler(Stepper):
     Args:
         inner: steps; its state is put back when steps are taken again.
         outcomes: what the cache did at the step that is now taken, by row of the latents.
+        curvature: 0 for straight lines between computed steps, 1 for a cubic.
     """
 
     outcomes: Callable[[], list[StepOutcome]]
+    curvature: float = 0.0
     _num_steps: int = 0  # taken
-    _computed: dict[int, _Computed] = field(default_factory=dict[int, _Computed])  # the newest, by row
+    _computed: dict[int, tuple[_Computed, ...]] = field(default_factory=dict[int, tuple[_Computed, ...]])  # by row
     _open: list[_Step] = field(default_factory=list[_Step])  # from the first on that may be taken again
     _made: torch.Tensor | None = None  # latents that the last step led to
 
@@ -96,24 +116,43 @@ class CorrectedScheduler(Stepper):
         """The inner scheduler's step, from corrected latents where the steps before were skipped."""
         now = self._look(model_output, timestep, sample)
         index = self._num_steps
-        ended = {
-            row: end for row, end in now.items() if row in self._computed and index > self._computed[row].index + 1
-        }
+        before = {row: (*self._computed.get(row, ()), computed) for row, computed in now.items()}
+        ended = {row: points for row, points in before.items() if self._has_skipped(points)}
         if ended:
             sample = self._take_again(ended, *args, **kwargs)
-            clean = {row: end.clean for row, end in ended.items()}
+            clean = {row: points[-1].clean for row, points in ended.items()}
             model_output = self._leading_to(clean, model_output, timestep, sample)
-        self._computed |= now
-        settled = min((computed.index for computed in self._computed.values()), default=index)
+        follows_computed = any(points[-1].index == index - 1 for points in self._computed.values())
+        self._computed |= {row: points[-self._num_kept :] for row, points in before.items()}
+        settled = min((self._behind(points).index for points in self._computed.values()), default=index)
         self._open = [step for step in self._open if step.index > settled]
         if index > settled:
-            is_needed = len(sample) > 1 or not self._open
-            before = _Before(_state_of(self.inner), sample, model_output) if is_needed else None
-            self._open.append(_Step(index, timestep, before))
+            is_needed = len(sample) > 1 or follows_computed or not self._open
+            state = _Before(_state_of(self.inner), sample, model_output) if is_needed else None
+            self._open.append(_Step(index, timestep, state))
         result = self.inner.step(model_output, timestep, sample, *args, **kwargs)
         self._made = result[0]
         self._num_steps += 1
         return result
+
+    @property
+    def _num_kept(self) -> int:
+        """Computed steps before the newest that some skipped step is interpolated by."""
+        return 1 if self.curvature == 0 else 3
+
+    def _behind(self, points: tuple[_Computed, ...]) -> _Computed:
+        """The step behind which a row begins again when its next step is computed.
+
+        A straight line begins at the newest one; the cubic moves what was skipped before that too.
+        """
+        return points[-1] if self.curvature == 0 else points[-2:][0]
+
+    def _has_skipped(self, points: tuple[_Computed, ...]) -> bool:
+        """Whether there is something to take again before the newest of these."""
+        if len(points) == 1:
+            return False
+        begin = self._behind(points[:-1]).index
+        return points[-1].index - begin > sum(point.index > begin for point in points)
 
     def _look(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor) -> dict[int, _Computed]:
         """The rows that were computed at this step; forgets what must not be gone by."""
@@ -130,7 +169,7 @@ class CorrectedScheduler(Stepper):
                 found[row] = _Computed(self._num_steps, wide(sample[row]) - sigma * wide(model_output[row]))
         return found
 
-    def _take_again(self, ended: dict[int, _Computed], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _take_again(self, ended: dict[int, tuple[_Computed, ...]], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Latents before this step, after the rows `ended` have taken the steps that they skipped with interpolated
         outputs; the other rows take them as before."""
         steps, self._open = self._open, []
@@ -138,8 +177,11 @@ class CorrectedScheduler(Stepper):
         vars(self.inner).update(steps[0].before.state)
         sample = steps[0].before.sample
         for step in steps:
-            begins = {row: self._computed[row] for row in ended if step.index > self._computed[row].index}
-            clean = {row: begin.towards(ended[row], step.index) for row, begin in begins.items()}
+            clean = {
+                row: _clean_at(points, step.index, self.curvature)
+                for row, points in ended.items()
+                if step.index > self._behind(points[:-1]).index
+            }
             old = (
                 torch.empty_like(sample, dtype=steps[0].before.output.dtype)
                 if step.before is None
@@ -147,7 +189,8 @@ class CorrectedScheduler(Stepper):
             )
             output = self._leading_to(clean, old, step.timestep, sample)
             if step.before is not None:
-                self._open.append(replace(step, before=_Before(_state_of(self.inner), sample, output)))
+                step = replace(step, before=_Before(_state_of(self.inner), sample, output))
+            self._open.append(step)
             sample = self.inner.step(output, step.timestep, sample, *args, **kwargs)[0]
         return sample
 

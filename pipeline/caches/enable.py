@@ -60,7 +60,7 @@ class CacheHandle:
         pipeline's is exchanged by `enable_cache`."""
         forecasting, stepper, flows = self.trace.forecasting, scheduler, is_flow(scheduler)
         if forecasting.corrector and flows:
-            stepper = CorrectedScheduler(stepper, lambda: self.trace.last_outcomes)
+            stepper = CorrectedScheduler(stepper, lambda: self.trace.last_outcomes, forecasting.curvature)
         if forecasting.target == "clean_latents":
             self._history.flow = scheduler if flows else None
             stepper = ForecastingScheduler(stepper, flows, self._history, lambda: self.trace.entries[-1], self._holds)

@@ -91,8 +91,8 @@ class ScheduleSearch:
 def search_schedule(
     start: FittedProfile, score: Callable[[FittedProfile], float], num_trials: int, on_trial: OnTrial
 ) -> FittedProfile:
-    """The profile of the highest score that a random search found: a (1 + 1) evolution strategy over the curve's knots
-    and the length (Rechenberg 1973; its rule for the size of a move).
+    """The profile of the highest score that a random search found: a (1 + 1) evolution strategy over the curve's knots,
+    the length and the curvature (Rechenberg 1973; its rule for the size of a move).
 
     Args:
         num_trials: curves to try; the same ones each time.
@@ -102,7 +102,7 @@ def search_schedule(
     found, best, size = start, score(start), _FIRST_MOVE
     on_trial(0, best)
     for trial in range(1, num_trials + 1):
-        values = np.array([*found.density, math.log(found.length)])
+        values = np.array([*found.density, math.log(found.length), found.curvature or 0.0])
         moved = random.random(len(values)) < 0.5
         moved[random.integers(len(values))] = True
         tried = _profile_of(start, values + size * moved * random.normal(size=len(values)))
@@ -116,7 +116,14 @@ def search_schedule(
 
 
 def _profile_of(start: FittedProfile, values: np.ndarray) -> FittedProfile:
-    """The profile with this curve, its height taken out, and this logarithm of the length."""
-    density = np.clip(values[:-1] - values[:-1].mean(), -6, 6)
-    length = float(np.clip(np.exp(values[-1]), 0.05, 2))
-    return start.model_copy(update={"density": tuple(np.round(density, 3).tolist()), "length": round(length, 3)})
+    """The profile with this curve, its height taken out, this logarithm of the length, and this curvature."""
+    knots, log_length, curvature = values[:-2], values[-2], values[-1]
+    density = np.clip(knots - knots.mean(), -6, 6)
+    length = float(np.clip(np.exp(log_length), 0.05, 2))
+    return start.model_copy(
+        update={
+            "density": tuple(np.round(density, 3).tolist()),
+            "length": round(length, 3),
+            "curvature": round(float(np.clip(curvature, 0, 1)), 2),
+        }
+    )

@@ -29,7 +29,14 @@ SKIPPED = {3, 5, 6, 8, 9}
 
 
 def denoised(
-    scheduler, clean_at, skipped=frozenset(), corrects=True, wrong=0.3, between=lambda latents: latents, last=None
+    scheduler,
+    clean_at,
+    skipped=frozenset(),
+    corrects=True,
+    wrong=0.3,
+    between=lambda latents: latents,
+    last=None,
+    curvature=0.0,
 ):
     """Latents before the last step of a model whose clean latents at step i are `clean_at(i)`, and wrong where skipped.
 
@@ -39,7 +46,7 @@ def denoised(
     """
     scheduler.set_timesteps(NUM_STEPS)
     outcome = "begun"
-    stepper = CorrectedScheduler(scheduler, lambda: [outcome]) if corrects else scheduler
+    stepper = CorrectedScheduler(scheduler, lambda: [outcome], curvature) if corrects else scheduler
     latents = torch.randn(1, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for index, timestep in enumerate(stepper.timesteps[:-1]):
         outcome = "begun" if index == 0 else "skipped" if index in skipped else "computed"
@@ -54,6 +61,10 @@ def line(index):
     return torch.linspace(-1, 1, 18, dtype=torch.float64).view(1, 1, 2, 3, 3) * index / NUM_STEPS
 
 
+def power(exponent):
+    return lambda index: line(NUM_STEPS) * (index / NUM_STEPS - 0.4) ** exponent
+
+
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_a_model_that_moves_evenly_is_rendered_as_if_nothing_had_been_skipped(kind):
     right = denoised(SCHEDULERS[kind](), line, corrects=False)
@@ -64,8 +75,30 @@ def test_a_model_that_moves_evenly_is_rendered_as_if_nothing_had_been_skipped(ki
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
-def test_nothing_changes_where_nothing_is_skipped(kind):
-    assert torch.equal(denoised(SCHEDULERS[kind](), line), denoised(SCHEDULERS[kind](), line, corrects=False))
+def test_a_model_that_moves_along_a_cubic_is_rendered_so_with_curvature(kind):
+    right = denoised(SCHEDULERS[kind](), power(3), corrects=False)
+    straight, halfway, curved = (
+        (denoised(SCHEDULERS[kind](), power(3), SKIPPED, curvature=c) - right).abs().max() for c in (0.0, 0.5, 1.0)
+    )
+    assert curved < 1e-5 * right.abs().max() < halfway < straight
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_what_was_skipped_before_the_last_computed_step_is_taken_again_once_more_is_known(kind):
+    """When step 2 is computed only a straight line is known; the parabola shows at step 5."""
+    right = denoised(SCHEDULERS[kind](), power(2), corrects=False)
+    skipped = {1, 3, 4}
+    straight, curved = (
+        (denoised(SCHEDULERS[kind](), power(2), skipped, curvature=c) - right).abs().max() for c in (0.0, 1.0)
+    )
+    assert curved < 1e-5 * right.abs().max() < straight
+
+
+@pytest.mark.parametrize("curvature", [0.0, 1.0])
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_nothing_changes_where_nothing_is_skipped(kind, curvature):
+    plain = denoised(SCHEDULERS[kind](), line, corrects=False)
+    assert torch.equal(denoised(SCHEDULERS[kind](), line, curvature=curvature), plain)
 
 
 def test_latents_that_the_loop_has_changed_are_not_taken_back():
@@ -91,14 +124,15 @@ def test_a_cache_that_begins_anew_corrects_nothing():
     assert torch.equal(denoised(SCHEDULERS["euler"](), line, SKIPPED, last=last), plain)
 
 
+@pytest.mark.parametrize("curvature", [0.0, 0.7])
 @pytest.mark.parametrize("kind", SCHEDULERS)
-def test_rows_of_a_batch_are_corrected_as_if_each_were_alone(kind):
+def test_rows_of_a_batch_are_corrected_as_if_each_were_alone(kind, curvature):
     """The model's clean latents follow the row's own, so that a row's past matters."""
     skipped = [{3, 5, 6, 8, 9}, {4, 5, 6, 7}, set(), {2, 3, 9}]
 
     def run(rows):
         outcomes = []
-        stepper = CorrectedScheduler(SCHEDULERS[kind](), lambda: outcomes)
+        stepper = CorrectedScheduler(SCHEDULERS[kind](), lambda: outcomes, curvature)
         stepper.set_timesteps(NUM_STEPS)
         latents = torch.stack([torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(r)) for r in rows])
         for index, timestep in enumerate(stepper.timesteps):
