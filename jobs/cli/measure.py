@@ -206,12 +206,12 @@ def quality_floors(asked: ClipArguments, profile: str, out: Path, as_json: bool)
     Example:
       cineray calibrate quality --manifest clips.jsonl --out quality.json
     """
-    from cineray.caching.policies.auto import lower_bound
+    from cineray.caching.policies.auto import kept
     from cineray.jobs.measure.quality_profile import calibrate_quality
 
     checkpoint, requests = _uncached_clips(asked)
     found = calibrate_quality(checkpoint, load_options(asked, checkpoint), requests, profile, out)
-    bounds = {point.speedup: round(lower_bound(point.psnr_db), 1) for point in found.points}
+    bounds = {point.speedup: round(kept(point.psnr_db), 1) for point in found.points}
     tell(*(f"speed-up {speedup:g}: a clip keeps {bound} dB (95 %)" for speedup, bound in bounds.items()))
     if as_json:
         print_json({"profile": str(out), "floors": [{"speedup": s, "psnr": b} for s, b in bounds.items()]})
