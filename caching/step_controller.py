@@ -35,6 +35,7 @@ class StepController:
     sigmas: Callable[[], tuple[float, ...] | None]
     on_free: Callable[[], None]
     _computed: list[int] = field(init=False, default_factory=list[int])  # the newest three steps that were
+    _answered: tuple[object, list[Decision]] | None = field(init=False, default=None)  # (what was asked last, answer)
 
     def begin_clip(self) -> None:
         """Forgets the clip before."""
@@ -106,8 +107,11 @@ class StepController:
 
     def _decisions(self, step_index: int, num_steps: int, rows: list[tuple[str, int]]) -> list[Decision]:
         """What the policy wants of each (branch, sample)."""
-        num_branches = len({branch for branch, _ in rows})
-        return [self._decide(step_index, num_steps, row, num_branches) for row in rows]
+        asked = (step_index, num_steps, self.sigmas(), *self._computed, *rows)
+        if self._answered is None or self._answered[0] != asked:  # the loop and its calls ask of a step in turn
+            num_branches = len({branch for branch, _ in rows})
+            self._answered = asked, [self._decide(step_index, num_steps, row, num_branches) for row in rows]
+        return self._answered[1]
 
     def _decide(self, step_index: int, num_steps: int, row: tuple[str, int], num_branches: int) -> Decision:
         known = [step for step in self._computed if step < step_index][-2:]

@@ -165,7 +165,7 @@ class Gang:
                 # branches that stand in the batch are seen there
                 calls = None if model.checkpoint.model.stacked else num_branches
                 cache = attached.enter_context(
-                    attach_cache(clip.transformers, planned, calls, consensus=consensus, models=models)
+                    attach_cache(clip.transformers, planned, calls, consensus=consensus, models=models, runs=model.runs)
                 )
             for transformer in clip.transformers if not clip.hides_text else ():
                 attached.enter_context(calling_without_mask(transformer, model.checkpoint.model.layout))

@@ -127,8 +127,8 @@ def lower_bound(values: Sequence[float]) -> float:
 def kept(values: Sequence[float]) -> float:
     """What a setting is said to keep: the lower bound, and no more than the worst clip did.
 
-    Scores need not be normal, and VMAF is not: most clips lose nothing and a few lose much. Below the worst of n clips a
-    further one lies with a probability of 1 / (n + 1), whatever the distribution: 5 % where n is 19 (Wilks 1941).
+    Scores need not be normal, and VMAF is not: most clips lose nothing and a few lose much. Below the worst of n clips
+    a further one lies with a probability of 1 / (n + 1), whatever the distribution: 5 % where n is 19 (Wilks 1941).
     """
     return min(lower_bound(values), *values)
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from cineray.caching.trace import StepOutcome
+from cineray.pipeline.linear_runs import LinearRuns, is_linear
 
 
 def is_flow(scheduler: Any) -> bool:
@@ -62,21 +63,36 @@ class _Computed:
     clean: torch.Tensor
 
 
-def _clean_at(points: Sequence[_Computed], index: int, curvature: float) -> torch.Tensor:
-    """Clean latents [...] of a step at or between these computed ones: on the straight line between its neighbours,
-    moved by the share `curvature` towards the polynomial through all of them."""
-    for point in points:
-        if point.index == index:
-            return point.clean
-    before, after = next(pair for pair in pairwise(points) if pair[0].index < index < pair[1].index)
-    straight = torch.lerp(before.clean, after.clean, (index - before.index) / (after.index - before.index))
-    if curvature == 0 or len(points) == 2:
+def _weights_at(places: Sequence[int], index: int, curvature: float) -> list[float]:
+    """What computed steps at these places count for in the clean latents of a step at or between them.
+
+    Those of the straight line between its neighbours, moved by the share `curvature` towards those of the polynomial
+    through all.
+    """
+    if index in places:
+        return [float(place == index) for place in places]
+    after = next(number for number, place in enumerate(places) if place > index)
+    share = (index - places[after - 1]) / (places[after] - places[after - 1])
+    straight = [0.0] * len(places)
+    straight[after - 1 : after + 1] = [1 - share, share]
+    if curvature == 0:
         return straight
-    curve = torch.zeros_like(straight)
-    for point in points:
-        others = [other.index for other in points if other is not point]
-        curve += math.prod((index - other) / (point.index - other) for other in others) * point.clean  # Lagrange's form
-    return torch.lerp(straight, curve, curvature)
+    others = [[other for other in places if other != place] for place in places]
+    curve = [  # Lagrange's form
+        math.prod((index - other) / (place - other) for other in rest)
+        for place, rest in zip(places, others, strict=True)
+    ]
+    return [(1 - curvature) * line + curvature * cubic for line, cubic in zip(straight, curve, strict=True)]
+
+
+def _clean_at(points: Sequence[_Computed], index: int, curvature: float) -> torch.Tensor:
+    """Clean latents [...] of a step at or between these computed ones."""
+    weights = _weights_at([point.index for point in points], index, curvature)
+    clean = torch.zeros_like(points[0].clean)
+    for weight, point in zip(weights, points, strict=True):
+        if weight != 0:
+            clean.add_(point.clean, alpha=weight)
+    return clean
 
 
 @dataclass(slots=True)
@@ -103,10 +119,12 @@ class CorrectedScheduler(Stepper):
         inner: steps; its state is put back when steps are taken again.
         outcomes: what the cache did at the step that is now taken, by row of the latents.
         curvature: 0 for straight lines between computed steps, 1 for a cubic.
+        runs: takes steps of one clip again at once, in float32; None: one by one.
     """
 
     outcomes: Callable[[], list[StepOutcome]]
     curvature: float = 0.0
+    runs: LinearRuns | None = None
     _num_steps: int = 0  # taken
     _computed: dict[int, tuple[_Computed, ...]] = field(default_factory=dict[int, tuple[_Computed, ...]])  # by row
     _open: list[_Step] = field(default_factory=list[_Step])  # from the first on that may be taken again
@@ -119,7 +137,12 @@ class CorrectedScheduler(Stepper):
         before = {row: (*self._computed.get(row, ()), computed) for row, computed in now.items()}
         ended = {row: points for row, points in before.items() if self._has_skipped(points)}
         if ended:
-            sample = self._take_again(ended, *args, **kwargs)
+            # in 16 bits each step rounds, as outputs of fewer bits than the latents do
+            is_exact = sample.dtype == model_output.dtype and wide(sample) is sample
+            if self.runs is not None and len(sample) == 1 and is_exact and is_linear(self.inner):
+                sample = self._take_runs_again(self.runs, ended[0], *args, **kwargs)
+            else:
+                sample = self._take_again(ended, *args, **kwargs)
             clean = {row: points[-1].clean for row, points in ended.items()}
             model_output = self._leading_to(clean, model_output, timestep, sample)
         follows_computed = any(points[-1].index == index - 1 for points in self._computed.values())
@@ -192,6 +215,24 @@ class CorrectedScheduler(Stepper):
                 step = replace(step, before=_Before(_state_of(self.inner), sample, output))
             self._open.append(step)
             sample = self.inner.step(output, step.timestep, sample, *args, **kwargs)[0]
+        return sample
+
+    def _take_runs_again(
+        self, runs: LinearRuns, points: tuple[_Computed, ...], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """As `_take_again`, of one row: at once the steps from each that it may begin at again to the next such."""
+        begins = [number for number, step in enumerate(self._open) if step.before is not None]
+        first = self._open[0].before
+        assert first is not None
+        vars(self.inner).update(first.state)
+        sample, places = first.sample, [point.index for point in points]
+        terms = [point.clean.unsqueeze(0) for point in points]
+        for begin, end in pairwise([*begins, len(self._open)]):
+            steps = self._open[begin:end]
+            # nobody reads the output: this row is alone
+            self._open[begin] = replace(steps[0], before=_Before(_state_of(self.inner), sample, first.output))
+            weights = [_weights_at(places, step.index, self.curvature) for step in steps]
+            sample = runs.take(self.inner, sample, [step.timestep for step in steps], weights, terms, *args, **kwargs)
         return sample
 
     def _leading_to(

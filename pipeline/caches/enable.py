@@ -28,6 +28,7 @@ from cineray.pipeline.caches.signals import SIGNAL_READERS, NewReader, signal_re
 from cineray.pipeline.caches.step_forecaster import CleanHistory, ForecastingScheduler
 from cineray.pipeline.caches.step_tracker import Listener, StepTracker, check_not_compiled_whole, refuse_other_cache
 from cineray.pipeline.caches.taylorseer import run_series
+from cineray.pipeline.linear_runs import LinearRuns
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +48,14 @@ class CacheHandle:
         policy: the policy with all its options, as text.
     """
 
-    def __init__(self, plan: AnyPlan, trace: Trace, attached: Sequence[_Attached], history: CleanHistory) -> None:
+    def __init__(
+        self, plan: AnyPlan, trace: Trace, attached: Sequence[_Attached], history: CleanHistory, runs: LinearRuns
+    ) -> None:
         self.policy = plan.text
         self.trace = trace
         self._attached = attached
         self._history = history
+        self._runs = runs
         self._corrected: tuple[dict[str, Any], Any] | None = None  # (a pipeline's attributes, the scheduler put there)
 
     def corrected(self, scheduler: Any) -> Any:
@@ -60,7 +64,7 @@ class CacheHandle:
         pipeline's is exchanged by `enable_cache`."""
         forecasting, stepper, flows = self.trace.forecasting, scheduler, is_flow(scheduler)
         if forecasting.corrector and flows:
-            stepper = CorrectedScheduler(stepper, lambda: self.trace.last_outcomes, forecasting.curvature)
+            stepper = CorrectedScheduler(stepper, lambda: self.trace.last_outcomes, forecasting.curvature, self._runs)
         if forecasting.target == "clean_latents":
             self._history.flow = scheduler if flows else None
             stepper = ForecastingScheduler(stepper, flows, self._history, lambda: self.trace.entries[-1], self._holds)
@@ -147,7 +151,7 @@ def enable_cache(
             "each: enable_cache(pipe.transformer, ..., scheduler=pipe.scheduler), and the same for transformer_2"
         )
     steps = scheduler_of(pipe_or_transformer, scheduler)
-    handle = _attach(transformers, plans, num_branches, steps, SingleProcess(), signals, models)
+    handle = _attach(transformers, plans, num_branches, steps, SingleProcess(), signals, models, LinearRuns())
     if pipe_or_transformer is not transformers[0] and hasattr(pipe_or_transformer, "scheduler"):
         handle.correct(pipe_or_transformer)
     return handle
@@ -177,6 +181,7 @@ def attach_cache(
     scheduler: Callable[[], Any] | None = None,
     consensus: Consensus | None = None,
     models: Models = MODELS,
+    runs: LinearRuns | None = None,
 ) -> CacheHandle:
     """Attaches one cache whose plan was made for these transformers: one, or experts that share a clip's steps.
 
@@ -184,6 +189,7 @@ def attach_cache(
 
     Args:
         consensus: how a gang's ranks agree; None for one process.
+        runs: of the scheduler's steps that earlier clips have found.
 
     Raises:
         ValueError: a cache is enabled already, a transformer is sharded already (the cache must see shards), or experts
@@ -195,7 +201,8 @@ def attach_cache(
             "cache: the model's experts have different numbers of blocks, and one plan cannot hold for both"
         )
     plans = [plan] * len(transformers)
-    return _attach(transformers, plans, num_branches, scheduler, consensus or SingleProcess(), SIGNAL_READERS, models)
+    agreed, found = consensus or SingleProcess(), runs or LinearRuns()
+    return _attach(transformers, plans, num_branches, scheduler, agreed, SIGNAL_READERS, models, found)
 
 
 def _attach(
@@ -206,6 +213,7 @@ def _attach(
     consensus: Consensus,
     signals: Mapping[str, NewReader],
     models: Models,
+    runs: LinearRuns,
 ) -> CacheHandle:
     """One cache on all of these, or on none."""
     for transformer in transformers:
@@ -231,7 +239,7 @@ def _attach(
             undo.callback(tracker.detach)
             attached.append(_Attached(transformer, tracker.attach(runner), skips))
         undo.pop_all()
-    return CacheHandle(plans[0], trace, attached, history)
+    return CacheHandle(plans[0], trace, attached, history, runs)
 
 
 def _step_controller(plan: AnyPlan, trace: Trace, history: CleanHistory) -> StepController | None:

@@ -11,6 +11,7 @@ import torch
 
 from cineray.pipeline.adapters import Adapter
 from cineray.pipeline.adapters.component import Component
+from cineray.pipeline.linear_runs import LinearRuns
 from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.device import check_device, gpu_memory_bytes
 from cineray.pipeline.loading.errors import loading_errors
@@ -41,6 +42,7 @@ class LoadedModel:
         pipe: the diffusers pipeline that model_index.json names.
         revision: hub commit, None for a folder.
         unread: by their names in the pipeline, transformers whose blocks are read while `Gang.shard_weights` cuts them.
+        runs: of its scheduler's steps, as its clips find them.
     """
 
     checkpoint: Checkpoint
@@ -49,6 +51,7 @@ class LoadedModel:
     digest: str
     revision: str | None
     unread: Mapping[str, UnreadBlocks] = field(default_factory=dict[str, UnreadBlocks])
+    runs: LinearRuns = field(default_factory=LinearRuns, compare=False)
 
     @property
     def adapter(self) -> Adapter:

@@ -39,7 +39,8 @@ def test_the_fastest_setting_that_keeps_the_floor():
 def test_no_more_is_promised_than_the_worst_clip_kept():
     """VMAF of clips that lose nothing, but for one: 99 and 90, with a bound above 90."""
     rows = [
-        QualityPoint(speedup=s, psnr_db=(50.0,) * 40, vmaf=(*[99.0] * 39, worst)) for s, worst in ((2.0, 98.5), (3.0, 90.0))
+        QualityPoint(speedup=s, psnr_db=(50.0,) * 40, vmaf=(*[99.0] * 39, worst))
+        for s, worst in ((2.0, 98.5), (3.0, 90.0))
     ]
     assert lower_bound(rows[1].vmaf) > 95
     assert [fastest(rows, floor, lambda row: row.vmaf) for floor in (90, 95, 98.4)] == [3.0, 2.0, 2.0]

@@ -9,6 +9,7 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
 from every_model import call
@@ -17,6 +18,7 @@ import cineray
 from cineray.caching.forecast import Forecasting
 from cineray.caching.trace import Trace, TraceEntry
 from cineray.pipeline.caches.corrector import CorrectedScheduler, is_flow
+from cineray.pipeline.linear_runs import LinearRuns, is_linear
 
 NUM_STEPS = 12
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
@@ -37,6 +39,7 @@ def denoised(
     between=lambda latents: latents,
     last=None,
     curvature=0.0,
+    runs=None,
 ):
     """Latents before the last step of a model whose clean latents at step i are `clean_at(i)`, and wrong where skipped.
 
@@ -46,7 +49,7 @@ def denoised(
     """
     scheduler.set_timesteps(NUM_STEPS)
     outcome = "begun"
-    stepper = CorrectedScheduler(scheduler, lambda: [outcome], curvature) if corrects else scheduler
+    stepper = CorrectedScheduler(scheduler, lambda: [outcome], curvature, runs) if corrects else scheduler
     latents = torch.randn(1, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for index, timestep in enumerate(stepper.timesteps[:-1]):
         outcome = "begun" if index == 0 else "skipped" if index in skipped else "computed"
@@ -92,6 +95,37 @@ def test_what_was_skipped_before_the_last_computed_step_is_taken_again_once_more
         (denoised(SCHEDULERS[kind](), power(2), skipped, curvature=c) - right).abs().max() for c in (0.0, 1.0)
     )
     assert curved < 1e-5 * right.abs().max() < straight
+
+
+@pytest.mark.parametrize("curvature", [0.0, 0.6])
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_steps_are_taken_again_at_once_as_one_by_one(kind, curvature):
+    """The second clip takes the runs that the first has found; one in which other steps are skipped takes its own."""
+    runs, skips = LinearRuns(), (SKIPPED, SKIPPED, {4, 5, 7, 9})
+    found = []
+    for skipped in skips:
+        one_by_one = denoised(SCHEDULERS[kind](), power(3), skipped, curvature=curvature)
+        at_once = denoised(SCHEDULERS[kind](), power(3), skipped, curvature=curvature, runs=runs)
+        found.append(len(runs._known))
+        # in float64; sigmas are float32, and Euler's steps round to it
+        assert (at_once - one_by_one).abs().max() < 1e-6 * one_by_one.abs().max()
+    assert 0 < found[0] == found[1] < found[2]
+
+
+def test_runs_of_another_schedule_are_not_taken():
+    runs = LinearRuns()
+    for scheduler in (SCHEDULERS["unipc"], lambda: UniPCMultistepScheduler(**FLOW | {"flow_shift": 5.0})):
+        one_by_one = denoised(scheduler(), line, SKIPPED)
+        at_once = denoised(scheduler(), line, SKIPPED, runs=runs)
+        assert (at_once - one_by_one).abs().max() < 1e-6 * one_by_one.abs().max()
+
+
+def test_schedulers_that_do_more_than_add_up_take_steps_one_by_one():
+    assert all(is_linear(new()) for new in SCHEDULERS.values())
+    assert not is_linear(FlowMatchEulerDiscreteScheduler(stochastic_sampling=True))
+    assert not is_linear(DPMSolverMultistepScheduler(**FLOW, algorithm_type="sde-dpmsolver++"))
+    assert not is_linear(UniPCMultistepScheduler(thresholding=True))
+    assert not is_linear(FlowMatchHeunDiscreteScheduler())
 
 
 @pytest.mark.parametrize("curvature", [0.0, 1.0])
