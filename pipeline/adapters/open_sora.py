@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cineray.pipeline.adapters import open_sora_configs
-from cineray.pipeline.adapters.model import BlockLayout, Model, ShardedArguments
+from cineray.pipeline.adapters.model import (
+    SHIPPED,
+    TINY_CLIP,
+    BlockLayout,
+    KnownCheckpoint,
+    Model,
+    ShardedArguments,
+)
 from cineray.pipeline.adapters.open_sora_configs import CHANNELS, GROUP_FRAMES, GROUP_LATENTS, num_latent_frames
 from cineray.pipeline.adapters.protocol import (
     Branch,
@@ -290,4 +297,9 @@ MODEL = Model(
     pipelines_from=f"{open_sora_configs.MODULES}.open_sora_pipeline",
     pixel_fields=("fps",),
     read_parts=("transformer", "vae"),
+    checkpoints={
+        "tiny-open-sora": KnownCheckpoint(
+            source=str(SHIPPED / "tiny-open-sora"), note="shipped; moving shapes, runs on a CPU", defaults=TINY_CLIP
+        ),
+    },
 )

@@ -28,7 +28,7 @@ def _cluster():
 
 @pytest.mark.parametrize(
     ("model", "prompt", "steps"),  # so many that a clip can be caught in the middle: a second or more
-    [("tiny-wan2.2", CLIP, 30), ("tiny-dit", STILL, 30), ("tiny-audio", TONE, 100)],
+    [("tiny-wan2.2", CLIP, 30), ("tiny-dit", STILL, 30), ("tiny-audio", TONE, 100), ("tiny-open-sora", CLIP, 30)],
 )
 def test_a_rank_that_dies_loses_no_clip(model, prompt, steps, tmp_path, capsys):
     manifest = tmp_path / "m.jsonl"

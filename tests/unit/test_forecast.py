@@ -52,7 +52,7 @@ def tokens_of(checkpoint, row):
     return everywhere, here, everywhere // checkpoint.num_shared_tokens(request)
 
 
-SHIPPED = {"tiny-wan", "tiny-hunyuan", "tiny-wan2.2", "tiny-dit", "tiny-audio"}  # weights and all
+SHIPPED = {"tiny-wan", "tiny-hunyuan", "tiny-wan2.2", "tiny-dit", "tiny-audio", "tiny-open-sora"}  # weights and all
 I2V_33, T2V_15 = "hunyuan-video-i2v-33ch", "hunyuan-video-1.5-t2v-480p"
 MODELS_DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 

@@ -12,7 +12,14 @@ from cineray.pipeline.media.output import SOUND
 
 CLIP, STILL = "a red circle moving left on a navy background", "a red circle on a navy background"
 TONE = "a low bright tone rising"
-PROMPTS = {"tiny-wan": CLIP, "tiny-hunyuan": CLIP, "tiny-wan2.2": CLIP, "tiny-dit": STILL, "tiny-audio": TONE}
+PROMPTS = {
+    "tiny-wan": CLIP,
+    "tiny-hunyuan": CLIP,
+    "tiny-wan2.2": CLIP,
+    "tiny-open-sora": CLIP,
+    "tiny-dit": STILL,
+    "tiny-audio": TONE,
+}
 
 
 def test_every_folder_that_ships_has_its_name():
