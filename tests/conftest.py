@@ -10,9 +10,15 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads; more threads than free cores wait by spinning
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 gets 3 % of a core beside the other worker of pytest-xdist
 
+import hypothesis
 import pytest
 import torch
 from fast_watch import FastWatch
+
+hypothesis.settings.register_profile(
+    "no deadline", deadline=None
+)  # a first import of scipy takes seconds on busy cores
+hypothesis.settings.load_profile("no deadline")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "scripts"))  # the trainer's text encoders and tokenizers serve the tests too

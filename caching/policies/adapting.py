@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cineray.caching.policies.auto import CONFIDENCE, SCORES, FloorPlan, Scores, by_speed, num_kept, quantile
+from cineray.caching.policies.auto import SCORES, FloorPlan, Scores, by_speed, nearly_worst, num_kept, quantile
 from cineray.caching.profile import ANY_FAMILY, QualityPoint
 
 UNCACHED = 1.0
@@ -92,13 +92,13 @@ def _num_kept(
     """
     scores = SCORES[name]
     about = {point.speedup: _mean_and_spread(point, scores) for point in rows}
-    off = sorted(
+    off = [
         (clip.scores[name] - about[clip.speedup][0]) / about[clip.speedup][1] for clip in audited if name in clip.scores
-    )
+    ]
     if not off:
         return None
     shift = math.fsum(off) / (len(off) + weight)
-    worst = off[max(1, math.floor((1 - CONFIDENCE) * (len(off) + 1) + 1e-9)) - 1]
+    worst = nearly_worst(off)
     width = quantile(min(len(scores(point)) for point in rows) - 1) * math.sqrt(1 + 1 / (len(off) + weight))
     return num_kept(rows, [mean + spread * min(shift - width, worst) for mean, spread in about.values()], floor)
 

@@ -125,12 +125,21 @@ def lower_bound(values: Sequence[float]) -> float:
 
 
 def kept(values: Sequence[float]) -> float:
-    """What a setting is said to keep: the lower bound, and no more than the worst clip did.
+    """What a setting is said to keep: the lower bound, and no more than the worst clips did.
 
-    Scores need not be normal, and VMAF is not: most clips lose nothing and a few lose much. Below the worst of n clips
-    a further one lies with a probability of 1 / (n + 1), whatever the distribution: 5 % where n is 19 (Wilks 1941).
+    Scores need not be normal, and VMAF is not: most clips lose nothing and a few lose much.
     """
-    return min(lower_bound(values), *values)
+    return min(lower_bound(values), nearly_worst(values))
+
+
+def nearly_worst(values: Sequence[float]) -> float:
+    """The score that a further clip is below with at most 5 %, whatever the distribution.
+
+    The k-th lowest of n with k / (n + 1) up to 5 % (Wilks 1941): the lowest of 19 or more, the second of 39 or more. Of
+    fewer than 19 it is the lowest too, which says less.
+    """
+    rank = max(1, math.floor((1 - CONFIDENCE) * (len(values) + 1) + 1e-9))
+    return sorted(values)[rank - 1]
 
 
 @cache
@@ -153,7 +162,8 @@ def fastest_between(points: Sequence[QualityPoint], floor_db: float, num_steps: 
     """The highest speed-up that keeps the floor, measured or on the lines between two neighbours that were.
 
     Lines of PSNR over the speed-ups that whole steps give: one through the lower bounds, and one for each clip. As few
-    steps are computed as leave all of them at the floor or above it. VMAF has no lines: near its end it hardly falls.
+    steps are computed as leave the first and nearly the worst of the others at the floor or above it. VMAF has no
+    lines: near its end it hardly falls.
 
     Args:
         num_steps: of the clips that the points were measured on.
@@ -169,12 +179,13 @@ def fastest_between(points: Sequence[QualityPoint], floor_db: float, num_steps: 
     slow, fast = rows[number - 1 : number + 1]
     if len(slow.psnr_db) != len(fast.psnr_db):
         return measured
-    ends = [(bounds[number - 1], bounds[number]), *zip(slow.psnr_db, fast.psnr_db, strict=True)]
     most, fewest = num_computed_at(num_steps, slow.speedup), num_computed_at(num_steps, fast.speedup)
     computed = most
     while computed - 1 > fewest:
         share = (num_steps / (computed - 1) - num_steps / most) / (num_steps / fewest - num_steps / most)
-        if min(begin + share * (end - begin) for begin, end in ends) < floor_db:
+        bound = bounds[number - 1] + share * (bounds[number] - bounds[number - 1])
+        clips = [begin + share * (end - begin) for begin, end in zip(slow.psnr_db, fast.psnr_db, strict=True)]
+        if min(bound, nearly_worst(clips)) < floor_db:
             break
         computed -= 1
     return measured if computed == most else math.ceil(1000 * num_steps / computed) / 1000  # as short as can be said

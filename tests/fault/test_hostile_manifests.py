@@ -92,9 +92,7 @@ VALUES = SCALARS | st.lists(SCALARS, max_size=2) | st.dictionaries(st.text(max_s
 
 
 @pytest.mark.slow
-@settings(
-    max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=400, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     row=st.dictionaries(st.sampled_from((*FIELDS, "unknown", "\x1b")), VALUES, min_size=1, max_size=2),
     has_prompt=st.sampled_from([True, True, True, False]),  # a row without one is refused for that

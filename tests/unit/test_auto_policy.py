@@ -36,14 +36,19 @@ def test_the_fastest_setting_that_keeps_the_floor():
     assert fastest(POINTS, 59) is None
 
 
-def test_no_more_is_promised_than_the_worst_clip_kept():
-    """VMAF of clips that lose nothing, but for one: 99 and 90, with a bound above 90."""
+@pytest.mark.parametrize(("num_clips", "fastest_at"), [(38, 2.0), (39, 3.0)])
+def test_no_more_is_promised_than_the_worst_clips_kept(num_clips, fastest_at):
+    """VMAF of clips that lose nothing, but for one: 99 and 90, with a normal bound above 95.
+
+    A further clip is below the lowest of 38 with 2.6 %, below the second of 39 with 5 %.
+    """
+    alike = (99.0,) * (num_clips - 1)
     rows = [
-        QualityPoint(speedup=s, psnr_db=(50.0,) * 40, vmaf=(*[99.0] * 39, worst))
+        QualityPoint(speedup=s, psnr_db=(50.0,) * num_clips, vmaf=(*alike, worst))
         for s, worst in ((2.0, 98.5), (3.0, 90.0))
     ]
     assert lower_bound(rows[1].vmaf) > 95
-    assert [fastest(rows, floor, lambda row: row.vmaf) for floor in (90, 95, 98.4)] == [3.0, 2.0, 2.0]
+    assert [fastest(rows, floor, lambda row: row.vmaf) for floor in (90, 95)] == [3.0, fastest_at]
 
 
 def test_a_setting_beyond_one_that_breaks_the_floor_is_not_taken():

@@ -35,7 +35,7 @@ def until(world, condition):
     raise AssertionError("it never came to that")
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     st.data(),
     st.integers(1, 6),

@@ -82,7 +82,6 @@ def test_a_larger_gang_grows_again_by_what_is_gained_over_its_own_speed():
     assert found.saved_s == pytest.approx(300.0 - (1.0 + 10.0 + 300.0 * 3.6 / 6.4))
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from((None, 5.0, 50.0, 500.0)), st.sampled_from((1, 2, 4)))),
     st.sampled_from((0.0, 20.0)),
@@ -267,7 +266,7 @@ def test_time_of_a_larger_gang_counts_as_that_of_the_gangs_whose_room_it_has():
     assert here.state.idle_s - before[1] == pytest.approx(2 * 5.0)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.integers(0, 10**6), st.integers(1, 3), st.integers(2, 7), st.sampled_from(({2: 1.9}, {2: 1.9, 3: 2.7, 4: 3})))
 def test_every_clip_ends_once_whatever_befalls_gangs_that_grow(seed, num_clips, num_gangs, larger):
     """Begins in the tail, where it is worth it to grow; then anything may happen, in any order."""

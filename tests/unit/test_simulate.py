@@ -48,7 +48,7 @@ def attempts(draw):
     )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(attempts(), st.integers(0, 400))
 def test_an_attempt_in_closed_form_is_its_steps_one_by_one(attempt, quarters):
     """Quarters of seconds are exact in floating point."""
@@ -255,7 +255,7 @@ def worlds(draw):
     return assumed, draw(st.integers(0, 25)), seconds, deaths
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(worlds())
 def test_each_clip_ends_once_and_no_gpu_time_is_lost_sight_of(world):
     assumed, num_clips, seconds, deaths = world
@@ -297,7 +297,7 @@ def test_gangs_do_not_grow_where_they_would_take_longer_to_start_than_they_save(
     assert (found.makespan_s, found.num_grown) == (1700.0 + 3600.0, 0)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     st.integers(1, 20),
     st.integers(1, 2),

@@ -9,7 +9,7 @@ from cineray.jobs.gangs.prompts import MAX_PROMPTS, EncodedPrompts, WaitingClips
 KEYS = st.sampled_from(["p0", "p1", "p2", "p3"])
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.data())
 def test_waiting_clips_are_a_list_that_is_searched(data):
     encoded = EncodedPrompts()
