@@ -153,7 +153,7 @@ def calibrate_fitted(
         model = load_model(checkpoint, options)
         known = _trial_log(out, model, requests, SchedulePoint)
         search = ScheduleSearch(model, requests, Path(folder), known)
-        family, identity = family_of(checkpoint), identity_of(checkpoint)
+        family, identity = checkpoint.model.family, identity_of(checkpoint)
         begin = fitted.FittedConfig().find(family, identity)
         names = {"family": family, "transformer": identity, "source": source_of(model, requests, "fitted")}
         start = begin.model_copy(update=names)
@@ -260,8 +260,9 @@ def family_of(checkpoint: Checkpoint) -> str:
 def identity_of(checkpoint: Checkpoint) -> dict[str, object]:
     """The entries of the transformer's configuration by which a profile is found."""
     config = checkpoint.configs.transformer
-    names = (*checkpoint.model.layout.counts, "num_attention_heads", "attention_head_dim", "in_channels")
-    return {name: config[name] for name in names}
+    # as the classes call them
+    widths = ("num_attention_heads", "attention_head_dim", "num_heads", "hidden_size", "in_channels")
+    return {name: config[name] for name in (*checkpoint.model.layout.counts, *widths) if name in config}
 
 
 def source_of(model: LoadedModel, requests: list[ClipRequest], policy: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from cineray.caching.policies.fitted import MIN_STEPS, FittedConfig
 from cineray.caching.profile import QualityPoint, QualityProfile
 from cineray.jobs.measure.bench import bench_quality
-from cineray.jobs.measure.calibration import family_of, identity_of, source_of
+from cineray.jobs.measure.calibration import identity_of, source_of
 from cineray.jobs.out_file import check_out, replace_text
 from cineray.jobs.pixels import refuse_sounds
 from cineray.pipeline.loading.checkpoint import Checkpoint
@@ -42,7 +42,7 @@ def calibrate_quality(
             checkpoint.plan_cache(policy)
         except ValueError as error:
             raise InputError(f"calibrate quality: {error}") from None
-    family, identity = family_of(checkpoint), identity_of(checkpoint)
+    family, identity = checkpoint.model.family, identity_of(checkpoint)
     model = load_model(checkpoint, options)
     kept = out.with_name(f"{out.name}.bench.json")
     rows = [row.row for row in bench_quality(model, requests, list(asked), [], kept, num_timed=0)]

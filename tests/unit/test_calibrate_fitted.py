@@ -6,8 +6,10 @@ import pytest
 from measure_runs import MeasureRuns
 
 from cineray.caching.profile import FittedProfile, QualityProfile, generic_profile
+from cineray.jobs.cli.main import main
 from cineray.jobs.measure import calibration
 from cineray.pipeline.calibrate.fitted import search_schedule
+from cineray.pipeline.loading.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -32,6 +34,28 @@ def test_a_profile_of_a_model_is_measured_and_used(run, tmp_path, model):
     _, rows, _ = run("bench", "quality", policy, "--json", model=model, steps=16)
     assert rows is not None
     assert rows["rows"][0]["cost"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("model", "prompt"),
+    [
+        ("tiny-open-sora", "a red circle moving left on a navy background"),
+        ("tiny-dit", "a red circle on a navy background"),
+        ("tiny-audio", "a low bright tone rising"),
+    ],
+)
+def test_models_that_teacache_does_not_know_have_profiles_too(tmp_path, model, prompt):
+    out = tmp_path / "fitted.json"
+    assert (
+        main(["calibrate", "fitted", prompt, "--model", model, "--trials", "1", "--steps", "16", "--out", str(out)])
+        == 0
+    )
+    profile = FittedProfile.model_validate_json(out.read_text())
+    assert len(profile.transformer) > 2
+    policy = f"fitted(speedup=2,profile={out})"
+    assert open_checkpoint(model).plan_cache(policy) is not None
+    with pytest.raises(ValueError, match="is for another model"):
+        open_checkpoint("tiny-wan").plan_cache(policy)
 
 
 def test_a_quality_profile_is_measured_once_and_promises_a_floor(run, tmp_path):
