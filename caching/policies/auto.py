@@ -12,6 +12,7 @@ from cineray.caching.policies.fitted import MAX_SPEEDUP, FittedConfig, num_compu
 from cineray.caching.profile import QualityPoint, QualityProfile, find_profile
 
 CONFIDENCE = 0.95  # that a clip which nobody has seen keeps the floor
+MIN_RANKED = 19  # clips of which the worst is a bound of that confidence by itself: 1 / (n + 1) is 5 %
 # A cliff: the next faster setting loses so much that the one before it may be at its edge. 12 dB for 0.01 of a
 # threshold have been seen (vllm-omni#5840); between neighbours of a profile of the tiny models it is 1 to 5 dB.
 CLIFF_DB = 8.0
@@ -125,18 +126,19 @@ def lower_bound(values: Sequence[float]) -> float:
 
 
 def kept(values: Sequence[float]) -> float:
-    """What a setting is said to keep: the lower bound, and no more than the worst clips did.
+    """What a setting is said to keep: the lower bound, and no more than the worst clips did, where there are enough.
 
     Scores need not be normal, and VMAF is not: most clips lose nothing and a few lose much.
     """
-    return min(lower_bound(values), nearly_worst(values))
+    bound = lower_bound(values)
+    return bound if len(values) < MIN_RANKED else min(bound, nearly_worst(values))
 
 
 def nearly_worst(values: Sequence[float]) -> float:
     """The score that a further clip is below with at most 5 %, whatever the distribution.
 
-    The k-th lowest of n with k / (n + 1) up to 5 % (Wilks 1941): the lowest of 19 or more, the second of 39 or more. Of
-    fewer than 19 it is the lowest too, which says less.
+    The k-th lowest of n with k / (n + 1) up to 5 % (Wilks 1941): the lowest of `MIN_RANKED` or more, the second of 39
+    or more. Of fewer it is the lowest too, which says less.
     """
     rank = max(1, math.floor((1 - CONFIDENCE) * (len(values) + 1) + 1e-9))
     return sorted(values)[rank - 1]
