@@ -7,7 +7,7 @@ once, by the scheduler itself, which takes the steps with unit vectors in the pl
 run of steps is one sum of a few tensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,7 +45,8 @@ class _Map:
 
 @dataclass(slots=True)
 class LinearRuns:
-    """The runs of one schedule that were found; it belongs to a cache, whose clips mostly have the same one."""
+    """The runs of one schedule that were found; it belongs to a loaded model, or to a cache on a pipeline, whose clips
+    mostly have the same one."""
 
     _schedule: object = None
     _sigmas: torch.Tensor | None = None  # of the schedule, as it was last seen
@@ -75,14 +76,14 @@ class LinearRuns:
         slots = _slots(state, sample.shape)
         self._look_at(scheduler)
         counts = tuple((name, value) for name, value in state.items() if isinstance(value, int | str | None))
-        key = (counts, tuple(slots), tuple(map(tuple, weights)), str(sample.dtype))
+        key = (counts, tuple(slots), tuple(map(tuple, weights)), sample.dtype)
         if key not in self._known:
             self._known[key] = _found(scheduler, slots, sample, timesteps, weights, *args, **kwargs)
         found = self._known[key]
         before = [sample, *(_held(state, slot) for slot in slots), *terms]
-        after = {slot: _sum(multiples, before) for slot, multiples in found.slots.items()}
-        made = _sum(found.latents, before)
-        state.update({name: list(value) if isinstance(value, list) else value for name, value in found.state.items()})
+        after = {slot: weighted_sum(multiples, before) for slot, multiples in found.slots.items()}
+        made = weighted_sum(found.latents, before)
+        state.update(with_own_lists(found.state))
         for slot, latents in after.items():
             _put(state, slot, latents)
         return made
@@ -121,7 +122,13 @@ def _put(state: dict[str, Any], slot: Slot, latents: torch.Tensor | None) -> Non
         state[name][place] = latents
 
 
-def _sum(multiples: Sequence[float], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def with_own_lists(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler's attributes as they are now: its steps change lists in place, and put new tensors for old ones."""
+    return {name: list(value) if isinstance(value, list) else value for name, value in state.items()}
+
+
+def weighted_sum(multiples: Sequence[float], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Of tensors of one shape; what counts for nothing is not read."""
     made = torch.zeros_like(tensors[0])
     for multiple, tensor in zip(multiples, tensors, strict=True):
         if multiple != 0:
@@ -145,7 +152,7 @@ def _found(
     units = torch.eye(num, dtype=sample.dtype, device=sample.device).view(num, *shape)
     stand_in = copy(scheduler)
     state = vars(stand_in)
-    state.update({name: list(value) for name, value in state.items() if isinstance(value, list)})
+    state.update(with_own_lists(state))
     for slot, unit in zip(slots, units[1:], strict=False):
         _put(state, slot, unit)
     before, latents = dict(state), units[0]

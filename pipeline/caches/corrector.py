@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from cineray.caching.trace import StepOutcome
-from cineray.pipeline.linear_runs import LinearRuns, is_linear
+from cineray.pipeline.linear_runs import LinearRuns, is_linear, weighted_sum, with_own_lists
 
 
 def is_flow(scheduler: Any) -> bool:
@@ -88,11 +88,7 @@ def _weights_at(places: Sequence[int], index: int, curvature: float) -> list[flo
 def _clean_at(points: Sequence[_Computed], index: int, curvature: float) -> torch.Tensor:
     """Clean latents [...] of a step at or between these computed ones."""
     weights = _weights_at([point.index for point in points], index, curvature)
-    clean = torch.zeros_like(points[0].clean)
-    for weight, point in zip(weights, points, strict=True):
-        if weight != 0:
-            clean.add_(point.clean, alpha=weight)
-    return clean
+    return weighted_sum(weights, [point.clean for point in points])
 
 
 @dataclass(slots=True)
@@ -151,12 +147,16 @@ class CorrectedScheduler(Stepper):
         self._open = [step for step in self._open if step.index > settled]
         if index > settled:
             is_needed = len(sample) > 1 or follows_computed or not self._open
-            state = _Before(_state_of(self.inner), sample, model_output) if is_needed else None
+            state = self._now_before(sample, model_output) if is_needed else None
             self._open.append(_Step(index, timestep, state))
         result = self.inner.step(model_output, timestep, sample, *args, **kwargs)
         self._made = result[0]
         self._num_steps += 1
         return result
+
+    def _now_before(self, sample: torch.Tensor, output: torch.Tensor) -> _Before:
+        """A step that begins now with these."""
+        return _Before(with_own_lists(vars(self.inner)), sample, output)
 
     @property
     def _num_kept(self) -> int:
@@ -212,7 +212,7 @@ class CorrectedScheduler(Stepper):
             )
             output = self._leading_to(clean, old, step.timestep, sample)
             if step.before is not None:
-                step = replace(step, before=_Before(_state_of(self.inner), sample, output))
+                step = replace(step, before=self._now_before(sample, output))
             self._open.append(step)
             sample = self.inner.step(output, step.timestep, sample, *args, **kwargs)[0]
         return sample
@@ -230,7 +230,7 @@ class CorrectedScheduler(Stepper):
         for begin, end in pairwise([*begins, len(self._open)]):
             steps = self._open[begin:end]
             # nobody reads the output: this row is alone
-            self._open[begin] = replace(steps[0], before=_Before(_state_of(self.inner), sample, first.output))
+            self._open[begin] = replace(steps[0], before=self._now_before(sample, first.output))
             weights = [_weights_at(places, step.index, self.curvature) for step in steps]
             sample = runs.take(self.inner, sample, [step.timestep for step in steps], weights, terms, *args, **kwargs)
         return sample
@@ -265,8 +265,3 @@ def _same(one: torch.Tensor, other: torch.Tensor | None) -> bool:
     if one is other:
         return True
     return other is not None and one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
-
-
-def _state_of(scheduler: Any) -> dict[str, Any]:
-    """All of a scheduler's attributes; its steps put new tensors in the place of old ones and change none."""
-    return {name: list(value) if isinstance(value, list) else value for name, value in vars(scheduler).items()}
