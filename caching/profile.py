@@ -139,17 +139,22 @@ class DiCacheProfile(Profile):
         return skip_costs.tolist(), (np.interp(wanted, known, self.expected_change) * scale).tolist()
 
 
+Curve = Annotated[tuple[Annotated[Finite, Field(ge=-20, le=20)], ...], Field(min_length=7, max_length=7)]
+
+
 class FittedProfile(Profile):
     """Where over the steps of a clip the computed ones lie, for `fitted`.
 
     Args:
-        density: logarithm of how dense they lie, at the knots of `policies/fitted.py`.
+        density: logarithm of how dense they lie, at the knots of `policies/fitted.py`; at 2.8x and above.
+        density_at_2x: the same at 2x and below, with straight lines between both (`curve_at`); None: `density` at all.
         length: over which clean latents stay alike, as a share of the steps.
         curvature: how far skipped steps are corrected along a cubic and not a straight line, 0 to 1; None: 0.
     """
 
     policy: Literal["fitted"] = "fitted"
-    density: Annotated[tuple[Annotated[Finite, Field(ge=-20, le=20)], ...], Field(min_length=7, max_length=7)]
+    density: Curve
+    density_at_2x: Curve | None = None
     length: Annotated[Finite, Field(gt=0.01, le=10)]
     curvature: Annotated[Finite, Field(ge=0, le=1)] | None = None
 

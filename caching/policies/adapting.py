@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cineray.caching.policies.auto import SCORES, FloorPlan, Scores, by_speed, nearly_worst, num_kept, quantile
+from cineray.caching.policies.auto import SCORES, FloorPlan, by_speed, nearly_worst, num_kept, quantile, without_flips
 from cineray.caching.profile import ANY_FAMILY, QualityPoint
 
 UNCACHED = 1.0
@@ -91,7 +91,8 @@ def _num_kept(
     None where the score of no audited clip is known.
     """
     scores = SCORES[name]
-    about = {point.speedup: _mean_and_spread(point, scores) for point in rows}
+    values = [scores(point) for point in rows]
+    about = {point.speedup: _mean_and_spread(row) for point, row in zip(rows, values, strict=True)}
     off = [
         (clip.scores[name] - about[clip.speedup][0]) / about[clip.speedup][1] for clip in audited if name in clip.scores
     ]
@@ -100,11 +101,15 @@ def _num_kept(
     shift = math.fsum(off) / (len(off) + weight)
     worst = nearly_worst(off)
     width = quantile(min(len(scores(point)) for point in rows) - 1) * math.sqrt(1 + 1 / (len(off) + weight))
-    return num_kept(rows, [mean + spread * min(shift - width, worst) for mean, spread in about.values()], floor)
+    below = [_mean_and_spread(row) for row in without_flips(values)]
+    bounds, bounds_below = (
+        [mean + spread * min(shift - width, worst) for mean, spread in rows_about]
+        for rows_about in (about.values(), below)
+    )
+    return num_kept(rows, bounds, bounds_below, floor)
 
 
-def _mean_and_spread(point: QualityPoint, scores: Scores) -> tuple[float, float]:
-    values = scores(point)
+def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), max(LEAST_SPREAD, statistics.stdev(values))
 
 

@@ -154,9 +154,9 @@ def quantile(degrees: int) -> float:
 
 
 def fastest(points: Sequence[QualityPoint], floor: float, scores: Scores = SCORES["psnr"]) -> float | None:
-    """The highest speed-up up to which every setting keeps the floor, and that is not at the edge of a cliff."""
+    """The highest speed-up that keeps the floor, as all slower ones do, and that is not at the edge of a cliff."""
     rows = by_speed(points)
-    number = num_kept(rows, [kept(scores(point)) for point in rows], floor)
+    number = _num_kept(rows, floor, scores)
     return rows[number - 1].speedup if number else None
 
 
@@ -172,7 +172,7 @@ def fastest_between(points: Sequence[QualityPoint], floor_db: float, num_steps: 
     """
     rows = by_speed(points)
     bounds = [lower_bound(row.psnr_db) for row in rows]
-    number = num_kept(rows, [kept(row.psnr_db) for row in rows], floor_db)
+    number = _num_kept(rows, floor_db, SCORES["psnr"])
     if number == 0:
         return None
     measured = rows[number - 1].speedup
@@ -198,17 +198,42 @@ def by_speed(points: Sequence[QualityPoint]) -> list[QualityPoint]:
     return sorted(points, key=lambda point: point.speedup)
 
 
-def num_kept(rows: Sequence[QualityPoint], bounds: Sequence[float], floor: float) -> int:
-    """How many settings, from the slowest on, keep the floor; the last of them is not at the edge of a cliff.
+def without_flips(scores: Sequence[Sequence[float]]) -> list[Sequence[float]]:
+    """Each setting's scores, without falls of a clip at that setting alone: such a one is lifted to the lower of its
+    scores at the two neighbours.
+
+    A clip may become another one at a setting and keep 50 dB at a slower and at a faster one. That speaks against that
+    setting, not against those beyond it: what gets worse with the speed-up does so at the neighbour too.
+
+    Args:
+        scores: of the same clips at each setting, in the order of the settings; of others nothing is lifted.
+    """
+    if len({len(row) for row in scores}) > 1:
+        return list(scores)
+    lifted = [
+        [max(now, min(before, after)) for before, now, after in zip(*around, strict=True)]
+        for around in zip(scores, scores[1:], scores[2:], strict=False)
+    ]
+    return [*scores[:1], *lifted, *scores[1:][-1:]]
+
+
+def num_kept(rows: Sequence[QualityPoint], bounds: Sequence[float], bounds_below: Sequence[float], floor: float) -> int:
+    """How many settings, from the slowest on, are allowed: the last one keeps the floor, those below it do, and it is
+    not at the edge of a cliff.
 
     Args:
         rows: the slowest first.
         bounds: what a clip keeps at each.
+        bounds_below: the same without flips, for a setting that is slower than the one which is taken.
     """
-    number = next((i for i, bound in enumerate(bounds) if bound < floor), len(bounds))
-    while 0 < number < len(bounds):
-        here, beyond = (statistics.fmean(rows[i].psnr_db) for i in (number - 1, number))
-        if here - beyond <= CLIFF_DB:
-            break
-        number -= 1
-    return number
+    for number in range(len(rows), 0, -1):
+        means = [statistics.fmean(row.psnr_db) for row in rows[number - 1 : number + 1]]
+        is_at_cliff = means[0] - means[-1] > CLIFF_DB
+        if not is_at_cliff and min(bounds[number - 1], *bounds_below[: number - 1], math.inf) >= floor:
+            return number
+    return 0
+
+
+def _num_kept(rows: Sequence[QualityPoint], floor: float, scores: Scores) -> int:
+    values = [scores(row) for row in rows]
+    return num_kept(rows, [kept(row) for row in values], [kept(row) for row in without_flips(values)], floor)

@@ -5,8 +5,9 @@ slowly, and so they, not the blocks' residuals, are forecast: the transformer is
 have nothing to agree on, and a computed step makes good what was skipped before it (`pipeline/caches/corrector.py`).
 LeMiCa (arXiv 2511.00090) has the idea of a schedule that is searched offline.
 
-How dense the computed steps lie over the clip is a curve with a few knots (`place_steps`), one for all speed-ups,
-numbers of steps and shifts of the schedule. It is searched on a few clips (`pipeline/calibrate/fitted.py`).
+How dense the computed steps lie over the clip is a curve with a few knots (`place_steps`), for all numbers of steps and
+shifts of the schedule; a profile has one for all speed-ups, or two (`curve_at`). They are searched on a few clips
+(`pipeline/calibrate/fitted.py`).
 """
 
 import math
@@ -26,6 +27,10 @@ MAX_SPEEDUP = 8.0
 MIN_STEPS = 16  # of clips that are cached at all: below, fewer steps are as good (docs/caching.md)
 # Of a curve, over the clip's places, 0 to 1: dense where a skipped step costs most, at both ends
 KNOTS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+CURVE_SPEEDUPS = (
+    2.0,
+    2.8,
+)  # at which a profile's two curves are searched: as they are up to the one, from the other on
 Schedule = tuple[int, tuple[float, ...] | None]  # (steps, their noise levels)
 _ALWAYS = (0, 1, -1)  # a forecast takes two steps, and nothing makes the last one good
 
@@ -95,13 +100,25 @@ class FittedPolicy:
         if schedule not in self._known:
             places = places_of(num_steps, sigmas)
             num_computed = num_computed_at(num_steps, self.speedup)
-            self._known[schedule] = frozenset(place_steps(self.profile.density, num_computed, places))
+            computed = place_steps(curve_at(self.profile, self.speedup), num_computed, places)
+            self._known[schedule] = frozenset(computed)
         return self._known[schedule]
 
 
 def num_computed_at(num_steps: int, speedup: float) -> int:
     """Steps that are computed at a speed-up: never fewer than the speed-up asks for."""
     return math.ceil(num_steps / speedup - 1e-9)
+
+
+def curve_at(profile: FittedProfile, speedup: float) -> tuple[float, ...]:
+    """The profile's curve at `KNOTS`: between its two, as far as the share of computed steps lies between those of
+    `CURVE_SPEEDUPS`."""
+    if profile.density_at_2x is None:
+        return profile.density
+    slow, fast = (1 / speedup for speedup in CURVE_SPEEDUPS)
+    towards_fast = min(1.0, max(0.0, (slow - 1 / speedup) / (slow - fast)))
+    pairs = zip(profile.density_at_2x, profile.density, strict=True)
+    return tuple((1 - towards_fast) * at_2x + towards_fast * faster for at_2x, faster in pairs)
 
 
 def place_steps(density: Sequence[float], num_computed: int, places: Sequence[float]) -> list[int]:

@@ -161,7 +161,7 @@ def calibrate_fitted(
             found = search.run(start, num_trials, lambda done, best: on_done(done + 1, f"best so far {best:.1f} dB"))
         replace_text(out, found.model_dump_json(indent=1) + "\n", "calibrate")
         known.delete()  # not before the profile is there: hours would be lost with it
-    return found, search.score(found), search.score(start)
+    return found, search.mean_score(found), search.mean_score(start)
 
 
 def calibrate_dicache(
@@ -206,7 +206,7 @@ def calibrate_dicache(
         search = StepCostSearch(model, requests, Path(folder), known)
         with progress_bar("trials", num_trials + 1) as on_done:
             start = search.first_guess(
-                family_of(checkpoint), identity_of(checkpoint), source_of(model, requests, "dicache")
+                checkpoint.model.family, identity_of(checkpoint), source_of(model, requests, "dicache")
             )
             found = search.run(
                 start, SPEEDUPS, num_trials, lambda done, best: on_done(done + 1, f"best so far {best:.1f} dB")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from cineray.caching.forecast import places_of
-from cineray.caching.policies.fitted import FittedConfig, place_steps
+from cineray.caching.policies.fitted import FittedConfig, curve_at, place_steps
 from cineray.caching.profile import FittedProfile
 from cineray.pipeline.adapters import Denoising, Expert
 from cineray.pipeline.caches.corrector import is_flow
@@ -46,7 +46,7 @@ class FewerSteps:
             raise InputError(f"fewer-steps: {type(clip.scheduler).__name__} has no times to choose from")
         sigmas = clip.scheduler.sigmas
         places = places_of(clip.num_steps, sigmas[:-1].tolist())
-        kept = place_steps(self._found(model).density, self.steps, places)
+        kept = place_steps(curve_at(self._found(model), clip.num_steps / self.steps), self.steps, places)
         scheduler = deepcopy(clip.scheduler)
         scheduler.timesteps = clip.timesteps[kept]
         scheduler.sigmas = torch.cat([sigmas[kept], sigmas[-1:]])

@@ -1,10 +1,11 @@
 """Calibrates `fitted`: where over the steps of a clip the computed ones keep its latents best.
 
-Clips are denoised over and over, at a few speed-ups, with schedules that a curve with a few knots makes; a random
+Clips are denoised over and over, at two speed-ups, each with schedules that a curve with a few knots makes; a random
 search keeps what brings their last latents nearer to the uncached ones. Nothing is decoded.
 """
 
 import math
+import statistics
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,16 +14,19 @@ import numpy as np
 import torch
 
 from cineray.caching.plan import CachePlan
+from cineray.caching.policies.fitted import CURVE_SPEEDUPS, curve_at
 from cineray.caching.profile import FittedProfile
 from cineray.pipeline.loading.model import LoadedModel
 from cineray.pipeline.render import denoise_prepared, prepare_clip
 from cineray.pipeline.request import ClipRequest
 
-SPEEDUPS = (2.0, 2.8)  # at which curves are compared: one that is good at both is so from 1.5x to 4x (docs/caching.md)
 MAX_DB = 60.0  # latents that are nearer to each other give equal frames
 _WORST = 0.3  # share of the worst clip in a curve's score, beside the mean
 _FIRST_MOVE, _LEAST_MOVE, _MOST_MOVE = 0.5, 0.12, 1.0  # deviation of a trial's step, in log density
+_SHARED_EVERY = 4  # trials to one that moves what both curves share: the length and the curvature
 _AFTER_GAIN, _AFTER_LOSS = 1.3, 0.93  # what a move becomes; of (1 + 1) evolution strategies, one gain in five trials
+
+_CURVES = ("density_at_2x", "density")  # the profile's, for each of `CURVE_SPEEDUPS`
 
 OnTrial = Callable[[int, float], None]  # (trials done, best score so far in dB)
 
@@ -59,23 +63,30 @@ class ScheduleSearch:
         self._references = [self._latents(number, None) for number in range(len(requests))]
 
     def run(self, start: FittedProfile, num_trials: int, on_trial: OnTrial) -> FittedProfile:
-        """The best curve that was found from this one on; the same one each time."""
+        """The best curves that were found from these on; the same ones each time."""
         return search_schedule(start, self.score, num_trials, on_trial)
 
-    def score(self, profile: FittedProfile) -> float:
-        """In dB, mean over `SPEEDUPS` of the clips' mean and worst."""
-        points = [self.point(profile, speedup) for speedup in SPEEDUPS]
-        return math.fsum((1 - _WORST) * p.mean_db + _WORST * p.worst_db for p in points) / len(points)
+    def score(self, profile: FittedProfile, speedup: float) -> float:
+        """In dB, of the clips' mean and worst."""
+        point = self.point(profile, speedup)
+        return (1 - _WORST) * point.mean_db + _WORST * point.worst_db
+
+    def mean_score(self, profile: FittedProfile) -> float:
+        """In dB, over both speed-ups."""
+        return statistics.fmean(self.score(profile, speedup) for speedup in CURVE_SPEEDUPS)
 
     def point(self, profile: FittedProfile, speedup: float) -> SchedulePoint:
-        key = f"{profile.digest} {speedup!r}"
+        """What the profile keeps; measured once for all profiles that are alike at this speed-up."""
+        alike = profile.model_copy(update={"density": curve_at(profile, speedup), "density_at_2x": None})
+        key = f"{alike.digest} {speedup!r}"
         if key not in self._known:
-            self._trial.write_text(profile.model_dump_json())
+            self._trial.write_text(alike.model_dump_json())
             plan = self._model.checkpoint.plan_cache(f"fitted(profile={self._trial},speedup={speedup!r})")
             assert isinstance(plan, CachePlan)
             decibels = [self._decibels(number, plan) for number in range(len(self._requests))]
-            mean = math.fsum(decibels) / len(decibels)
-            self._known[key] = SchedulePoint(mean_db=round(mean, 3), worst_db=round(min(decibels), 3))
+            self._known[key] = SchedulePoint(
+                mean_db=round(statistics.fmean(decibels), 3), worst_db=round(min(decibels), 3)
+            )
         return self._known[key]
 
     def _decibels(self, number: int, plan: CachePlan) -> float:
@@ -89,41 +100,58 @@ class ScheduleSearch:
 
 
 def search_schedule(
-    start: FittedProfile, score: Callable[[FittedProfile], float], num_trials: int, on_trial: OnTrial
+    start: FittedProfile, score: Callable[[FittedProfile, float], float], num_trials: int, on_trial: OnTrial
 ) -> FittedProfile:
-    """The profile of the highest score that a random search found: a (1 + 1) evolution strategy over the curve's knots,
-    the length and the curvature (Rechenberg 1973; its rule for the size of a move).
+    """The profile of the highest scores that a random search found: for each curve, and for length and curvature, a
+    (1 + 1) evolution strategy (Rechenberg 1973; its rule for the size of a move). A trial moves both curves, each of
+    which is judged at its own speed-up alone, or what they share, which is judged at both.
 
     Args:
-        num_trials: curves to try; the same ones each time.
-        on_trial: called for the start, as trial 0, and after each trial.
+        score: of a profile at one of `CURVE_SPEEDUPS`.
+        num_trials: to make; the same ones each time.
+        on_trial: called for the start, as trial 0, and after each trial, with the scores' mean.
     """
     random = np.random.default_rng(0)
-    found, best, size = start, score(start), _FIRST_MOVE
-    on_trial(0, best)
+    found = start.model_copy(update={"density_at_2x": start.density_at_2x or start.density})
+    best = [score(found, speedup) for speedup in CURVE_SPEEDUPS]
+    sizes, shared_size = [_FIRST_MOVE, _FIRST_MOVE], _FIRST_MOVE
+    on_trial(0, statistics.fmean(best))
     for trial in range(1, num_trials + 1):
-        values = np.array([*found.density, math.log(found.length), found.curvature or 0.0])
-        moved = random.random(len(values)) < 0.5
-        moved[random.integers(len(values))] = True
-        tried = _profile_of(start, values + size * moved * random.normal(size=len(values)))
-        tried_score = score(tried)
-        if tried_score > best:
-            found, best, size = tried, tried_score, min(_MOST_MOVE, size * _AFTER_GAIN)
+        if trial % _SHARED_EVERY == 0:
+            tried = _with_shared_moved(found, shared_size, random)
+            scores = [score(tried, speedup) for speedup in CURVE_SPEEDUPS]
+            is_better = sum(scores) > sum(best)
+            shared_size = _next_size(shared_size, is_better)
+            if is_better:
+                found, best = tried, scores
         else:
-            size = max(_LEAST_MOVE, size * _AFTER_LOSS)
-        on_trial(trial, best)
-    return found
+            for number, (name, speedup) in enumerate(zip(_CURVES, CURVE_SPEEDUPS, strict=True)):
+                tried = found.model_copy(update={name: _moved(getattr(found, name), sizes[number], random)})
+                tried_score = score(tried, speedup)
+                is_better = tried_score > best[number]
+                sizes[number] = _next_size(sizes[number], is_better)
+                if is_better:
+                    found, best[number] = tried, tried_score
+        on_trial(trial, statistics.fmean(best))
+    return found if found.density_at_2x != found.density else found.model_copy(update={"density_at_2x": None})
 
 
-def _profile_of(start: FittedProfile, values: np.ndarray) -> FittedProfile:
-    """The profile with this curve, its height taken out, this logarithm of the length, and this curvature."""
-    knots, log_length, curvature = values[:-2], values[-2], values[-1]
-    density = np.clip(knots - knots.mean(), -6, 6)
-    length = float(np.clip(np.exp(log_length), 0.05, 2))
-    return start.model_copy(
-        update={
-            "density": tuple(np.round(density, 3).tolist()),
-            "length": round(length, 3),
-            "curvature": round(float(np.clip(curvature, 0, 1)), 2),
-        }
-    )
+def _next_size(size: float, is_better: bool) -> float:
+    return min(_MOST_MOVE, size * _AFTER_GAIN) if is_better else max(_LEAST_MOVE, size * _AFTER_LOSS)
+
+
+def _moved(curve: Sequence[float], size: float, random: np.random.Generator) -> tuple[float, ...]:
+    """The curve with about half of its knots moved, its height taken out."""
+    knots = np.array(curve)
+    is_moved = random.random(len(knots)) < 0.5
+    is_moved[random.integers(len(knots))] = True
+    knots = knots + size * is_moved * random.normal(size=len(knots))
+    return tuple(np.round(np.clip(knots - knots.mean(), -6, 6), 3).tolist())
+
+
+def _with_shared_moved(profile: FittedProfile, size: float, random: np.random.Generator) -> FittedProfile:
+    """The profile with another length and curvature."""
+    length_by, curvature_by = size * random.normal(size=2)
+    length = float(np.clip(profile.length * np.exp(length_by), 0.05, 2))
+    curvature = float(np.clip((profile.curvature or 0.0) + curvature_by, 0, 1))
+    return profile.model_copy(update={"length": round(length, 3), "curvature": round(curvature, 2)})

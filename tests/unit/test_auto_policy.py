@@ -55,6 +55,34 @@ def test_a_setting_beyond_one_that_breaks_the_floor_is_not_taken():
     assert fastest((*POINTS, point(3.5, 58)), 46) == 2.5
 
 
+@pytest.mark.parametrize(
+    ("falls_at", "fastest_at_46", "fastest_at_52"),
+    [
+        ((), 2.5, 2.0),
+        ((2.0,), 2.5, 1.5),  # not at 2x, whose own clips did not all keep it; but nothing against 2.5x
+        ((1.5,), None, None),  # the slowest has no slower neighbour that says otherwise
+        ((2.0, 2.5), 1.5, 1.5),
+        ((2.5,), 2.0, 2.0),
+    ],
+)
+def test_a_clip_that_falls_at_one_slower_setting_alone_speaks_against_that_setting(
+    falls_at, fastest_at_46, fastest_at_52
+):
+    rows = [
+        QualityPoint(speedup=s, psnr_db=(20.0 if s in falls_at else db, *[db] * 19))
+        for s, db in ((1.5, 60.0), (2.0, 55.0), (2.5, 50.0), (3.0, 45.0))
+    ]
+    assert fastest(rows, 46) == fastest_at_46
+    assert fastest(rows, 52) == fastest_at_52
+
+
+def test_clips_that_a_neighbour_was_not_measured_on_are_not_lifted():
+    rows = [QualityPoint(speedup=s, psnr_db=(db, *[55.0] * 19)) for s, db in ((1.5, 60.0), (2.0, 20.0), (2.5, 50.0))]
+    assert fastest(rows, 46) == 2.5
+    rows[0] = QualityPoint(speedup=1.5, psnr_db=(60.0, 60.0))
+    assert fastest(rows, 46) == 1.5
+
+
 def test_the_edge_of_a_cliff_is_stayed_off():
     cliff = (point(1.5, 60), point(2.0, 55), point(2.5, 54), point(3.0, 54 - CLIFF_DB - 1))
     assert fastest(cliff, 48) == 2.0

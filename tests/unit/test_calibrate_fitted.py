@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 from measure_runs import MeasureRuns
 
+from cineray.caching.policies.fitted import curve_at
 from cineray.caching.profile import FittedProfile, QualityProfile, generic_profile
 from cineray.jobs.cli.main import main
 from cineray.jobs.measure import calibration
@@ -83,24 +85,30 @@ def test_too_few_clips_or_steps(run, tmp_path):
     assert "needs clips of 16 or more steps" in said
 
 
-def test_a_search_keeps_what_is_better_and_takes_the_same_way_each_time():
+def test_a_search_keeps_what_is_better_at_each_speed_and_takes_the_same_way_each_time():
     start = generic_profile(FittedProfile)
-    tried = []
+    wanted = {2.0: (1, 2, 3, 0, -3, -2, -1), 2.8: (3, 0, -2, -2, -1, 0, 2)}
+    tried = {2.0: [], 2.8: []}
 
-    def score(profile):
-        tried.append(profile)
-        return -sum(
-            abs(height - wanted) for height, wanted in zip(profile.density, (1, 2, 3, 0, -3, -2, -1), strict=True)
-        )
+    def score(profile, speedup):
+        tried[speedup].append(profile)
+        at_ends = abs(profile.length - 0.1) + abs(profile.curvature - 0.9)
+        return -at_ends - sum(map(abs, np.subtract(curve_at(profile, speedup), wanted[speedup])))
 
     told = []
     found = search_schedule(start, score, 200, lambda done, best: told.append((done, best)))
     assert [done for done, _ in told] == list(range(201))
-    assert told[-1][1] == max(map(score, [*tried])) > told[0][1] / 3
-    assert found in tried
+    bests = [best for _, best in told]
+    assert bests == sorted(bests)
+    assert bests[-1] > bests[0] / 3
+    assert abs(found.length - 0.1) + abs(found.curvature - 0.9) < 0.15
+    for speedup, profiles in tried.items():
+        assert score(found, speedup) == max(score(profile, speedup) for profile in [*profiles])
     assert (found.family, found.source) == (start.family, start.source)
     again = search_schedule(start, score, 200, lambda *_: None)
     assert again == found
+    one = search_schedule(start, lambda profile, _: -abs(profile.length - start.length), 5, lambda *_: None)
+    assert one == start  # nothing is better, and one curve stays one
 
 
 def test_points_that_an_earlier_run_measured_are_not_measured_again(run, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from test_dicache_policy import SEEN
 import cineray
 from cineray.caching.forecast import damped_gamma, places_of
 from cineray.caching.plan import CachePlan
-from cineray.caching.policies.fitted import KNOTS, FittedConfig, FittedPolicy, place_steps
+from cineray.caching.policies.fitted import KNOTS, FittedConfig, FittedPolicy, curve_at, place_steps
 from cineray.caching.policy import Decision, Reason
 from cineray.caching.profile import FittedProfile, find_profile, generic_profile
 from cineray.pipeline.adapters.cache_plan import plan_cache
@@ -82,6 +82,18 @@ def test_a_faster_clip_leaves_steps_out_and_moves_few():
     slow, fast = (set(place_steps(generic_profile(FittedProfile).density, n, PLACES)) for n in (25, 17))
     assert set(range(6)) <= fast
     assert set(range(8)) <= slow
+
+
+def test_two_curves_hold_each_from_its_own_speed_on_with_lines_between():
+    slow, fast = (2.0, 1.0, 0.0, -1.0, 0.0, 0.0, -2.0), (0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 2.0)
+    both = profile(density=fast, density_at_2x=slow)
+    assert [curve_at(both, speedup) for speedup in (1.25, 2.0, 2.8, 4.0)] == [slow, slow, fast, fast]
+    halfway = curve_at(both, 1 / (0.5 * (1 / 2.0 + 1 / 2.8)))
+    assert halfway == pytest.approx([(a + b) / 2 for a, b in zip(slow, fast, strict=True)])
+    assert curve_at(profile(density=fast), 1.5) == fast
+    assert FittedPolicy(2.0, both).computed(50) == set(place_steps(slow, 25, PLACES))
+    assert FittedPolicy(4.0, both).computed(50) == set(place_steps(fast, 13, PLACES))
+    assert both.digest != profile(density=fast).digest
 
 
 def test_a_forecast_is_the_mean_of_a_gaussian_process_that_goes_through_both_steps():
