@@ -17,9 +17,15 @@ from tiny.shapes import BACKGROUNDS, COLOURS, DIRECTIONS, RADIUS_PX, SPEED_PX, T
 
 RGB = tuple[int, int, int]
 
-# What tells the shapes apart: (area / bounding box, skewness of the coverage over y). The width of a triangle
-# with one corner up grows linearly from top to bottom, and such a distribution has skewness -2 sqrt(2) / 5.
-SIGNATURES = {"circle": (pi / 4, 0.0), "square": (1.0, 0.0), "triangle": (0.5, -2 * sqrt(2) / 5)}
+# What tells the shapes apart: (area / bounding box, skewness of the coverage over y, weight of the corners: the mean of
+# x^2 y^2 from the centre over the means of x^2 and of y^2). The width of a triangle with one corner up grows linearly
+# from top to bottom, and such a distribution has skewness -2 sqrt(2) / 5. The box alone calls a square a circle whose
+# sides are bent inwards by an eighth; its corners still weigh what a square's do.
+SIGNATURES = {
+    "circle": (pi / 4, 0.0, 2 / 3),
+    "square": (1.0, 0.0, 1.0),
+    "triangle": (0.5, -2 * sqrt(2) / 5, 4 / 5),
+}
 
 
 def _half_gap(points: Mapping[str, tuple[float, ...]]) -> float:
@@ -27,9 +33,10 @@ def _half_gap(points: Mapping[str, tuple[float, ...]]) -> float:
     return min(float(np.linalg.norm(np.subtract(a, b))) for a, b in combinations(points.values(), 2)) / 2
 
 
-# Farther from every signature than the two most alike (circle and square) are from each other is none of them:
-# a diamond, a triangle with a corner down. Blur of 2 px standard deviation moves a triangle by 0.18.
-SHAPE_TOLERANCE = 2 * _half_gap(SIGNATURES)
+# Farther from every signature than three quarters of the way between the two most alike (circle and square) is none of
+# them: a diamond (0.39 from a circle), a triangle with a corner down. Blur of 2 px standard deviation moves a triangle
+# by 0.18.
+SHAPE_TOLERANCE = 1.5 * _half_gap(SIGNATURES)
 # RGB distance, 0..255 per channel: a border whose typical pixel strays farther from its median is not flat
 BORDER_TOLERANCE = _half_gap(BACKGROUNDS)
 # A pixel nearer to the shape than to the background, for the pair with the least contrast (green on gray)
@@ -54,6 +61,7 @@ class Reading:
         displacement_px: (dx, dy) from the first to the last frame, y grows downwards.
         fill_ratio: area over area of the bounding box, of the mean over the frames.
         skewness: of the coverage over y, mean over the frames; negative for a corner up.
+        corners: how much corners weigh, mean over the frames; 1 for a rectangle, 2/3 for a disk.
         area_px: mean over the frames.
     """
 
@@ -66,6 +74,7 @@ class Reading:
     displacement_px: tuple[float, float] | None = None
     fill_ratio: float | None = None
     skewness: float | None = None
+    corners: float | None = None
     area_px: float | None = None
 
 
@@ -84,17 +93,19 @@ def read_frames(frames: np.ndarray) -> Reading:
     if found is None:
         return Reading(**background)
     front, cover, times = found
-    area, centres, fill_ratio, skewness = _measures(cover)
+    area, centres, signature = _measures(cover)
+    fill_ratio, skewness, corners = signature
     dx, dy = _displacement(times, centres, len(frames))
     return Reading(
         **background,
         colour=_nearest(front, COLOURS),
         colour_rgb=_rgb(front),
-        shape=_shape(fill_ratio, skewness),
+        shape=_shape(signature),
         direction=_direction(dx, dy, len(frames)),
         displacement_px=(dx, dy),
         fill_ratio=fill_ratio,
         skewness=skewness,
+        corners=corners,
         area_px=area,
     )
 
@@ -162,7 +173,7 @@ def _largest_regions(mask: np.ndarray) -> np.ndarray:
 
 
 def _coverage(pixels: np.ndarray, back: np.ndarray, front: np.ndarray) -> np.ndarray:
-    """WorkerLocation of each pixel on the line from `back` to `front`; [F, H, W, 3] -> [F, H, W].
+    """Place of each pixel on the line from `back` to `front`; [F, H, W, 3] -> [F, H, W].
 
     Not clipped to 0..1: noise then cancels in the sums.
     """
@@ -170,8 +181,8 @@ def _coverage(pixels: np.ndarray, back: np.ndarray, front: np.ndarray) -> np.nda
     return (pixels - back) @ axis / (axis @ axis)
 
 
-def _measures(cover: np.ndarray) -> tuple[float, np.ndarray, float, float]:
-    """Area in px, centres [F, 2] as (x, y) in px, fill ratio, skewness over y; from coverage [F, H, W].
+def _measures(cover: np.ndarray) -> tuple[float, np.ndarray, tuple[float, float, float]]:
+    """Area in px, centres [F, 2] as (x, y) in px, and the signature; from coverage [F, H, W].
 
     The sides of the bounding box are the largest sums over a row and over a column: for these convex shapes they
     are the same as the extents, and an edge's blur does not widen them. Noise does, so the sums are first averaged
@@ -185,8 +196,12 @@ def _measures(cover: np.ndarray) -> tuple[float, np.ndarray, float, float]:
     variance = ((rows * offset**2).sum(axis=1) / areas).clip(min=1 / 12)  # that of one row of pixels
     skewness = (rows * offset**3).sum(axis=1) / areas / variance**1.5
     width, height = _mean_profile(rows, centres[:, 1]).max(), _mean_profile(columns, centres[:, 0]).max()
+    aside = x - centres[:, :1]  # [F, W]
+    variance_aside = ((columns * aside**2).sum(axis=1) / areas).clip(min=1 / 12)
+    both = np.einsum("fhw,fh,fw->f", cover, offset**2, aside**2) / areas
+    corners = float((both / variance / variance_aside).mean())
     area = float(areas.mean())
-    return area, centres, area / float(width * height), float(skewness.mean())
+    return area, centres, (area / float(width * height), float(skewness.mean()), corners)
 
 
 def _mean_profile(sums: np.ndarray, centres: np.ndarray) -> np.ndarray:
@@ -194,8 +209,8 @@ def _mean_profile(sums: np.ndarray, centres: np.ndarray) -> np.ndarray:
     return np.mean([np.roll(s, -round(float(c))) for s, c in zip(sums, centres, strict=True)], axis=0)
 
 
-def _shape(fill_ratio: float, skewness: float) -> str | None:
-    distances = {s: float(np.hypot(fill_ratio - f, skewness - k)) for s, (f, k) in SIGNATURES.items()}
+def _shape(signature: tuple[float, float, float]) -> str | None:
+    distances = {s: float(np.linalg.norm(np.subtract(signature, drawn))) for s, drawn in SIGNATURES.items()}
     shape = min(distances, key=distances.__getitem__)
     return shape if distances[shape] <= SHAPE_TOLERANCE else None
 

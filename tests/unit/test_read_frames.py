@@ -41,6 +41,28 @@ def test_fill_ratio_is_the_geometric_one(shape, fill_ratio):
     assert read_frames(drawn_frames(caption, seed=6)).fill_ratio == pytest.approx(fill_ratio, abs=0.07)
 
 
+def still_of(inside):
+    """A red shape on black, 33 px wide: `inside` takes x and y from -1 to 1."""
+    at = (np.arange(64) - 31.5) / 16.5
+    covered = np.array(inside(at[None, :], at[:, None]) & (np.abs(at[None, :]) <= 1) & (np.abs(at[:, None]) <= 1))
+    return np.where(covered[..., None], COLOURS["red"], BACKGROUNDS["black"]).astype(np.uint8)[None]
+
+
+@pytest.mark.parametrize("bent", [0.0, 0.05, 0.1, 0.16])
+def test_a_square_whose_sides_are_bent_inwards_is_a_square_still(bent):
+    def inside(x, y):
+        return (abs(x) <= 1 - bent * (1 - y**2)) & (abs(y) <= 1 - bent * (1 - x**2))
+
+    reading = read_frames(still_of(inside))
+    assert reading.shape == "square"
+    assert bent < 0.16 or reading.fill_ratio < (1 + np.pi / 4) / 2  # by which it would have been a circle
+
+
+def test_a_disk_with_a_dent_is_a_circle_and_a_diamond_is_nothing():
+    assert read_frames(still_of(lambda x, y: (x**2 + y**2 <= 1) & (x + y <= 1.2))).shape == "circle"
+    assert read_frames(still_of(lambda x, y: abs(x) + abs(y) <= 1)).shape is None
+
+
 def test_displacement_is_the_speed_times_the_frames():
     caption = Caption(colour="white", shape="square", direction="left", background="black")
     frames = np.full((9, 64, 64, 3), 8, dtype=np.uint8)
