@@ -140,8 +140,7 @@ def nearly_worst(values: Sequence[float]) -> float:
     The k-th lowest of n with k / (n + 1) up to 5 % (Wilks 1941): the lowest of `MIN_RANKED` or more, the second of 39
     or more. Of fewer it is the lowest too, which says less.
     """
-    rank = max(1, math.floor((1 - CONFIDENCE) * (len(values) + 1) + 1e-9))
-    return sorted(values)[rank - 1]
+    return sorted(values)[max(1, _num_outside(len(values))) - 1]
 
 
 @cache
@@ -199,8 +198,8 @@ def by_speed(points: Sequence[QualityPoint]) -> list[QualityPoint]:
 
 
 def without_flips(scores: Sequence[Sequence[float]]) -> list[Sequence[float]]:
-    """Each setting's scores, without falls of a clip at that setting alone: such a one is lifted to the lower of its
-    scores at the two neighbours.
+    """Each setting's scores, without falls of single clips at that setting alone: up to 5 % of its clips, those that
+    fall most, are lifted to the lower of their scores at the two neighbours.
 
     A clip may become another one at a setting and keep 50 dB at a slower and at a faster one. That speaks against that
     setting, not against those beyond it: what gets worse with the speed-up does so at the neighbour too.
@@ -210,11 +209,19 @@ def without_flips(scores: Sequence[Sequence[float]]) -> list[Sequence[float]]:
     """
     if len({len(row) for row in scores}) > 1:
         return list(scores)
-    lifted = [
-        [max(now, min(before, after)) for before, now, after in zip(*around, strict=True)]
-        for around in zip(scores, scores[1:], scores[2:], strict=False)
-    ]
-    return [*scores[:1], *lifted, *scores[1:][-1:]]
+    around = zip(scores, scores[1:], scores[2:], strict=False)
+    return [*scores[:1], *(_lifted(*three) for three in around), *scores[1:][-1:]]
+
+
+def _lifted(before: Sequence[float], now: Sequence[float], after: Sequence[float]) -> list[float]:
+    lifts = [max(0.0, min(ends) - score) for *ends, score in zip(before, after, now, strict=True)]
+    largest = sorted(range(len(now)), key=lambda clip: -lifts[clip])[: _num_outside(len(now))]
+    return [score + lifts[clip] if clip in largest else score for clip, score in enumerate(now)]
+
+
+def _num_outside(num_clips: int) -> int:
+    """The k of which a further clip lies below the k-th lowest with at most 5 %; 0 of fewer than `MIN_RANKED`."""
+    return math.floor((1 - CONFIDENCE) * (num_clips + 1) + 1e-9)
 
 
 def num_kept(rows: Sequence[QualityPoint], bounds: Sequence[float], bounds_below: Sequence[float], floor: float) -> int:

@@ -6,7 +6,9 @@ FLUX/run_flux_dicache.py.
 """
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import Any, Literal
 
 from cineray.caching.forecast import Alignment, Base, Branches, Forecasting
@@ -144,6 +146,9 @@ class DiCachePolicy:
     config: DiCacheConfig
     profile: DiCacheProfile | None = None
     signal: Signal = "probe"
+    _known: dict[int, tuple[list[float], list[float]]] = field(
+        default_factory=dict[int, tuple[list[float], list[float]]], compare=False
+    )  # of the profile, by number of steps
 
     @property
     def plans_ahead(self) -> bool:
@@ -171,7 +176,7 @@ class DiCachePolicy:
         threshold = self.config.threshold or 0.0
         return accumulated <= threshold if self.config.skip_at_threshold else accumulated < threshold
 
-    def _costs(self, observation: Observation, change: float) -> list[float]:
+    def _costs(self, observation: Observation, change: float) -> Iterator[float]:
         """What it would cost to skip this step and each further one that may be decided now."""
         config, step, num_steps = self.config, observation.step_index, observation.num_steps
         end = step + 1
@@ -179,10 +184,12 @@ class DiCachePolicy:
             end = num_steps - config.last_step_full
             end = min(end, step + config.max_skips) if config.max_skips else end
         if self.profile is None:
-            return [change] * (end - step)
-        skip_costs, expected = self.profile.at(num_steps)
+            return repeat(change, end - step)
+        if num_steps not in self._known:
+            self._known[num_steps] = self.profile.at(num_steps)
+        skip_costs, expected = self._known[num_steps]
         relative_rate = (change / expected[step]) ** config.adaptivity
-        return [relative_rate * expected[i] * skip_costs[i] for i in range(step, end)]
+        return (relative_rate * expected[i] * skip_costs[i] for i in range(step, end))
 
     def _forced(self, observation: Observation) -> Reason | None:
         config = self.config

@@ -12,7 +12,7 @@ from cineray.pipeline.loading.checkpoint import Checkpoint
 from cineray.pipeline.loading.model import LoadOptions, load_model
 from cineray.pipeline.request import ClipRequest, InputError
 
-SPEEDUPS = (1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0)
+SPEEDUPS = (1.1, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0)
 MIN_CLIPS = 3  # two give a bound that is 9 deviations below their mean (Student's t of one degree)
 
 

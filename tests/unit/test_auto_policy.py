@@ -76,6 +76,16 @@ def test_a_clip_that_falls_at_one_slower_setting_alone_speaks_against_that_setti
     assert fastest(rows, 52) == fastest_at_52
 
 
+def test_two_of_twenty_clips_that_fall_at_a_setting_alone_are_a_trend():
+    rows = [
+        QualityPoint(speedup=s, psnr_db=(*[35.0 if s == 2.0 else db] * num_falling, *[db] * (20 - num_falling)))
+        for num_falling in (1, 2)
+        for s, db in ((1.5, 60.0), (2.0, 55.0), (2.5, 50.0))
+    ]
+    assert fastest(rows[:3], 46) == 2.5
+    assert fastest(rows[3:], 46) == 1.5
+
+
 def test_clips_that_a_neighbour_was_not_measured_on_are_not_lifted():
     rows = [QualityPoint(speedup=s, psnr_db=(db, *[55.0] * 19)) for s, db in ((1.5, 60.0), (2.0, 20.0), (2.5, 50.0))]
     assert fastest(rows, 46) == 2.5

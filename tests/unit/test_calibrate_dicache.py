@@ -9,8 +9,10 @@ from measure_runs import MeasureRuns
 from test_dicache_runs import profile
 
 from cineray.caching.profile import DiCacheProfile
+from cineray.jobs.cli.main import main
 from cineray.jobs.measure import calibration
 from cineray.pipeline.calibrate.dicache import KNOTS, StepCostSearch, search_step_costs, with_step_costs
+from cineray.pipeline.loading.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -85,6 +87,26 @@ def test_a_floor_is_kept_on_every_clip_or_refused(run, tmp_path, monkeypatch):
     assert code == 0
     assert again == said
     assert not list(tmp_path.glob("*.trials"))
+
+
+@pytest.mark.parametrize(
+    ("model", "prompt"),
+    [
+        ("tiny-open-sora", "a red circle moving left on a navy background"),
+        ("tiny-dit", "a red circle on a navy background"),
+    ],
+)
+def test_models_that_teacache_does_not_know_have_profiles_too(tmp_path, monkeypatch, model, prompt):
+    monkeypatch.setattr(calibration, "CURVE", (2.0,))
+    monkeypatch.setattr("cineray.pipeline.calibrate.dicache.SPEEDUPS", (2.0,))
+    out = tmp_path / "dicache.json"
+    words = ["calibrate", "dicache", prompt, "--model", model, "--trials", "0", "--steps", "10", "--out", str(out)]
+    assert main(words) == 0
+    found = DiCacheProfile.model_validate_json(out.read_text())
+    assert all(change > 0 for change in found.expected_change)
+    assert open_checkpoint(model).plan_cache(f"dicache(profile={out})") is not None
+    with pytest.raises(ValueError, match="is for another model"):
+        open_checkpoint("tiny-wan").plan_cache(f"dicache(profile={out})")
 
 
 @pytest.mark.parametrize(
