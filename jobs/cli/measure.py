@@ -200,9 +200,9 @@ def fitted_schedule(asked: ClipArguments, trials: int, out: Path, as_json: bool)
 def quality_floors(asked: ClipArguments, profile: str, out: Path, as_json: bool) -> int:
     """Measures what each speed-up of `fitted` keeps, for --cache "auto(psnr>=30,profile=FILE.json)".
 
-    Each clip is rendered uncached and at eleven speed-ups. Six to ten clips are enough for PSNR; the worst of 19 or more
-    is a bound for a further clip whatever the scores' distribution, as VMAF needs it. Stopped, the same command resumes
-    where it was (FILE.json.bench.json).
+    Each clip is rendered uncached and at eleven speed-ups. Six to ten clips are enough for PSNR; the worst of 19 or
+    more is a bound for a further clip whatever the scores' distribution, as VMAF needs it. Stopped, the same command
+    resumes where it was (FILE.json.bench.json).
 
     \b
     Example:
