@@ -15,6 +15,10 @@ import pytest
 import torch
 from fast_watch import FastWatch
 
+from cineray.jobs.exact_products import multiply_exactly
+
+multiply_exactly()  # as in every process that cineray starts; read at MKL's first product
+
 hypothesis.settings.register_profile(
     "no deadline", deadline=None
 )  # a first import of scipy takes seconds on busy cores

@@ -14,6 +14,7 @@ import ray
 
 from cineray.jobs.allocator import grow_segments
 from cineray.jobs.console.terminal import begin_printing
+from cineray.jobs.exact_products import multiply_exactly
 from cineray.jobs.gangs.messages import (
     ClipFault,
     Denoised,
@@ -108,6 +109,7 @@ def _begin_process(spec: RunSpec) -> None:
     """Prepares an actor's process, before it imports torch. Its lines reach the driver's terminal through Ray's log."""
     begin_printing()
     wait_passively()
+    multiply_exactly()
     if spec.options.device == "cuda":
         grow_segments()
 
