@@ -33,8 +33,8 @@ from cineray.pipeline.resume.trace_keeper import TraceKeeper
 Attention = Literal["native", "xfuser"]
 # A rank that is not heard of for so long counts as lost: some of the slowest steps of the largest models.
 TIMEOUT_S = 300.0
-# A product of one to three rows runs in other kernels, whose last bits differ (MKL, float32, on AMD's CPUs); from four on
-# rows were as among all 520, for every size tried. On Intel's MKL is asked for the same bits for any number of rows
+# A product of one to three rows runs in other kernels, whose last bits differ (MKL, float32, on AMD's CPUs); from four
+# on rows were as among all 520, for every size tried. On Intel's, MKL is asked for the same bits for any number of rows
 # (`jobs/exact_products.py`). A smaller clip gains nothing by being sharded.
 MIN_TOKENS_PER_RANK = 4
 
