@@ -100,7 +100,7 @@ def _num_kept(
         return None
     shift = math.fsum(off) / (len(off) + weight)
     worst = nearly_worst(off)
-    width = quantile(min(len(scores(point)) for point in rows) - 1) * math.sqrt(1 + 1 / (len(off) + weight))
+    width = quantile(min(map(len, values)) - 1) * math.sqrt(1 + 1 / (len(off) + weight))
     below = [_mean_and_spread(row) for row in without_flips(values)]
     bounds, bounds_below = (
         [mean + spread * min(shift - width, worst) for mean, spread in rows_about]

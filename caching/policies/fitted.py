@@ -27,10 +27,8 @@ MAX_SPEEDUP = 8.0
 MIN_STEPS = 16  # of clips that are cached at all: below, fewer steps are as good (docs/caching.md)
 # Of a curve, over the clip's places, 0 to 1: dense where a skipped step costs most, at both ends
 KNOTS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
-CURVE_SPEEDUPS = (
-    2.0,
-    2.8,
-)  # at which a profile's two curves are searched: as they are up to the one, from the other on
+# At which a profile's two curves are searched: one holds up to the first, the other from the second on
+CURVE_SPEEDUPS = (2.0, 2.8)
 Schedule = tuple[int, tuple[float, ...] | None]  # (steps, their noise levels)
 _ALWAYS = (0, 1, -1)  # a forecast takes two steps, and nothing makes the last one good
 
