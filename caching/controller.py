@@ -11,7 +11,7 @@ import torch
 
 from cineray.caching.call import CallPlan, StepContext
 from cineray.caching.consensus import Consensus, SingleProcess
-from cineray.caching.exchange import Exchange
+from cineray.caching.exchange import Exchange, with_alignment
 from cineray.caching.forecast import Forecasting
 from cineray.caching.history import BranchHistory
 from cineray.caching.policy import Decision, Policy
@@ -114,13 +114,38 @@ class CacheController:
             sums = [RowSums()] * len(history.rows)
             agreed = [row.planned() for row in history.rows]
         else:
-            sums = self._reduce(history, blocks_input, history.kept(probe), signal_values)
-            leader = self._hear_first_branch(context, len(history.rows))
-            wanted = self._want(context, history.rows, sums, leader)
-            agreed = self._exchange.agree(context.branch, wanted)
+            kept = history.kept(probe)
+            sums, agreed = self._decide_anew(context, history, blocks_input, kept, signal_values)
+            history.probe = kept
         history.last_step = context.step_index
         history.signal_values = signal_values.values if signal_values is not None else None
         return self._commit(context, history, sums, agreed)
+
+    def _decide_anew(
+        self,
+        context: StepContext,
+        history: BranchHistory,
+        blocks_input: torch.Tensor,
+        probe: torch.Tensor,
+        signal_values: SignalValues | None,
+    ) -> tuple[list[RowSums], list[Decision]]:
+        """What each row is judged by, and what is decided, where no earlier decision holds for all.
+
+        Args:
+            probe: the kept tokens.
+        """
+        leader = self._hear_first_branch(context, len(history.rows))
+        if leader is not None and all(decision.compute for decision in leader):
+            # that is agreed on already, and can be followed unseen: nothing is summed up or exchanged
+            followed = [row.following(decision) for row, decision in zip(history.rows, leader, strict=True)]
+            return [RowSums()] * len(history.rows), followed
+        sums = self._reduce(history, blocks_input, probe, signal_values)
+        wanted = self._want(context, history.rows, sums, leader)
+        if self._is_alone and not all(decision.compute for decision in wanted):
+            sums = with_alignment(sums, history.alignment_sums(blocks_input, probe))
+        leaders = self._leaders(context, len(history.rows))
+        decided = decide_rows(history.rows, wanted, sums, self.forecasting.alignment, leaders)
+        return sums, self._exchange.agree(context.branch, decided)
 
     def forecast(self, plan: CallPlan, blocks_input: torch.Tensor) -> torch.Tensor:
         """Hidden states after the last block for the skipped rows [len(skip_rows), S, D].
@@ -153,12 +178,12 @@ class CacheController:
     ) -> list[RowSums]:
         """What each row is judged by, summed over ranks. If they do not know the same, all forget, and compute."""
         change = history.change_sums(blocks_input, probe, signal_values, self.consensus.num_ranks)
-        align = history.alignment_sums(blocks_input, probe)
+        # nothing is added up with others, so where to align waits until something is to be forecast
+        align = None if self._is_alone else history.alignment_sums(blocks_input, probe)
         sums = self._exchange.sum_rows(change, align, history.probe is not None, blocks_input)
         if sums is None:
             self._reset(history, blocks_input)
             sums = [RowSums()] * len(history.rows)
-        history.probe = probe
         return sums
 
     def _hear_first_branch(self, context: StepContext, num_rows: int) -> list[Decision] | None:
@@ -173,13 +198,17 @@ class CacheController:
     ) -> list[Decision]:
         """What the policy, or the branch that decides for this one, wants of each row."""
         if leader is not None:
-            wanted = [row.following(decision) for row, decision in zip(rows, leader, strict=True)]
-        else:
-            seen = [row.observed(context, index, sums[index]) for index, row in enumerate(rows)]
-            wanted = [self.policy.decide(observation) for observation in seen]
-        is_joint = self._exchange.is_joint
-        leaders = [context.leader(row) if is_joint else row for row in range(len(rows))]
-        return decide_rows(rows, wanted, sums, self.forecasting.alignment, leaders)
+            return [row.following(decision) for row, decision in zip(rows, leader, strict=True)]
+        seen = [row.observed(context, index, sums[index]) for index, row in enumerate(rows)]
+        return [self.policy.decide(observation) for observation in seen]
+
+    def _leaders(self, context: StepContext, num_rows: int) -> list[int]:
+        """The row that each row follows; itself if none."""
+        return [context.leader(row) if self._exchange.is_joint else row for row in range(num_rows)]
+
+    @property
+    def _is_alone(self) -> bool:
+        return self.consensus.num_ranks == 1
 
     def _commit(
         self, context: StepContext, history: BranchHistory, sums: Sequence[RowSums], agreed: list[Decision]

@@ -4,7 +4,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -60,23 +60,24 @@ class Exchange:
             change: [2, B], or None if there is no step before.
             align: [4, B], or None.
         """
-        num_rows, device = blocks_input.shape[0], blocks_input.device
+        num_rows, device, num_ranks = blocks_input.shape[0], blocks_input.device, self.consensus.num_ranks
 
         def or_zeros(sums: torch.Tensor | None, num_sums: int) -> torch.Tensor:
             return sums if sums is not None else torch.zeros(num_sums, num_rows, dtype=torch.float64, device=device)
 
-        known = torch.tensor([has_probe, change is not None, align is not None], device=device)
-        rest = torch.cat([or_zeros(align, 4), known.to(torch.float64).unsqueeze(1).expand(3, num_rows)])
-        rows = rounded(torch.cat(self.consensus.sum_over_ranks(or_zeros(change, 2), rest))).T.tolist()
-        if any(number not in (0, self.consensus.num_ranks) for number in rows[0][6:]):
+        parts = or_zeros(change, 2), or_zeros(align, 4)
+        if num_ranks > 1:
+            known = torch.tensor([has_probe, change is not None, align is not None], device=device)
+            rest = torch.cat([parts[1], known.to(torch.float64).unsqueeze(1).expand(3, num_rows)])
+            parts = self.consensus.sum_over_ranks(parts[0], rest)
+        rows = rounded(torch.cat(parts)).T.tolist()
+        if any(number not in (0, num_ranks) for number in rows[0][6:]):
             return None
         return [
             RowSums(
                 change_sum=r[0] if change is not None else None,
                 previous_sum=r[1] if change is not None else None,
-                align=AlignmentSums(l1_now=r[2], l1_span=r[3], dot=r[4], square_span=r[5])
-                if align is not None
-                else None,
+                align=AlignmentSums.of(r[2:6]) if align is not None else None,
             )
             for r in rows
         ]
@@ -121,3 +122,15 @@ class Exchange:
     @property
     def _crosses_branches(self) -> bool:
         return self.is_joint and self.consensus.branches_are_split
+
+
+def with_alignment(rows: Sequence[RowSums], sums: torch.Tensor | None) -> list[RowSums]:
+    """These, with what places each row's residual.
+
+    Args:
+        sums: of `alignment_sums` [4, B]; None where there are no two computed steps.
+    """
+    if sums is None:
+        return list(rows)
+    found = [AlignmentSums.of(numbers) for numbers in rounded(sums).T.tolist()]
+    return [replace(row, align=align) for row, align in zip(rows, found, strict=True)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 
@@ -26,18 +27,22 @@ TOKENS_AT_ONCE = 4096  # 80 MB of float32 at Wan 14B's 5120 channels, where a wh
 def _parts(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """The same few tokens of each tensor [B, ..., D], as float32 [B, T, D]."""
     rows = [t.reshape(t.shape[0], -1, t.shape[-1]) for t in tensors]
-    for start in range(0, rows[0].shape[1], TOKENS_AT_ONCE):
+    num_tokens = rows[0].shape[1]
+    if num_tokens <= TOKENS_AT_ONCE:
+        yield tuple(r.float() for r in rows)
+        return
+    for start in range(0, num_tokens, TOKENS_AT_ONCE):
         yield tuple(r[:, start : start + TOKENS_AT_ONCE].float() for r in rows)
 
 
-def _sample_sums(values: torch.Tensor) -> torch.Tensor:
-    """[B, T, D] -> [B] float64.
+def _sample_sums(*values: torch.Tensor) -> torch.Tensor:
+    """n tensors [B, T, D] -> [n, B] float64.
 
     A token is summed in float32, tokens are added in float64. A token stands whole on one rank, so all that sharding
     changes is the order of the float64 additions; `rounded` takes their last bits off.
     """
     # a shard may lie otherwise in memory than the whole sequence, and torch adds in the order of memory
-    return values.contiguous().sum(dim=2).sum(dim=1, dtype=torch.float64)
+    return torch.stack([v.contiguous().sum(dim=2) for v in values]).sum(dim=2, dtype=torch.float64)
 
 
 def rounded(sums: torch.Tensor) -> torch.Tensor:
@@ -51,16 +56,18 @@ def rounded(sums: torch.Tensor) -> torch.Tensor:
 
 def change_sums(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     """(sum |now - before|, sum |before|) of each sample: [2, B] float64."""
-    sums = torch.zeros(2, now.shape[0], dtype=torch.float64, device=now.device)
-    for n, b in _parts(now, before):
-        sums += torch.stack([_sample_sums((n - b).abs()), _sample_sums(b.abs())])
-    return sums
+    return _added(_sample_sums((n - b).abs(), b.abs()) for n, b in _parts(now, before))
 
 
 def alignment_sums(now: torch.Tensor, newest: torch.Tensor, older: torch.Tensor) -> torch.Tensor:
     """The four sums of `AlignmentSums` of each sample: [4, B] float64."""
-    sums = torch.zeros(4, now.shape[0], dtype=torch.float64, device=now.device)
-    for p, a, b in _parts(now, newest, older):
+
+    def of_part(p: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         moved, span = p - b, a - b
-        sums += torch.stack([_sample_sums(v) for v in (moved.abs(), span.abs(), moved * span, span * span)])
-    return sums
+        return _sample_sums(moved.abs(), span.abs(), moved * span, span * span)
+
+    return _added(of_part(*part) for part in _parts(now, newest, older))
+
+
+def _added(parts: Iterator[torch.Tensor]) -> torch.Tensor:
+    return reduce(torch.Tensor.add_, parts)

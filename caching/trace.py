@@ -28,7 +28,8 @@ MAX_COUNT = 10**6  # of steps, blocks, samples: far above any model's
 class TraceEntry:
     """One sample of one branch at one step.
 
-    `cost` is the share of the step's block evaluations that ran; `statistic` the relative change that was judged.
+    `cost` is the share of the step's block evaluations that ran; `statistic` the relative change that was
+    judged, where one was: not of a branch that followed the first one to a computed step.
     """
 
     step: int

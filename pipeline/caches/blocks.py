@@ -8,7 +8,7 @@ of the forward is copied, so all that a model does before, between and after its
 Letters: B batch, S image tokens, D channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -35,6 +35,7 @@ class _Call:
     signal_values: SignalValues | None
     probe_rows: list[int]
     plan: CallPlan | None = None
+    runs_all: bool = False  # blocks that are still to come, for every row
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,7 @@ class BlockRunner:
         self._unread = UnreadModules(transformer, layout.unread)
         self._kinds: dict[str, _Kind] = {}  # of the latents of each branch's last call
         self._replaced: list[tuple[dict[str, Any], str, nn.ModuleList]] = []  # (where the list belongs, its name, it)
+        self._known: tuple[list[nn.Module], dict[str, list[Callable[..., Any]]]] = [], {}  # (blocks, their gates)
         self._has_ended = False
 
     def begin_clip(self) -> None:
@@ -209,8 +211,18 @@ class BlockRunner:
         self._replaced.clear()
 
     def _gates(self) -> dict[str, list[Callable[..., Any]]]:
-        """A gate for each block that the lists hold now (a block may have been exchanged)."""
+        """A gate for each block that the lists hold now; the last call's, unless a block has been exchanged."""
         lists = {name: list(getattr(self._transformer, name).children()) for name in self._layout.lists}
+        blocks = [block for of_list in lists.values() for block in of_list]
+        if blocks != self._known[0]:
+            self._known = blocks, self._new_gates(lists)
+        gates = dict(self._known[1])
+        if self._layout.hints is not None:
+            hinting = list(getattr(self._transformer, self._layout.hints).children())
+            gates[self._layout.hints] = self._hints.gates(hinting)
+        return gates
+
+    def _new_gates(self, lists: Mapping[str, list[nn.Module]]) -> dict[str, list[Callable[..., Any]]]:
         names = list(lists)
         order = [(name, number) for name in names for number in range(len(lists[name]))]
         if self._layout.interleaved:  # a group of one block of each list counts as one block
@@ -226,14 +238,13 @@ class BlockRunner:
                 ends_probe=is_probe and number == self._probe_depth - 1 and ends_group,
             )
             gates[name].append(partial(self._pass, lists[name][number], place))
-        if self._layout.hints is not None:
-            blocks = list(getattr(self._transformer, self._layout.hints).children())
-            gates[self._layout.hints] = self._hints.gates(blocks)
         return gates
 
     def _pass(self, block: nn.Module, place: _Place, /, *args: Any, **kwargs: Any) -> Any:
         """One block: runs it for the rows for which it is to run."""
         try:
+            if self._call is not None and self._call.runs_all and not place.is_last:
+                return block(*args, **kwargs)
             state = BlockArguments(self._layout, args, kwargs)
             if place.is_first:
                 self._call = self._begin(block, state)
@@ -249,6 +260,7 @@ class BlockRunner:
                 state = state.through_rows([block], call.plan.compute_rows)
             if call.plan is not None and call.plan.compute_rows:
                 self._hints.fill(call.blocks_input)
+                call.runs_all = not call.plan.skip_rows
             if place.is_last:
                 assert call.plan is not None
                 state = state.with_hidden_states(self._finish(call, call.plan, state.hidden_states))
