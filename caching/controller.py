@@ -11,7 +11,7 @@ import torch
 
 from cineray.caching.call import CallPlan, StepContext
 from cineray.caching.consensus import Consensus, SingleProcess
-from cineray.caching.exchange import Exchange, with_alignment
+from cineray.caching.exchange import Exchange
 from cineray.caching.forecast import Forecasting
 from cineray.caching.history import BranchHistory
 from cineray.caching.policy import Decision, Policy
@@ -139,10 +139,13 @@ class CacheController:
             # that is agreed on already, and can be followed unseen: nothing is summed up or exchanged
             followed = [row.following(decision) for row, decision in zip(history.rows, leader, strict=True)]
             return [RowSums()] * len(history.rows), followed
-        sums = self._reduce(history, blocks_input, probe, signal_values)
+        if leader is None:
+            change = history.change_sums(blocks_input, probe, signal_values, self.consensus.num_ranks)
+        else:
+            change = None  # the first branch has judged
+        align = history.alignment_sums(blocks_input, probe)
+        sums = self._reduce(history, change, align, blocks_input)
         wanted = self._want(context, history.rows, sums, leader)
-        if self._is_alone and not all(decision.compute for decision in wanted):
-            sums = with_alignment(sums, history.alignment_sums(blocks_input, probe))
         leaders = self._leaders(context, len(history.rows))
         decided = decide_rows(history.rows, wanted, sums, self.forecasting.alignment, leaders)
         return sums, self._exchange.agree(context.branch, decided)
@@ -172,14 +175,11 @@ class CacheController:
     def _reduce(
         self,
         history: BranchHistory,
+        change: torch.Tensor | None,
+        align: torch.Tensor | None,
         blocks_input: torch.Tensor,
-        probe: torch.Tensor,
-        signal_values: SignalValues | None,
     ) -> list[RowSums]:
         """What each row is judged by, summed over ranks. If they do not know the same, all forget, and compute."""
-        change = history.change_sums(blocks_input, probe, signal_values, self.consensus.num_ranks)
-        # nothing is added up with others, so where to align waits until something is to be forecast
-        align = None if self._is_alone else history.alignment_sums(blocks_input, probe)
         sums = self._exchange.sum_rows(change, align, history.probe is not None, blocks_input)
         if sums is None:
             self._reset(history, blocks_input)
@@ -205,10 +205,6 @@ class CacheController:
     def _leaders(self, context: StepContext, num_rows: int) -> list[int]:
         """The row that each row follows; itself if none."""
         return [context.leader(row) if self._exchange.is_joint else row for row in range(num_rows)]
-
-    @property
-    def _is_alone(self) -> bool:
-        return self.consensus.num_ranks == 1
 
     def _commit(
         self, context: StepContext, history: BranchHistory, sums: Sequence[RowSums], agreed: list[Decision]

@@ -4,7 +4,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -77,7 +77,9 @@ class Exchange:
             RowSums(
                 change_sum=r[0] if change is not None else None,
                 previous_sum=r[1] if change is not None else None,
-                align=AlignmentSums.of(r[2:6]) if align is not None else None,
+                align=AlignmentSums(l1_now=r[2], l1_span=r[3], dot=r[4], square_span=r[5])
+                if align is not None
+                else None,
             )
             for r in rows
         ]
@@ -92,6 +94,8 @@ class Exchange:
 
     def agree(self, branch: str, wanted: Sequence[Decision]) -> list[Decision]:
         """The first rank's decisions, which every rank obeys."""
+        if self.consensus.num_ranks == 1 and not self._crosses_branches:
+            return list(wanted)
         numbers = pack(wanted)
         if self._crosses_branches and branch == BRANCH_ORDER[0]:
             return unpack(self.consensus.leader_value_across_branches(numbers))
@@ -122,15 +126,3 @@ class Exchange:
     @property
     def _crosses_branches(self) -> bool:
         return self.is_joint and self.consensus.branches_are_split
-
-
-def with_alignment(rows: Sequence[RowSums], sums: torch.Tensor | None) -> list[RowSums]:
-    """These, with what places each row's residual.
-
-    Args:
-        sums: of `alignment_sums` [4, B]; None where there are no two computed steps.
-    """
-    if sums is None:
-        return list(rows)
-    found = [AlignmentSums.of(numbers) for numbers in rounded(sums).T.tolist()]
-    return [replace(row, align=align) for row, align in zip(rows, found, strict=True)]

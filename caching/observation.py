@@ -3,7 +3,6 @@
 Sums add up over ranks whatever the sizes of their shards; the caller adds them, and divides last.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 BRANCH_ORDER = ("cond", "uncond")
@@ -63,9 +62,3 @@ class AlignmentSums:
     l1_span: float
     dot: float
     square_span: float
-
-    @classmethod
-    def of(cls, sums: Sequence[float]) -> "AlignmentSums":
-        """From the four, in this order."""
-        l1_now, l1_span, dot, square_span = sums
-        return cls(l1_now=l1_now, l1_span=l1_span, dot=dot, square_span=square_span)

@@ -109,6 +109,7 @@ class BlockRunner:
         self._kinds: dict[str, _Kind] = {}  # of the latents of each branch's last call
         self._replaced: list[tuple[dict[str, Any], str, nn.ModuleList]] = []  # (where the list belongs, its name, it)
         self._known: tuple[list[nn.Module], dict[str, list[Callable[..., Any]]]] = [], {}  # (blocks, their gates)
+        self._proxies: dict[str, BlockListProxy] = {}  # that stood in the place of the lists last
         self._has_ended = False
 
     def begin_clip(self) -> None:
@@ -134,7 +135,14 @@ class BlockRunner:
             holder: dict[str, Any] = outer.inner if isinstance(outer, ShardedBlockList) else self._transformer._modules
             blocks: nn.ModuleList = holder[name]
             self._replaced.append((holder, name, blocks))
-            holder[name] = BlockListProxy(blocks, self._transformer, gates)
+            holder[name] = self._proxy(name, blocks, gates)
+
+    def _proxy(self, name: str, blocks: nn.ModuleList, gates: list[Callable[..., Any]]) -> BlockListProxy:
+        known = self._proxies.get(name)
+        if known is None or known._modules is not blocks._modules:
+            known = self._proxies[name] = BlockListProxy(blocks, self._transformer, gates)
+        known.yields = gates
+        return known
 
     def end_forward(self, _context: StepContext, /) -> None:
         """

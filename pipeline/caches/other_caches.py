@@ -7,12 +7,17 @@ from torch import nn
 
 def switched_on(transformer: Any) -> str | None:
     """What a transformer says of itself; quick enough for each call."""
-    config = getattr(transformer, "_cache_config", None)  # diffusers' CacheMixin
+    own, kind = vars(transformer), type(transformer)
+
+    def said(name: str) -> Any:  # not by getattr, by which a module tells at length what it lacks
+        return own.get(name, getattr(kind, name, None))
+
+    config = said("_cache_config")  # diffusers' CacheMixin
     if config is not None:
         return f"diffusers' {type(config).__name__.removesuffix('Config')}"
-    if getattr(transformer, "_is_cached", False):  # both libraries mark what they have changed
+    if said("_is_cached"):  # both libraries mark what they have changed
         return "the cache of cache-dit or ParaAttention"
-    return "TeaCache" if getattr(transformer, "enable_teacache", False) else None
+    return "TeaCache" if said("enable_teacache") else None
 
 
 def other_cache(transformer: nn.Module) -> str | None:

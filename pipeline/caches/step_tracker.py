@@ -78,7 +78,7 @@ class StepTracker(ModelHook):
         self._num_branches = num_branches
         self._scheduler = scheduler
         self._stacked = stacked
-        self._arguments = inspect.signature(type(transformer).forward)
+        self._arguments = tuple(inspect.signature(type(transformer).forward).parameters)[1:]  # names, without self
         self._progress = progress or ClipProgress()
         self._caller = ""
         self._here: StepContext | None = None
@@ -165,7 +165,7 @@ class StepTracker(ModelHook):
         check_can_cache(module)
         self._begin_forward(module)
         try:
-            given = self._arguments.bind(module, *args, **kwargs).arguments
+            given = dict(zip(self._arguments, args, strict=False)) | kwargs
             self._here = self._context(given["hidden_states"], given.get("timestep"))
             if self.listener is not None:
                 self.listener.begin_forward(given["hidden_states"])
