@@ -29,7 +29,7 @@ class TraceEntry:
     """One sample of one branch at one step.
 
     `cost` is the share of the step's block evaluations that ran; `statistic` the relative change that was
-    judged, where one was: not of a branch that followed the first one to a computed step.
+    judged, where one was: not of a branch that follows the first one.
     """
 
     step: int

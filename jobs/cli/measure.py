@@ -237,6 +237,15 @@ def bench() -> None:
     help="Speed-up by blocks at which policies with an open option are compared; can be given several times.",
 )
 @click.option(
+    "--timed",
+    "num_timed",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Clips of each policy that are timed, in turn with the uncached ones; on idle cores, more say it better.",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     metavar="FILE.json",
@@ -253,6 +262,7 @@ def quality(
     asked: ClipArguments,
     policies: tuple[str, ...],
     targets: tuple[float, ...],
+    num_timed: int,
     out: Path | None,
     tables: Path | None,
     as_json: bool,
@@ -265,7 +275,7 @@ def quality(
     or fewer-steps(N,profile=auto): those of the steps that `fitted` with this profile would compute; or a cache of
     diffusers: diffusers:taylorseer-lite(interval=3,order=1,before=12,after=48), taylorseer, seacache, fbcache,
     magcache, pab, fastercache; or cache-dit:dbcache(threshold=0.1,taylor=1), where cache-dit is installed. Time is
-    measured on the first three clips, in turn with the uncached ones. One option may be left open with a question
+    measured on the first clips (--timed), in turn with the uncached ones. One option may be left open with a question
     mark: its value is then searched on the first two clips for each speed-up of --at, and measured on all.
 
     \b
@@ -284,7 +294,7 @@ def quality(
         check_out(out, "bench quality")
     checkpoint, requests = _uncached_clips(asked)
     model = load_model(checkpoint, load_options(asked, checkpoint))
-    rows = bench_quality(model, requests, list(policies), list(targets), out)
+    rows = bench_quality(model, requests, list(policies), list(targets), out, num_timed)
     _print_quality(rows)
     if tables is not None:
         write_tables(tables, rows, f"{checkpoint.name}, {requests[0].num_inference_steps} steps")

@@ -21,7 +21,19 @@ def run(checkpoint_folder, tmp_path, capsys):
 
 def test_rows_come_in_the_order_asked_and_are_kept(run, tmp_path, monkeypatch):
     out = tmp_path / "bench.json"
-    words = ["bench", "quality", "fewer-steps(?)", "interval(interval=?)", "none", "--at", "2", "--out", str(out)]
+    words = [
+        "bench",
+        "quality",
+        "fewer-steps(?)",
+        "interval(interval=?)",
+        "none",
+        "--at",
+        "2",
+        "--out",
+        str(out),
+        "--timed",
+        "1",
+    ]
     code, first, _ = run(*words, "--json")
     assert code == 0
     assert first is not None
@@ -33,6 +45,7 @@ def test_rows_come_in_the_order_asked_and_are_kept(run, tmp_path, monkeypatch):
         ("none", None, "none"),
     ]
     assert first["rows"][2]["row"]["psnr_db"] == 100
+    assert (first["rows"][2]["row"]["num_clips"], first["rows"][2]["row"]["num_timed"]) == (2, 1)
     kept = json.loads(out.read_text())["rows"]
     assert [{name: row[name] for name in kept[0]} for row in first["rows"]] == kept
     short = {"policy", "num_clips", "cost", "wall_ratio", "psnr_mean", "psnr_worst", "psnr_ci95", "ssim", "vmaf"}

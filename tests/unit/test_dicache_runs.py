@@ -154,6 +154,16 @@ def test_probe_blocks_run_once_per_run_of_skips_and_the_trace_says_so(builder):
     assert all(e.gamma is not None and e.statistic is None for e in entries if e.reason == "run")
 
 
+def test_a_branch_that_follows_is_not_judged_itself():
+    with cineray.enable_cache(pipe := build_wan(), SKIPPING) as handle:
+        call(pipe)
+    of = {name: [e for e in handle.trace.entries if e.branch == name] for name in ("cond", "uncond")}
+    assert [e.compute for e in of["cond"]] == [e.compute for e in of["uncond"]]
+    assert all(e.statistic for e in of["cond"] if e.step and e.reason != "run")
+    assert {e.statistic for e in of["uncond"]} == {None}
+    assert all(e.gamma is not None for e in of["uncond"] if not e.compute)
+
+
 def test_a_run_goes_on_at_the_pace_of_its_first_step_within_the_clip():
     with cineray.enable_cache(pipe := build_wan(), replace(SKIPPING, gamma_clip=(-100.0, 100.0))) as handle:
         call(pipe)
