@@ -7,7 +7,7 @@ search keeps what brings their last latents nearer to the uncached ones. Nothing
 import math
 import statistics
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -99,41 +99,60 @@ class ScheduleSearch:
         return denoise_prepared(self._model, request, prepared, lambda *_: None, plan=plan).latents.cpu()
 
 
-def search_schedule(
-    start: FittedProfile, score: Callable[[FittedProfile, float], float], num_trials: int, on_trial: OnTrial
-) -> FittedProfile:
+Score = Callable[[FittedProfile, float], float]  # of a profile at one of `CURVE_SPEEDUPS`, in dB
+
+
+def search_schedule(start: FittedProfile, score: Score, num_trials: int, on_trial: OnTrial) -> FittedProfile:
     """The profile of the highest scores that a random search found: for each curve, and for length and curvature, a
     (1 + 1) evolution strategy (Rechenberg 1973; its rule for the size of a move). A trial moves both curves, each of
     which is judged at its own speed-up alone, or what they share, which is judged at both.
 
     Args:
-        score: of a profile at one of `CURVE_SPEEDUPS`.
         num_trials: to make; the same ones each time.
         on_trial: called for the start, as trial 0, and after each trial, with the scores' mean.
     """
     random = np.random.default_rng(0)
-    found = start.model_copy(update={"density_at_2x": start.density_at_2x or start.density})
-    best = [score(found, speedup) for speedup in CURVE_SPEEDUPS]
-    sizes, shared_size = [_FIRST_MOVE, _FIRST_MOVE], _FIRST_MOVE
-    on_trial(0, statistics.fmean(best))
+    profile = start.model_copy(update={"density_at_2x": start.density_at_2x or start.density})
+    best = _Best(profile, [score(profile, speedup) for speedup in CURVE_SPEEDUPS])
+    on_trial(0, statistics.fmean(best.scores))
     for trial in range(1, num_trials + 1):
         if trial % _SHARED_EVERY == 0:
-            tried = _with_shared_moved(found, shared_size, random)
-            scores = [score(tried, speedup) for speedup in CURVE_SPEEDUPS]
-            is_better = sum(scores) > sum(best)
-            shared_size = _next_size(shared_size, is_better)
-            if is_better:
-                found, best = tried, scores
+            best.move_shared(score, random)
         else:
-            for number, (name, speedup) in enumerate(zip(_CURVES, CURVE_SPEEDUPS, strict=True)):
-                tried = found.model_copy(update={name: _moved(getattr(found, name), sizes[number], random)})
-                tried_score = score(tried, speedup)
-                is_better = tried_score > best[number]
-                sizes[number] = _next_size(sizes[number], is_better)
-                if is_better:
-                    found, best[number] = tried, tried_score
-        on_trial(trial, statistics.fmean(best))
+            for number in range(len(_CURVES)):
+                best.move_curve(number, score, random)
+        on_trial(trial, statistics.fmean(best.scores))
+    found = best.profile
     return found if found.density_at_2x != found.density else found.model_copy(update={"density_at_2x": None})
+
+
+@dataclass(slots=True)
+class _Best:
+    """The best profile so far, its scores at `CURVE_SPEEDUPS`, and how far the next moves go: of each curve, and of
+    what both share."""
+
+    profile: FittedProfile
+    scores: list[float]
+    sizes: list[float] = field(default_factory=lambda: [_FIRST_MOVE] * len(_CURVES))
+    shared_size: float = _FIRST_MOVE
+
+    def move_curve(self, number: int, score: Score, random: np.random.Generator) -> None:
+        name, speedup = _CURVES[number], CURVE_SPEEDUPS[number]
+        curve = _moved(getattr(self.profile, name), self.sizes[number], random)
+        tried = self.profile.model_copy(update={name: curve})
+        tried_score = score(tried, speedup)
+        is_better = tried_score > self.scores[number]
+        self.sizes[number] = _next_size(self.sizes[number], is_better)
+        if is_better:
+            self.profile, self.scores[number] = tried, tried_score
+
+    def move_shared(self, score: Score, random: np.random.Generator) -> None:
+        tried = _with_shared_moved(self.profile, self.shared_size, random)
+        scores = [score(tried, speedup) for speedup in CURVE_SPEEDUPS]
+        is_better = sum(scores) > sum(self.scores)
+        self.shared_size = _next_size(self.shared_size, is_better)
+        if is_better:
+            self.profile, self.scores = tried, scores
 
 
 def _next_size(size: float, is_better: bool) -> float:
