@@ -147,7 +147,7 @@ class FittedProfile(Profile):
 
     Args:
         density: logarithm of how dense they lie, at the knots of `policies/fitted.py`; at 2.8x and above.
-        density_at_2x: the same at 2x and below, with straight lines between both (`curve_at`); None: `density` at all.
+        density_at_2x, density_at_1_4x: the same at these, with straight lines between what there is (`curve_at`).
         length: over which clean latents stay alike, as a share of the steps.
         curvature: how far skipped steps are corrected along a cubic and not a straight line, 0 to 1; None: 0.
     """
@@ -155,6 +155,7 @@ class FittedProfile(Profile):
     policy: Literal["fitted"] = "fitted"
     density: Curve
     density_at_2x: Curve | None = None
+    density_at_1_4x: Curve | None = None
     length: Annotated[Finite, Field(gt=0.01, le=10)]
     curvature: Annotated[Finite, Field(ge=0, le=1)] | None = None
 

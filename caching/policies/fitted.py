@@ -6,8 +6,8 @@ have nothing to agree on, and a computed step makes good what was skipped before
 LeMiCa (arXiv 2511.00090) has the idea of a schedule that is searched offline.
 
 How dense the computed steps lie over the clip is a curve with a few knots (`place_steps`), for all numbers of steps and
-shifts of the schedule; a profile has one for all speed-ups, or two (`curve_at`). They are searched on a few clips
-(`pipeline/calibrate/fitted.py`).
+shifts of the schedule; a profile has one for all speed-ups, or up to three (`curve_at`). They are searched on a few
+clips (`pipeline/calibrate/fitted.py`).
 """
 
 import math
@@ -27,8 +27,8 @@ MAX_SPEEDUP = 8.0
 MIN_STEPS = 16  # of clips that are cached at all: below, fewer steps are as good (docs/caching.md)
 # Of a curve, over the clip's places, 0 to 1: dense where a skipped step costs most, at both ends
 KNOTS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
-# At which a profile's two curves are searched: one holds up to the first, the other from the second on
-CURVE_SPEEDUPS = (2.0, 2.8)
+# A profile's curves, and the speed-ups that they are searched at: the last one holds for all faster ones, too
+CURVE_SPEEDUPS = {"density_at_1_4x": 1.4, "density_at_2x": 2.0, "density": 2.8}
 Schedule = tuple[int, tuple[float, ...] | None]  # (steps, their noise levels)
 _ALWAYS = (0, 1, -1)  # a forecast takes two steps, and nothing makes the last one good
 
@@ -109,14 +109,12 @@ def num_computed_at(num_steps: int, speedup: float) -> int:
 
 
 def curve_at(profile: FittedProfile, speedup: float) -> tuple[float, ...]:
-    """The profile's curve at `KNOTS`: between its two, as far as the share of computed steps lies between those of
-    `CURVE_SPEEDUPS`."""
-    if profile.density_at_2x is None:
-        return profile.density
-    slow, fast = (1 / speedup for speedup in CURVE_SPEEDUPS)
-    towards_fast = min(1.0, max(0.0, (slow - 1 / speedup) / (slow - fast)))
-    pairs = zip(profile.density_at_2x, profile.density, strict=True)
-    return tuple((1 - towards_fast) * at_2x + towards_fast * faster for at_2x, faster in pairs)
+    """The curve at `KNOTS`: on straight lines, by the share of computed steps, between those that the profile has of
+    `CURVE_SPEEDUPS`; beyond them the slowest or fastest one."""
+    curves = {1 / at: curve for name, at in CURVE_SPEEDUPS.items() if (curve := getattr(profile, name)) is not None}
+    shares = sorted(curves)
+    knots = np.array([curves[share] for share in shares])  # [number of curves, number of knots]
+    return tuple(float(np.interp(1 / speedup, shares, of_curves)) for of_curves in knots.T)
 
 
 def place_steps(density: Sequence[float], num_computed: int, places: Sequence[float]) -> list[int]:

@@ -167,13 +167,14 @@ def dicache_skip_costs(asked: ClipArguments, trials: int, floor: float | None, o
 
 @calibrate.command("fitted")
 @clip_options
-@click.option("--trials", type=int, default=60, show_default=True, metavar="N", help="Pairs of curves to try.")
+@click.option("--trials", type=int, default=60, show_default=True, metavar="N", help="Sets of curves to try.")
 @_profile_out
 @json_option
 def fitted_schedule(asked: ClipArguments, trials: int, out: Path, as_json: bool) -> int:
     """Searches where over the steps the computed ones keep clips best, and writes a profile.
 
-    A trial denoises every clip twice, at 2x and 2.8x, each with a curve of its own; four to eight clips are enough.
+    A trial denoises every clip at 2x and 2.8x, each with a curve of its own (and at 1.4x where the shipped profile that
+    it starts from has a curve for that); four to eight clips are enough.
     Use the profile with --cache "fitted(profile=FILE.json,speedup=2.5)"; it serves every speed-up and other numbers of
     steps. Stopped, the same command resumes where it was (FILE.json.trials).
 
@@ -181,6 +182,7 @@ def fitted_schedule(asked: ClipArguments, trials: int, out: Path, as_json: bool)
     Example:
       cineray calibrate fitted --manifest clips.jsonl --out profile.json
     """
+    from cineray.caching.policies.fitted import CURVE_SPEEDUPS
     from cineray.jobs.measure.calibration import calibrate_fitted
 
     checkpoint, requests = _uncached_clips(asked)
@@ -188,7 +190,7 @@ def fitted_schedule(asked: ClipArguments, trials: int, out: Path, as_json: bool)
     tell(f"{out}: latents are kept to {score:.1f} dB, where the search began to {before:.1f} dB")
     if as_json:
         scores = {"profile": str(out), "score_db": score, "first_score_db": before}
-        print_json(scores | profile.model_dump(include={"density", "density_at_2x", "length", "curvature"}))
+        print_json(scores | profile.model_dump(include={*CURVE_SPEEDUPS, "length", "curvature"}))
     return EXIT_DONE
 
 

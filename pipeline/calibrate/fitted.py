@@ -1,7 +1,7 @@
 """Calibrates `fitted`: where over the steps of a clip the computed ones keep its latents best.
 
-Clips are denoised over and over, at two speed-ups, each with schedules that a curve with a few knots makes; a random
-search keeps what brings their last latents nearer to the uncached ones. Nothing is decoded.
+Clips are denoised over and over, at two or three speed-ups, each with schedules that a curve with a few knots makes; a
+random search keeps what brings their last latents nearer to the uncached ones. Nothing is decoded.
 """
 
 import math
@@ -25,8 +25,6 @@ _WORST = 0.3  # share of the worst clip in a curve's score, beside the mean
 _FIRST_MOVE, _LEAST_MOVE, _MOST_MOVE = 0.5, 0.12, 1.0  # deviation of a trial's step, in log density
 _SHARED_EVERY = 4  # trials to one that moves what both curves share: the length and the curvature
 _AFTER_GAIN, _AFTER_LOSS = 1.3, 0.93  # what a move becomes; of (1 + 1) evolution strategies, one gain in five trials
-
-_CURVES = ("density_at_2x", "density")  # the profile's, for each of `CURVE_SPEEDUPS`
 
 OnTrial = Callable[[int, float], None]  # (trials done, best score so far in dB)
 
@@ -72,12 +70,13 @@ class ScheduleSearch:
         return (1 - _WORST) * point.mean_db + _WORST * point.worst_db
 
     def mean_score(self, profile: FittedProfile) -> float:
-        """In dB, over both speed-ups."""
-        return statistics.fmean(self.score(profile, speedup) for speedup in CURVE_SPEEDUPS)
+        """In dB, over the speed-ups of the profile's curves."""
+        return statistics.fmean(self.score(profile, CURVE_SPEEDUPS[name]) for name in _curves_of(profile))
 
     def point(self, profile: FittedProfile, speedup: float) -> SchedulePoint:
         """What the profile keeps; measured once for all profiles that are alike at this speed-up."""
-        alike = profile.model_copy(update={"density": curve_at(profile, speedup), "density_at_2x": None})
+        others = dict.fromkeys(CURVE_SPEEDUPS)
+        alike = profile.model_copy(update=others | {"density": curve_at(profile, speedup)})
         key = f"{alike.digest} {speedup!r}"
         if key not in self._known:
             self._trial.write_text(alike.model_dump_json())
@@ -104,8 +103,9 @@ Score = Callable[[FittedProfile, float], float]  # of a profile at one of `CURVE
 
 def search_schedule(start: FittedProfile, score: Score, num_trials: int, on_trial: OnTrial) -> FittedProfile:
     """The profile of the highest scores that a random search found: for each curve, and for length and curvature, a
-    (1 + 1) evolution strategy (Rechenberg 1973; its rule for the size of a move). A trial moves both curves, each of
-    which is judged at its own speed-up alone, or what they share, which is judged at both.
+    (1 + 1) evolution strategy (Rechenberg 1973; its rule for the size of a move). A trial moves all curves, each of
+    which is judged at its own speed-up alone, or what they share, which is judged at all. The curves are those at 2x
+    and from 2.8x on, and the slower one if there is one to start from.
 
     Args:
         num_trials: to make; the same ones each time.
@@ -113,43 +113,50 @@ def search_schedule(start: FittedProfile, score: Score, num_trials: int, on_tria
     """
     random = np.random.default_rng(0)
     profile = start.model_copy(update={"density_at_2x": start.density_at_2x or start.density})
-    best = _Best(profile, [score(profile, speedup) for speedup in CURVE_SPEEDUPS])
-    on_trial(0, statistics.fmean(best.scores))
+    best = _Best(profile, {name: score(profile, CURVE_SPEEDUPS[name]) for name in _curves_of(profile)})
+    on_trial(0, best.mean_score)
     for trial in range(1, num_trials + 1):
         if trial % _SHARED_EVERY == 0:
             best.move_shared(score, random)
         else:
-            for number in range(len(_CURVES)):
-                best.move_curve(number, score, random)
-        on_trial(trial, statistics.fmean(best.scores))
+            for name in best.scores:
+                best.move_curve(name, score, random)
+        on_trial(trial, best.mean_score)
     found = best.profile
     return found if found.density_at_2x != found.density else found.model_copy(update={"density_at_2x": None})
 
 
+def _curves_of(profile: FittedProfile) -> list[str]:
+    return [name for name in CURVE_SPEEDUPS if getattr(profile, name) is not None]
+
+
 @dataclass(slots=True)
 class _Best:
-    """The best profile so far, its scores at `CURVE_SPEEDUPS`, and how far the next moves go: of each curve, and of
-    what both share."""
+    """The best profile so far, the scores of its curves, and how far the next moves go: of each curve, and of what they
+    share."""
 
     profile: FittedProfile
-    scores: list[float]
-    sizes: list[float] = field(default_factory=lambda: [_FIRST_MOVE] * len(_CURVES))
+    scores: dict[str, float]
+    sizes: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CURVE_SPEEDUPS, _FIRST_MOVE))
     shared_size: float = _FIRST_MOVE
 
-    def move_curve(self, number: int, score: Score, random: np.random.Generator) -> None:
-        name, speedup = _CURVES[number], CURVE_SPEEDUPS[number]
-        curve = _moved(getattr(self.profile, name), self.sizes[number], random)
+    @property
+    def mean_score(self) -> float:
+        return statistics.fmean(self.scores.values())
+
+    def move_curve(self, name: str, score: Score, random: np.random.Generator) -> None:
+        curve = _moved(getattr(self.profile, name), self.sizes[name], random)
         tried = self.profile.model_copy(update={name: curve})
-        tried_score = score(tried, speedup)
-        is_better = tried_score > self.scores[number]
-        self.sizes[number] = _next_size(self.sizes[number], is_better)
+        tried_score = score(tried, CURVE_SPEEDUPS[name])
+        is_better = tried_score > self.scores[name]
+        self.sizes[name] = _next_size(self.sizes[name], is_better)
         if is_better:
-            self.profile, self.scores[number] = tried, tried_score
+            self.profile, self.scores[name] = tried, tried_score
 
     def move_shared(self, score: Score, random: np.random.Generator) -> None:
         tried = _with_shared_moved(self.profile, self.shared_size, random)
-        scores = [score(tried, speedup) for speedup in CURVE_SPEEDUPS]
-        is_better = sum(scores) > sum(self.scores)
+        scores = {name: score(tried, CURVE_SPEEDUPS[name]) for name in self.scores}
+        is_better = sum(scores.values()) > sum(self.scores.values())
         self.shared_size = _next_size(self.shared_size, is_better)
         if is_better:
             self.profile, self.scores = tried, scores

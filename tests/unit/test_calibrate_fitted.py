@@ -85,10 +85,16 @@ def test_too_few_clips_or_steps(run, tmp_path):
     assert "needs clips of 16 or more steps" in said
 
 
-def test_a_search_keeps_what_is_better_at_each_speed_and_takes_the_same_way_each_time():
+WANTED = {1.4: (0, 1, 2, 0, -2, -1, 0), 2.0: (1, 2, 3, 0, -3, -2, -1), 2.8: (3, 0, -2, -2, -1, 0, 2)}
+
+
+@pytest.mark.parametrize("speedups", [(2.0, 2.8), (1.4, 2.0, 2.8)])
+def test_a_search_keeps_what_is_better_at_each_speed_and_takes_the_same_way_each_time(speedups):
     start = generic_profile(FittedProfile)
-    wanted = {2.0: (1, 2, 3, 0, -3, -2, -1), 2.8: (3, 0, -2, -2, -1, 0, 2)}
-    tried = {2.0: [], 2.8: []}
+    if 1.4 in speedups:
+        start = start.model_copy(update={"density_at_1_4x": start.density})
+    wanted = {speedup: WANTED[speedup] for speedup in speedups}
+    tried = {speedup: [] for speedup in speedups}
 
     def score(profile, speedup):
         tried[speedup].append(profile)

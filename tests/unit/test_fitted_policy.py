@@ -84,13 +84,18 @@ def test_a_faster_clip_leaves_steps_out_and_moves_few():
     assert set(range(8)) <= slow
 
 
-def test_two_curves_hold_each_from_its_own_speed_on_with_lines_between():
+def test_curves_hold_each_at_its_own_speed_with_lines_between():
     slow, fast = (2.0, 1.0, 0.0, -1.0, 0.0, 0.0, -2.0), (0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 2.0)
     both = profile(density=fast, density_at_2x=slow)
     assert [curve_at(both, speedup) for speedup in (1.25, 2.0, 2.8, 4.0)] == [slow, slow, fast, fast]
     halfway = curve_at(both, 1 / (0.5 * (1 / 2.0 + 1 / 2.8)))
     assert halfway == pytest.approx([(a + b) / 2 for a, b in zip(slow, fast, strict=True)])
     assert curve_at(profile(density=fast), 1.5) == fast
+    slowest = tuple(number + 1 for number in slow)
+    three = profile(density=fast, density_at_2x=slow, density_at_1_4x=slowest)
+    assert [curve_at(three, speedup) for speedup in (1.1, 1.4, 2.0, 2.8)] == [slowest, slowest, slow, fast]
+    assert curve_at(three, 2.4) == curve_at(both, 2.4)
+    assert curve_at(three, 1.7)[0] == pytest.approx(2 + (1 / 1.7 - 1 / 2) / (1 / 1.4 - 1 / 2))
     assert FittedPolicy(2.0, both).computed(50) == set(place_steps(slow, 25, PLACES))
     assert FittedPolicy(4.0, both).computed(50) == set(place_steps(fast, 13, PLACES))
     assert both.digest != profile(density=fast).digest
