@@ -113,8 +113,8 @@ def curve_at(profile: FittedProfile, speedup: float) -> tuple[float, ...]:
     `CURVE_SPEEDUPS`; beyond them the slowest or fastest one."""
     curves = {1 / at: curve for name, at in CURVE_SPEEDUPS.items() if (curve := getattr(profile, name)) is not None}
     shares = sorted(curves)
-    knots = np.array([curves[share] for share in shares])  # [number of curves, number of knots]
-    return tuple(float(np.interp(1 / speedup, shares, of_curves)) for of_curves in knots.T)
+    knots = zip(*(curves[share] for share in shares), strict=True)
+    return tuple(float(np.interp(1 / speedup, shares, of_curves)) for of_curves in knots)
 
 
 def place_steps(density: Sequence[float], num_computed: int, places: Sequence[float]) -> list[int]:
