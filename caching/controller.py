@@ -135,10 +135,11 @@ class CacheController:
             probe: the kept tokens.
         """
         leader = self._hear_first_branch(context, len(history.rows))
-        if leader is not None and all(decision.compute for decision in leader):
+        is_planned = any(row.is_planned for row in history.rows)  # such a row has not been probed
+        if leader is not None and not is_planned and all(decision.compute for decision in leader):
             # that is agreed on already, and can be followed unseen: nothing is summed up or exchanged
-            followed = [row.following(decision) for row, decision in zip(history.rows, leader, strict=True)]
-            return [RowSums()] * len(history.rows), followed
+            unseen = [RowSums()] * len(history.rows)
+            return unseen, self._want(context, history.rows, unseen, leader)
         if leader is None:
             change = history.change_sums(blocks_input, probe, signal_values, self.consensus.num_ranks)
         else:

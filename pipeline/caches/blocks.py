@@ -35,7 +35,11 @@ class _Call:
     signal_values: SignalValues | None
     probe_rows: list[int]
     plan: CallPlan | None = None
-    runs_all: bool = False  # blocks that are still to come, for every row
+
+    @property
+    def runs_all(self) -> bool:
+        """Whether the blocks that are still to come run for every row."""
+        return self.plan is not None and not self.plan.skip_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +272,6 @@ class BlockRunner:
                 state = state.through_rows([block], call.plan.compute_rows)
             if call.plan is not None and call.plan.compute_rows:
                 self._hints.fill(call.blocks_input)
-                call.runs_all = not call.plan.skip_rows
             if place.is_last:
                 assert call.plan is not None
                 state = state.with_hidden_states(self._finish(call, call.plan, state.hidden_states))

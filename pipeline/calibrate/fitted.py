@@ -23,7 +23,7 @@ from cineray.pipeline.request import ClipRequest
 MAX_DB = 60.0  # latents that are nearer to each other give equal frames
 _WORST = 0.3  # share of the worst clip in a curve's score, beside the mean
 _FIRST_MOVE, _LEAST_MOVE, _MOST_MOVE = 0.5, 0.12, 1.0  # deviation of a trial's step, in log density
-_SHARED_EVERY = 4  # trials to one that moves what both curves share: the length and the curvature
+_SHARED_EVERY = 4  # trials to one that moves what the curves share: the length and the curvature
 _AFTER_GAIN, _AFTER_LOSS = 1.3, 0.93  # what a move becomes; of (1 + 1) evolution strategies, one gain in five trials
 
 OnTrial = Callable[[int, float], None]  # (trials done, best score so far in dB)
